@@ -1,0 +1,42 @@
+# Two commands do everything on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+# Where torch comes from. On Linux without a GPU, this saves gigabytes:
+#   make test TORCH="torch==2.13.0 --index-url https://download.pytorch.org/whl/cpu"
+TORCH ?= torch==2.13.0
+VENV := .venv
+BIN := $(VENV)/bin
+WEIGHTS := .weights
+OUT ?= demo_output/$(shell date +%Y%m%d-%H%M%S)
+export MONAI_DRDM_WEIGHTS ?= $(CURDIR)/$(WEIGHTS)
+
+.PHONY: demo test lint wheel clean weights
+
+# torch first: anything that depends on it would otherwise choose a build of its own
+$(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,viz]'
+	touch $@
+
+# A local copy of the authors' file, if there is one; otherwise the demo pulls it, hash checked.
+weights: $(VENV)/.ready
+	@if [ -f "$$MONAI_DRDM_REFERENCE/000000_cmr_recresacnet.pth" ]; then \
+		$(BIN)/monai-drdm weights convert "$$MONAI_DRDM_REFERENCE/000000_cmr_recresacnet.pth"; fi
+
+demo: weights
+	$(BIN)/monai-drdm demo --out $(OUT)
+
+test: $(VENV)/.ready
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+wheel: $(VENV)/.ready
+	rm -rf build dist
+	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache

@@ -1,0 +1,19 @@
+"""Deformation-Recovery Diffusion Models as a MONAI plugin.
+
+``RandDRDMDeformd`` goes into ``monai.transforms.Compose`` and deforms image and label into another plausible anatomy of
+the same patient. Method: Zheng et al., Medical Image Analysis 110, 2026, 103987.
+"""
+
+from monai_drdm._version import __version__
+from monai_drdm.networks import list_networks, load_network
+from monai_drdm.transforms import RandDRDMDeform, RandDRDMDeformD, RandDRDMDeformd, RandDRDMDeformDict
+
+__all__ = [
+    "RandDRDMDeform",
+    "RandDRDMDeformD",
+    "RandDRDMDeformDict",
+    "RandDRDMDeformd",
+    "__version__",
+    "list_networks",
+    "load_network",
+]

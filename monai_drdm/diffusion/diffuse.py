@@ -1,0 +1,101 @@
+"""Deformation diffusion: random fields of a given level (paper §3.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from monai_drdm.diffusion.schedule import check_level, composition_counts, integration_time
+from monai_drdm.fields import compose, control_grid_velocity, crop, exp_svf, isotropic_velocity
+from monai_drdm.fields.random import CONTROL_SIZE, NODE_STD
+
+_EXTRA_NOISE = 0.08
+
+
+def diffuse(
+    generators: Sequence[torch.Generator],
+    shape: Sequence[int],
+    level: float | Sequence[float],
+    spacing: Sequence[float] | None = None,
+    *,
+    device: torch.device | None = None,
+) -> Tensor:
+    """A random diffeomorphic field ``exp(s · v)``, geometrically consistent on any grid.
+
+    The velocity has the published multi-scale spectrum on physically isotropic nodes, and ``s`` is such that a level
+    gives the mean displacement of the released process at 256² (2D) and 128³ (3D), as a fraction of the longest side.
+
+    Args:
+        generators: one CPU generator per sample; a sample depends on its own only.
+        shape: spatial shape ``S``.
+        level: deformation level in (0, 1], one or one per sample.
+        spacing: mm per voxel along each axis; None is isotropic.
+        device: where the field is integrated and returned.
+
+    Returns:
+        ``(B, D, *S)`` voxels, float32.
+
+    Raises:
+        ValueError: a level outside (0, 1], a wrong number of levels, shape or spacing that do not fit.
+    """
+    levels = [level] * len(generators) if isinstance(level, (int, float)) else list(level)
+    if len(levels) != len(generators):
+        raise ValueError(
+            f"diffuse: level must be one number or one per generator, got {len(levels)} for {len(generators)}."
+        )
+    times = torch.tensor([integration_time(check_level(s, "diffuse"), len(shape)) for s in levels])
+    velocity = isotropic_velocity(generators, shape, spacing) * times.view(-1, *(1,) * (len(shape) + 1))
+    # one call per sample: the number of squarings must not depend on who shares the batch
+    return torch.cat([exp_svf(v[None]) for v in velocity.to(device)])
+
+
+def diffuse_published(
+    generators: Sequence[torch.Generator], size: int, spatial_dims: int, t: int, *, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """The released forward process, with its amplitude factor ``size / 64`` that doubles displacements at 256.
+
+    Kept for networks trained on it. Use ``diffuse`` for everything else.
+
+    Args:
+        generators: one CPU generator per sample.
+        size: image size; images are square or cubic here.
+        spatial_dims: 2 or 3.
+        t: time step, 0 to 79.
+        device: where the field is integrated and returned.
+
+    Returns:
+        The total displacement and the training target, each ``(B, D, size, …)`` in fractions of the image size.
+
+    Raises:
+        ValueError: ``t`` outside 0 to 79.
+    """
+    total_count, target_count = composition_counts(t)
+    control = float(CONTROL_SIZE)
+    velocity = control_grid_velocity(generators, spatial_dims).to(device) * control
+    extra = control_grid_velocity(generators, spatial_dims, NODE_STD * _EXTRA_NOISE).to(device) * control
+    total = _self_compose(compose(extra, velocity), total_count)
+    target = _self_compose(velocity, target_count)
+    return _to_image(total / control, size), _to_image(target / control, size)
+
+
+def _self_compose(step: Tensor, count: int) -> Tensor:
+    """``u <- step + u(x + step)``, ``count`` times from zero: the release's own order of operations."""
+    ddf = torch.zeros_like(step)
+    for _ in range(count):
+        ddf = compose(ddf, step)
+    return ddf
+
+
+def _to_image(ddf: Tensor, size: int) -> Tensor:
+    """The release's way to the image: times ``size / 64``, linearly to twice the size, the centre cropped."""
+    dims = ddf.shape[1]
+    large = F.interpolate(
+        ddf * (size / CONTROL_SIZE),
+        (2 * size,) * dims,
+        mode="bilinear" if dims == 2 else "trilinear",
+        align_corners=False,
+    )
+    return crop(large, (size,) * dims, centre=True)

@@ -1,0 +1,144 @@
+"""The model: a network, a sampler, and the way from an image to a plausible random field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from monai_drdm.diffusion.diffuse import diffuse, diffuse_published
+from monai_drdm.diffusion.recover import Callback, recover_fast, recover_reference, strided_times
+from monai_drdm.diffusion.schedule import time_step, TIME_STEPS
+from monai_drdm.diffusion.working_grid import WorkingGrid
+from monai_drdm.fields import crop, fractions_to_voxels
+from monai_drdm.networks import RecResACNet
+
+SAMPLERS = {"recresacnet": ("reference", "fast")}
+"""Samplers that each kind of network knows."""
+
+
+class DRDM:
+    """Deformation diffusion and recovery with one network.
+
+    Args:
+        network: a recovery network with its card.
+        sampler: ``reference`` (as released), ``fast``, or ``auto``: the card's.
+        steps: recovery steps; None is the card's. ``reference`` always takes 80.
+
+    Raises:
+        ValueError: a sampler the network does not know, or a number of steps it cannot take.
+    """
+
+    def __init__(self, network: RecResACNet, sampler: str = "auto", steps: int | None = None) -> None:
+        known = SAMPLERS[network.card.kind]
+        if sampler not in ("auto", *known):
+            raise ValueError(f"sampler must be 'auto' or one of {known} for {network.card.name!r}, got {sampler!r}.")
+        self.network = network
+        self.sampler = network.card.sampler if sampler == "auto" else sampler
+        if self.sampler == "reference":
+            if steps not in (None, TIME_STEPS):
+                raise ValueError(
+                    f"sampler 'reference' takes {TIME_STEPS} steps, got steps={steps}. Use sampler='fast'."
+                )
+            self.steps = TIME_STEPS
+        else:
+            self.steps = network.card.steps if steps is None else steps
+            strided_times(self.steps)
+
+    @torch.no_grad()
+    def sample(
+        self,
+        images: Tensor,
+        level: float | Sequence[float],
+        seeds: Sequence[int],
+        spacing: Sequence[float] | None = None,
+        *,
+        callback: Callback | None = None,
+        progress: bool = False,
+    ) -> Tensor:
+        """Draw one plausible random field for each image: diffusion, then recovery (paper, Algorithm 2).
+
+        Args:
+            images: ``(B, C, *S)`` in any intensity range; ``C`` must be the network's.
+            level: deformation level in (0, 1], one or one per image.
+            seeds: one per image; with the level they fix its field, whatever else is in the batch.
+            spacing: mm per voxel along each axis; None is isotropic.
+            callback: called after each recovery step, with fields on the working grid.
+            progress: show a progress bar.
+
+        Returns:
+            ``(B, D, *S)`` voxels of the images, float32, on the network's device.
+
+        Raises:
+            ValueError: dimensions, channels, number of seeds or levels do not fit; images are not finite.
+        """
+        self._check(images)
+        grid = self._grid(images.shape[2:], spacing)
+        # fields and coordinates need full precision, whatever the caller's autocast says
+        with torch.autocast(self.device.type, enabled=False):
+            working = grid.image_to_working(images.to(self.device), self.network.card.input_range)
+            ddf = self._diffuse(grid, level, seeds, images.shape[0])
+            if self.sampler == "reference":
+                ddf = recover_reference(self.network, working, ddf, callback=callback, progress=progress)
+            else:
+                ddf = recover_fast(self.network, working, ddf, steps=self.steps, callback=callback, progress=progress)
+            return grid.ddf_to_full(ddf)
+
+    @torch.no_grad()
+    def diffuse(
+        self,
+        shape: Sequence[int],
+        level: float | Sequence[float],
+        seeds: Sequence[int],
+        spacing: Sequence[float] | None = None,
+    ) -> Tensor:
+        """The random fields that ``sample`` starts from, before any recovery.
+
+        Args:
+            shape: spatial shape ``S`` of the images.
+            level: as in ``sample``.
+            seeds: as in ``sample``.
+            spacing: as in ``sample``.
+
+        Returns:
+            ``(B, D, *S)`` voxels of the images, float32, on the network's device.
+
+        Raises:
+            ValueError: number of levels or a level that does not fit.
+        """
+        grid = self._grid(shape, spacing)
+        return grid.ddf_to_full(self._diffuse(grid, level, seeds, len(seeds)))
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.network.parameters()).device
+
+    def _grid(self, shape: Sequence[int], spacing: Sequence[float] | None) -> WorkingGrid:
+        return WorkingGrid.of(shape, spacing or (1.0,) * len(shape), self.network.card.working_size)
+
+    def _diffuse(self, grid: WorkingGrid, level: float | Sequence[float], seeds: Sequence[int], batch: int) -> Tensor:
+        levels = [float(level)] * batch if isinstance(level, (int, float)) else [float(s) for s in level]
+        if len(seeds) != batch or len(levels) != batch:
+            raise ValueError(f"need one seed and one level per image, got {len(seeds)} and {len(levels)} for {batch}.")
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        if self.sampler != "reference":
+            return diffuse(generators, grid.shape, levels, grid.spacing, device=self.device)
+        size, dims = max(grid.shape), len(grid.shape)
+        fields = [
+            diffuse_published([generator], size, dims, time_step(one), device=self.device)[0]
+            for generator, one in zip(generators, levels)
+        ]
+        square = fractions_to_voxels(torch.cat(fields))
+        return crop(square, grid.shape, centre=True)
+
+    def _check(self, images: Tensor) -> None:
+        card = self.network.card
+        if images.ndim != card.spatial_dims + 2 or images.shape[1] != card.in_channels or 0 in images.shape:
+            raise ValueError(
+                f"{card.name!r} needs images of shape (B, {card.in_channels}, *S) with {card.spatial_dims} spatial "
+                f"axes, got {tuple(images.shape)}."
+            )
+        if not bool(torch.isfinite(images).all()):
+            raise ValueError("images must be finite, got NaN or infinity. Clean the image first (numpy.nan_to_num).")

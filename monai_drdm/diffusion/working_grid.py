@@ -1,0 +1,73 @@
+"""The network's own grid: how an image of any shape, spacing and intensity gets there, and how its field comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from monai_drdm.fields import resize_ddf, resize_image
+
+_PERCENTILES = (0.005, 0.995)
+_QUANTILE_SAMPLES = 1 << 20  # torch.quantile refuses more than 2^24 values; this many fix a percentile well enough
+
+
+@dataclass(frozen=True)
+class WorkingGrid:
+    """A grid whose longest physical side has the network's size and whose other sides keep their proportion."""
+
+    full_shape: tuple[int, ...]
+    shape: tuple[int, ...]
+    """Spatial shape of the working grid."""
+    spacing: tuple[float, ...]
+    """Spacing of the working grid, in the units of the image's."""
+
+    @classmethod
+    def of(cls, shape: Sequence[int], spacing: Sequence[float], working_size: int) -> WorkingGrid:
+        """The working grid of an image.
+
+        Args:
+            shape: spatial shape of the image.
+            spacing: mm per voxel along each axis.
+            working_size: voxels along the longest physical side.
+        """
+        extent = [n * s for n, s in zip(shape, spacing)]
+        longest = max(extent)
+        # an axis of 2 or more keeps at least 2, so that its displacements have a scale
+        work = tuple(max(round(working_size * e / longest), min(n, 2)) for n, e in zip(shape, extent))
+        work_spacing = tuple(
+            s * (n - 1) / (w - 1) if n > 1 and w > 1 else s * n / w for n, s, w in zip(shape, spacing, work)
+        )
+        return cls(tuple(shape), work, work_spacing)
+
+    def image_to_working(self, image: Tensor, input_range: tuple[float, float]) -> Tensor:
+        """Bring ``(B, C, *full)`` intensities to the working grid and the network's range; float32 ``(B, C, *S)``.
+
+        Each sample's 0.5th to 99.5th percentile maps to the range, what lies outside is clipped. A constant image
+        maps to the lower end.
+        """
+        image = image.to(torch.float32)
+        low, high = _robust_range(image)
+        width = torch.where(high > low, high - low, torch.ones_like(low))
+        unit = ((image - low) / width).clamp(0.0, 1.0)
+        unit = resize_image(unit, self.shape)
+        return unit * (input_range[1] - input_range[0]) + input_range[0]
+
+    def ddf_to_full(self, ddf: Tensor) -> Tensor:
+        """Bring a field ``(B, D, *S)`` in working voxels to the image's grid, in its voxels."""
+        return resize_ddf(ddf, self.full_shape)
+
+
+def _robust_range(image: Tensor) -> tuple[Tensor, Tensor]:
+    """Percentiles of each sample, ``(B, 1, …)``; the full range where they coincide, as in a mostly empty image."""
+    flat = image.flatten(1)
+    strided = flat[:, :: max(1, flat.shape[1] // _QUANTILE_SAMPLES)]
+    quantiles = torch.quantile(strided, torch.tensor(_PERCENTILES, device=image.device, dtype=image.dtype), dim=1)
+    low, high = quantiles[0], quantiles[1]
+    flatline = low >= high
+    low = torch.where(flatline, flat.amin(dim=1), low)
+    high = torch.where(flatline, flat.amax(dim=1), high)
+    form = (-1, *(1,) * (image.ndim - 1))
+    return low.view(form), high.view(form)

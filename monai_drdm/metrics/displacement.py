@@ -1,0 +1,50 @@
+"""How far a field moves, with and without its affine part, and how unevenly it stretches."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from monai_drdm.fields import identity_grid, jacobian_determinant
+from monai_drdm.fields.grid import check_ddf, field_dtype
+
+
+def mean_displacement(ddf: Tensor) -> Tensor:
+    """Mean length of the displacement of each field, ``(B,)`` in voxels."""
+    check_ddf(ddf, "mean_displacement")
+    length: Tensor = ddf.norm(dim=1)
+    return length.flatten(1).mean(dim=1)
+
+
+def remove_affine(ddf: Tensor) -> Tensor:
+    """What is left of each field after its best affine fit (least squares over all voxels).
+
+    A shift, rotation or scaling of the whole image is no deformation; this part is what an affine augmentation could
+    not have made.
+
+    Args:
+        ddf: ``(B, D, *S)`` voxels.
+
+    Returns:
+        ``(B, D, *S)`` voxels.
+    """
+    dims = check_ddf(ddf, "remove_affine")
+    dtype = field_dtype(ddf)
+    grid = identity_grid(ddf.shape[2:], device=ddf.device, dtype=torch.float64).flatten(1)
+    design = torch.cat((torch.ones_like(grid[:1]), grid - grid.mean(dim=1, keepdim=True)))  # (D + 1, N)
+    values = ddf.to(torch.float64).flatten(2)  # (B, D, N)
+    gram = design @ design.T
+    coefficients = values @ design.T @ torch.linalg.pinv(gram, hermitian=True)
+    rest: Tensor = (values - coefficients @ design).to(dtype)
+    return rest.reshape(ddf.shape[0], dims, *ddf.shape[2:])
+
+
+def log_jacobian_std(ddf: Tensor, floor: float = 1e-3) -> Tensor:
+    """Standard deviation of the logarithm of the corner Jacobian determinant of each field, ``(B,)``.
+
+    Args:
+        ddf: ``(B, D, *S)`` voxels.
+        floor: determinants are clamped to at least this, so that folds count as extreme compression.
+    """
+    determinant = jacobian_determinant(ddf).clamp(min=floor)
+    return torch.std(determinant.log().flatten(1), dim=1, correction=0)

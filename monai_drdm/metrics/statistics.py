@@ -1,0 +1,59 @@
+"""A short account of one field."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from monai_drdm.fields import jacobian_determinant, voxels_to_mm
+
+_LOG_FLOOR = 1e-3
+
+
+@dataclass(frozen=True)
+class FieldStatistics:
+    """What a field does, in numbers."""
+
+    mean_displacement_vox: float
+    max_displacement_vox: float
+    mean_displacement_mm: float
+    max_displacement_mm: float
+    fold_fraction: float
+    """Of grid cells, by the corner measure."""
+    log_jacobian_min: float
+    """Of the logarithm of the corner determinant, which is clamped at 0.001 so that folds count as compression."""
+    log_jacobian_mean: float
+    log_jacobian_std: float
+
+    def to_dict(self) -> dict[str, float]:
+        """The numbers by name."""
+        return asdict(self)
+
+
+def field_statistics(ddf: Tensor, spacing: Sequence[float]) -> FieldStatistics:
+    """Statistics of one field.
+
+    Args:
+        ddf: ``(1, D, *S)`` voxels.
+        spacing: mm per voxel along each axis.
+
+    Returns:
+        The statistics, read back from the device at once.
+
+    Raises:
+        ValueError: more than one field, or a spacing that does not fit.
+    """
+    if ddf.shape[0] != 1:
+        raise ValueError(f"field_statistics: ddf must hold one field (1, D, *S), got {tuple(ddf.shape)}.")
+    length_vox = ddf.norm(dim=1)
+    length_mm = voxels_to_mm(ddf, spacing).norm(dim=1)
+    determinant = jacobian_determinant(ddf)
+    logarithm = determinant.clamp(min=_LOG_FLOOR).log()
+    numbers = torch.stack((
+        length_vox.mean(), length_vox.max(), length_mm.mean(), length_mm.max(), (determinant <= 0).to(ddf.dtype).mean(),
+        logarithm.min(), logarithm.mean(), logarithm.std(unbiased=False),
+    ))  # fmt: skip
+    return FieldStatistics(*numbers.tolist())

@@ -1,0 +1,202 @@
+"""Reading and writing weights: safetensors only, hashed before they are parsed."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load as parse_safetensors
+from safetensors.torch import save as to_safetensors
+
+from monai_drdm.networks.card import NetworkCard
+from monai_drdm.networks.recresacnet import RecResACNet
+from monai_drdm.networks.registry import network_card
+
+_METADATA_KEY = "monai_drdm"
+_MAX_BYTES = 1 << 30
+_KINDS = {"recresacnet": RecResACNet}
+
+
+def weights_folder() -> Path:
+    """The folder of converted and pulled weights: ``MONAI_DRDM_WEIGHTS``, or ``monai_drdm`` in the user cache."""
+    chosen = os.environ.get("MONAI_DRDM_WEIGHTS")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(chosen) if chosen else Path(cache) / "monai_drdm"
+
+
+def load_network(name: str | os.PathLike[str], device: torch.device | str | None = None) -> RecResACNet:
+    """Load a network for inference by registry name or from a safetensors file.
+
+    A name is looked up in ``weights_folder()``; if it is not there, it is pulled from the authors' repository, hash
+    checked, and kept. Its hash must be the registry's. A file of one's own is checked for names, shapes, dtypes and
+    finite values.
+
+    Args:
+        name: one of ``list_networks()`` or a path.
+        device: where to put it; None is the CPU.
+
+    Returns:
+        The network in evaluation mode, without gradients, its card at ``.card``.
+
+    Raises:
+        ValueError: unknown name, or a file that is not intact weights of a known network.
+        FileNotFoundError: the weights are neither here nor reachable; says what to do.
+    """
+    path = Path(name)
+    if path.suffix == ".safetensors" or path.is_file():
+        network = read_network(path)
+    else:
+        network = _load_known(network_card(os.fspath(name)))
+    return network.to(device) if device is not None else network
+
+
+def read_network(path: Path, sha256: str | None = None) -> RecResACNet:
+    """Read a safetensors file; ``sha256``, if given, must match before anything is parsed.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a wrong hash, or not intact weights of a known network.
+    """
+    data = _read_bytes(path)
+    digest = hashlib.sha256(data).hexdigest()
+    if sha256 is not None and digest != sha256:
+        raise ValueError(
+            f"load_network: {path} has sha256 {digest}, expected {sha256}. The file is damaged or not the published "
+            "one: delete it and convert or pull it again."
+        )
+    if data[:2] == b"PK" or data[:1] == b"\x80":
+        raise ValueError(
+            f"load_network: {path} is a pickle, expected safetensors. Published .pth files are read by "
+            "'monai-drdm weights convert FILE.pth' only."
+        )
+    try:
+        tensors = parse_safetensors(data)
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+    except (SafetensorError, ValueError) as error:
+        raise ValueError(f"load_network: {path} is not an intact safetensors file ({error}).") from None
+    metadata = header.get("__metadata__", {})
+    if set(metadata) != {_METADATA_KEY}:
+        raise ValueError(
+            f"load_network: {path} must hold a network card under the single metadata key {_METADATA_KEY!r}, "
+            f"got keys {sorted(metadata)}. Write weights with save_network."
+        )
+    network = build_network(NetworkCard.from_json(metadata[_METADATA_KEY], digest))
+    _fill(network, tensors, str(path))
+    return network.eval().requires_grad_(False)
+
+
+def build_network(card: NetworkCard) -> RecResACNet:
+    """An untrained network of a card's kind.
+
+    Raises:
+        ValueError: unknown kind.
+    """
+    if card.kind not in _KINDS:
+        raise ValueError(f"network card {card.name!r}: kind must be one of {sorted(_KINDS)}, got {card.kind!r}.")
+    network = _KINDS[card.kind](card.spatial_dims, card.in_channels)
+    network.card = card
+    return network
+
+
+def save_network(network: RecResACNet, path: str | os.PathLike[str]) -> str:
+    """Write a network and its card as safetensors, never over an existing file.
+
+    Args:
+        network: any network of this package.
+        path: a new ``.safetensors`` file.
+
+    Returns:
+        The file's sha256. The same weights and card always give the same.
+
+    Raises:
+        ValueError: another suffix.
+        FileExistsError: the file is there already, with other content.
+    """
+    path = Path(path)
+    if path.suffix != ".safetensors":
+        raise ValueError(f"save_network: path must end in .safetensors, got {path}.")
+    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    data = to_safetensors(tensors, {_METADATA_KEY: network.card.to_json()})
+    write_once(path, data)
+    return hashlib.sha256(data).hexdigest()
+
+
+def network_sha256(network: RecResACNet) -> str:
+    """What identifies a network in a record: the hash of its file or, for one in memory, of its safetensors form."""
+    if network.card.sha256:
+        return network.card.sha256
+    tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    return hashlib.sha256(to_safetensors(tensors, {_METADATA_KEY: network.card.to_json()})).hexdigest()
+
+
+def write_once(path: Path, data: bytes) -> None:
+    """Write a new file whole or not at all; an existing one must already hold the same bytes.
+
+    Raises:
+        FileExistsError: it holds others.
+    """
+    if path.exists():
+        if path.read_bytes() == data:
+            return
+        raise FileExistsError(f"{path} exists with other content. Move it away first; nothing was written.")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
+        os.replace(partial, path)
+    except BaseException:
+        Path(partial).unlink(missing_ok=True)
+        raise
+
+
+def _load_known(card: NetworkCard) -> RecResACNet:
+    from monai_drdm.networks.published import pull_network
+
+    path = weights_folder() / f"{card.name}.safetensors"
+    if not card.sha256:
+        raise ValueError(
+            f"load_network: no verified hash of {card.name!r} is known yet, so it cannot be loaded by name. Convert "
+            "your copy with 'monai-drdm weights convert FILE.pth' and pass the path of the result."
+        )
+    if not path.is_file():
+        path = pull_network(card.name)
+    network = read_network(path, card.sha256)
+    network.card = replace(card, sha256=card.sha256)
+    return network
+
+
+def _read_bytes(path: Path) -> bytes:
+    if not path.is_file():
+        raise FileNotFoundError(f"load_network: no file {path}.")
+    size = path.stat().st_size
+    if not 8 < size <= _MAX_BYTES:
+        raise ValueError(f"load_network: {path} must be a safetensors file of at most 1 GiB, got {size} bytes.")
+    return path.read_bytes()
+
+
+def _fill(network: RecResACNet, tensors: dict[str, torch.Tensor], origin: str) -> None:
+    """Load tensors into a network after checking names, shapes, dtypes and values."""
+    expected = network.state_dict()
+    missing, foreign = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
+    if missing or foreign:
+        raise ValueError(
+            f"{origin}: expected the {len(expected)} tensors of {network.card.kind}, {len(missing)} missing "
+            f"{missing[:3]}, {len(foreign)} foreign {foreign[:3]}."
+        )
+    for name, tensor in tensors.items():
+        want = expected[name]
+        if tensor.shape != want.shape or tensor.dtype != want.dtype:
+            raise ValueError(
+                f"{origin}: tensor {name!r} must be {want.dtype} {tuple(want.shape)}, got {tensor.dtype} "
+                f"{tuple(tensor.shape)}."
+            )
+        if not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{origin}: tensor {name!r} holds NaN or infinity. The weights are damaged.")
+    network.load_state_dict(tensors)

@@ -1,0 +1,15 @@
+"""MONAI transforms."""
+
+from monai_drdm.transforms.array import RandDRDMDeform
+from monai_drdm.transforms.dictionary import RandDRDMDeformD, RandDRDMDeformd, RandDRDMDeformDict
+from monai_drdm.transforms.record import Deformation, DeformationParams, DeformationStatistics
+
+__all__ = [
+    "Deformation",
+    "DeformationParams",
+    "DeformationStatistics",
+    "RandDRDMDeform",
+    "RandDRDMDeformD",
+    "RandDRDMDeformDict",
+    "RandDRDMDeformd",
+]

@@ -1,0 +1,185 @@
+"""``RandDRDMDeform``: the array form."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+import torch
+from monai.config import NdarrayOrTensor
+from monai.transforms import RandomizableTransform
+from monai.utils import TransformBackends
+from torch import Tensor
+
+from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
+from monai_drdm.networks import RecResACNet
+from monai_drdm.transforms.draw import FieldDrawer
+from monai_drdm.transforms.inputs import as_tensor, spacing_of, untouched, warp_like
+from monai_drdm.transforms.record import Deformation, DeformationParams
+
+_SEEDS = 2**32
+
+
+class DRDMRandomness(RandomizableTransform):
+    """Firing and seeds, the same for the array and the dictionary form.
+
+    Args:
+        prob: chance that the transform fires.
+        drawer: draws the fields.
+    """
+
+    backend = [TransformBackends.TORCH]  # noqa: RUF012  # MONAI declares it so
+
+    def __init__(self, prob: float, drawer: FieldDrawer) -> None:
+        if not 0.0 <= prob <= 1.0:
+            raise ValueError(f"prob must be in [0, 1], got {prob}.")
+        RandomizableTransform.__init__(self, prob)
+        self.drawer = drawer
+        self.last: Deformation | None = None
+        self._seed: int | None = None
+
+    def randomize(self, data: object = None) -> None:
+        """Draw whether to fire, then one integer seed, in that order whether or not it fires."""
+        super().randomize(None)
+        self._seed = int(self.R.randint(0, _SEEDS, dtype="uint64"))
+
+    def deformation(
+        self,
+        image: NdarrayOrTensor,
+        spacing: Sequence[float],
+        name: str,
+        randomize: bool,
+        params: DeformationParams | None,
+        field: Tensor | None,
+    ) -> Deformation | None:
+        """The deformation to apply to an image, or None if the transform does not fire.
+
+        Raises:
+            ValueError: both ``params`` and ``field``, a field that does not fit, or nothing yet to replay.
+        """
+        if params is not None and field is not None:
+            raise ValueError("give params= to replay a record or field= to apply a field, not both.")
+        tensor = as_tensor(image, name)
+        if field is not None:
+            return Deformation(_checked_field(field, tensor), spacing)
+        if params is not None:
+            return self.drawer.draw(tensor, spacing, params=params)
+        if randomize:
+            self.randomize()
+        if self._seed is None:
+            raise ValueError(
+                "randomize=False replays the last draw, and there is none yet. Call once with randomize=True."
+            )
+        return self.drawer.draw(tensor, spacing, seed=self._seed) if self._do_transform else None
+
+    def __getstate__(self) -> dict[str, object]:
+        """Everything but the last field, which may be large."""
+        return {**self.__dict__, "last": None}
+
+
+class RandDRDMDeform(DRDMRandomness):
+    """Deform an image at random into another plausible anatomy (paper, Algorithms 2 and 3).
+
+    A random multi-scale field deforms the image; a network that knows realistic images recovers what became
+    unrealistic; the image is resampled once by what remains.
+
+    Args:
+        network: registry name, path of a safetensors file, or loaded network; ``"auto"``: the default of the image's
+            dimensions.
+        prob: chance that the transform fires.
+        deformation_level: the paper's T'/T in (0, 1], a number or a range drawn uniformly.
+        sampler: ``"reference"``, ``"fast"``, or ``"auto"``: the network card's.
+        steps: recovery steps; None: the network card's.
+        mode: ``bilinear``, ``nearest``, ``bicubic`` (2D) or ``label``.
+        padding_mode: ``border``, ``zeros`` or ``reflection``.
+        image_channel: channel that the network sees; None: the mean over channels.
+        max_displacement_mm: scales the field down to at most this.
+        on_fold: if folds exceed ``max_fold_fraction``: ``rescale`` (shrink until they do not), ``resample`` (draw again
+            at most 4 times, then shrink the least folded), ``skip``, ``keep``, ``raise``.
+        max_fold_fraction: accepted fraction of folding cells at full resolution, by the corner measure.
+        pixdim: spacing in mm of tensors without an affine.
+        device: where the network runs; None: where the image is.
+
+    Raises:
+        TypeError: arguments of a wrong type.
+        ValueError: arguments out of range.
+    """
+
+    def __init__(
+        self,
+        network: str | os.PathLike[str] | RecResACNet = "auto",
+        *,
+        prob: float = 0.1,
+        deformation_level: float | Sequence[float] = (0.3, 0.8),
+        sampler: str = "auto",
+        steps: int | None = None,
+        mode: Mode = "bilinear",
+        padding_mode: PaddingMode = "border",
+        image_channel: int | None = None,
+        max_displacement_mm: float | None = None,
+        on_fold: str = "rescale",
+        max_fold_fraction: float = 1e-4,
+        pixdim: Sequence[float] | None = None,
+        device: torch.device | str | None = None,
+    ) -> None:
+        drawer = FieldDrawer(
+            network,
+            deformation_level,
+            sampler,
+            steps,
+            image_channel,
+            max_displacement_mm,
+            on_fold,
+            max_fold_fraction,
+            device,
+        )
+        super().__init__(prob, drawer)
+        check_modes(mode, padding_mode, 2, "RandDRDMDeform")
+        self.mode: Mode = mode
+        self.padding_mode: PaddingMode = padding_mode
+        self.pixdim = pixdim
+
+    def __call__(
+        self,
+        img: NdarrayOrTensor,
+        mode: Mode | None = None,
+        padding_mode: PaddingMode | None = None,
+        randomize: bool = True,
+        *,
+        params: DeformationParams | None = None,
+        field: Tensor | None = None,
+    ) -> Tensor:
+        """Deform an image.
+
+        Args:
+            img: ``(C, *S)`` with 2 or 3 spatial axes.
+            mode: overrides the constructor's.
+            padding_mode: overrides the constructor's.
+            randomize: False replays the last draw.
+            params: replays a record instead.
+            field: applies this field ``(D, *S)`` in voxels instead.
+
+        Returns:
+            ``(C, *S)`` tensor, or MetaTensor where metadata is tracked. The input is left as it is.
+
+        Raises:
+            TypeError: not an array or tensor of a real numeric type.
+            ValueError: anything that does not fit; see the table of inputs and answers in the README.
+        """
+        spacing = spacing_of(img, self.pixdim, "img") if hasattr(img, "ndim") else ()
+        self.last = self.deformation(img, spacing, "img", randomize, params, field)
+        if self.last is None or self.last.skipped:
+            return untouched(img)
+        return warp_like(img, self.last.ddf, mode or self.mode, padding_mode or self.padding_mode, "img")
+
+
+def _checked_field(field: Tensor, image: Tensor) -> Tensor:
+    if not isinstance(field, Tensor) or not field.is_floating_point():
+        raise TypeError(
+            f"field must be a floating tensor (D, *S) in voxels, got {getattr(field, 'dtype', type(field))}."
+        )
+    if tuple(field.shape) != (image.ndim - 1, *image.shape[1:]):
+        raise ValueError(f"field must have shape {(image.ndim - 1, *image.shape[1:])}, got {tuple(field.shape)}.")
+    if not bool(torch.isfinite(field).all()):
+        raise ValueError("field must be finite, got NaN or infinity.")
+    return field.detach().to(image.device)

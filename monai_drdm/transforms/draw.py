@@ -1,0 +1,213 @@
+"""From an image and a seed to the field that the transforms apply."""
+
+from __future__ import annotations
+
+import copy
+import math
+import os
+from collections.abc import Sequence
+from functools import lru_cache
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from monai_drdm._version import __version__
+from monai_drdm.diffusion import DRDM
+from monai_drdm.fields import fold_fraction, shrink_to_fold_limit, voxels_to_mm
+from monai_drdm.networks import auto_network, load_network, network_sha256, RecResACNet
+from monai_drdm.transforms.record import Deformation, DeformationParams
+
+FOLD_POLICIES = ("rescale", "resample", "skip", "keep", "raise")
+_MAX_REDRAWS = 4
+
+
+class FieldDrawer:
+    """Draws the field of one image. Holds settings only; the network is loaded at the first draw, once per process.
+
+    The arguments are those of ``RandDRDMDeform``.
+    """
+
+    def __init__(
+        self,
+        network: str | os.PathLike[str] | RecResACNet,
+        deformation_level: float | Sequence[float],
+        sampler: str,
+        steps: int | None,
+        image_channel: int | None,
+        max_displacement_mm: float | None,
+        on_fold: str,
+        max_fold_fraction: float,
+        device: torch.device | str | None,
+    ) -> None:
+        if not isinstance(network, (str, os.PathLike, RecResACNet)):
+            raise TypeError(f"network must be a name, a path or a loaded network, got {type(network).__name__}.")
+        if on_fold not in FOLD_POLICIES:
+            raise ValueError(f"on_fold must be one of {FOLD_POLICIES}, got {on_fold!r}.")
+        if not 0.0 <= max_fold_fraction <= 1.0:
+            raise ValueError(f"max_fold_fraction must be in [0, 1], got {max_fold_fraction}.")
+        if max_displacement_mm is not None and not 0.0 < max_displacement_mm < math.inf:
+            raise ValueError(f"max_displacement_mm must be positive or None, got {max_displacement_mm}.")
+        self.network = network
+        self.levels = _level_range(deformation_level)
+        self.sampler = sampler
+        self.steps = steps
+        self.image_channel = image_channel
+        self.max_displacement_mm = max_displacement_mm
+        self.on_fold = on_fold
+        self.max_fold_fraction = max_fold_fraction
+        self.device = device
+        if isinstance(network, RecResACNet):
+            DRDM(network, sampler, steps)  # wrong combinations fail here, not in the first batch
+
+    def draw(
+        self,
+        image: Tensor,
+        spacing: Sequence[float],
+        *,
+        seed: int | None = None,
+        params: DeformationParams | None = None,
+    ) -> Deformation:
+        """Draw the field of an image from a seed, or replay a record.
+
+        Args:
+            image: ``(C, *S)``, any real dtype.
+            spacing: mm per voxel along each axis.
+            seed: fixes level and field.
+            params: a record to replay instead.
+
+        Returns:
+            The field on the image's device, after the displacement limit and the fold policy.
+
+        Raises:
+            ValueError: the image does not fit the network, is not finite, or the record is of another network;
+                under ``on_fold="raise"`` a field that folds too much.
+        """
+        model = self._model(image, params)
+        if params is None:
+            assert seed is not None
+            params = self._params(model, seed)
+        else:
+            _check_record(params, model)
+        view = self._network_view(image)
+        notes = ("constant image",) if bool((view == view.flatten()[0]).all()) else ()
+        limit = self.max_displacement_mm
+        drawn: list[tuple[float, Tensor, float, int]] = []  # folds, field, scale, seed
+        for seed_k in _seed_chain(params.seed, _MAX_REDRAWS + 1 if self.on_fold == "resample" else 1):
+            ddf = model.sample(view[None], params.deformation_level, [seed_k], spacing)
+            scale = (
+                min(1.0, limit / float(voxels_to_mm(ddf, spacing).norm(dim=1).max())) if limit and ddf.any() else 1.0
+            )
+            ddf = ddf * scale if scale < 1.0 else ddf
+            drawn.append((float(fold_fraction(ddf)[0]), ddf, scale, seed_k))
+            if drawn[-1][0] <= self.max_fold_fraction:
+                break
+        folds, ddf, scale, used_seed = min(drawn, key=lambda entry: entry[0])
+        action = "none" if len(drawn) == 1 else "resample"
+        if folds > self.max_fold_fraction:
+            ddf, factor, action = self._settle(ddf, folds, action)
+            scale *= factor
+        record = DeformationParams(
+            used_seed,
+            params.deformation_level,
+            params.network,
+            params.network_sha256,
+            params.sampler,
+            params.steps,
+            __version__,
+        )
+        return Deformation(
+            ddf[0].to(image.device), spacing, record, scale=scale, fold_action=action, draws=len(drawn), notes=notes
+        )
+
+    def _settle(self, ddf: Tensor, folds: float, action: str) -> tuple[Tensor, float, str]:
+        """Apply the fold policy to a field above the limit: the field, the factor on it, and what was done."""
+        if self.on_fold == "keep":
+            return ddf, 1.0, "keep"
+        if self.on_fold == "skip":
+            return torch.zeros_like(ddf), 0.0, "skip"
+        if self.on_fold == "raise":
+            raise ValueError(
+                f"on_fold='raise': the field folds in {folds:.2%} of cells, above max_fold_fraction="
+                f"{self.max_fold_fraction:.2%}. Lower deformation_level or choose another policy."
+            )
+        ddf, factor = shrink_to_fold_limit(ddf, self.max_fold_fraction)
+        return ddf, float(factor[0]), "rescale" if action == "none" else "resample+rescale"
+
+    def _params(self, model: DRDM, seed: int) -> DeformationParams:
+        low, high = self.levels
+        level = float(np.random.RandomState(seed).uniform(low, high)) if low < high else low
+        card = model.network.card
+        return DeformationParams(
+            seed, level, card.name, network_sha256(model.network), model.sampler, model.steps, __version__
+        )
+
+    def _model(self, image: Tensor, params: DeformationParams | None) -> DRDM:
+        dims = image.ndim - 1
+        device = torch.device(self.device) if self.device is not None else image.device
+        network = self.network
+        if isinstance(network, RecResACNet):
+            if next(network.parameters()).device != device:
+                network = copy.deepcopy(network).to(device)
+        else:
+            name = auto_network(dims) if network == "auto" else os.fspath(network)
+            network = _shared_network(name, str(device))
+        _check_dims(network, dims)
+        if params is not None:
+            return DRDM(network, params.sampler, params.steps)
+        return DRDM(network, self.sampler, self.steps)
+
+    def _network_view(self, image: Tensor) -> Tensor:
+        """What the network sees: one channel or the mean over channels, float32 ``(1, *S)``."""
+        if self.image_channel is None:
+            view = image.to(torch.float32).mean(dim=0, keepdim=True)
+        elif -image.shape[0] <= self.image_channel < image.shape[0]:
+            view = image[self.image_channel][None].to(torch.float32)
+        else:
+            raise ValueError(
+                f"image_channel must be a channel of the image, got {self.image_channel} of {image.shape[0]}."
+            )
+        if not bool(torch.isfinite(image).all() & torch.isfinite(view).all()):
+            raise ValueError(
+                "the image holds NaN or infinity (or overflows float32). Clean it first (numpy.nan_to_num)."
+            )
+        return view
+
+
+@lru_cache(maxsize=8)
+def _shared_network(name: str, device: str) -> RecResACNet:
+    return load_network(name, device)
+
+
+def _check_dims(network: RecResACNet, dims: int) -> None:
+    card = network.card
+    if card.spatial_dims != dims:
+        raise ValueError(
+            f"network {card.name!r} deforms {card.spatial_dims}D images, got an image of {dims} spatial dimensions. "
+            + ("Deform 2D slices, or pass a 3D network." if dims == 3 else "Pass a 2D network.")
+        )
+    if card.in_channels != 1:
+        raise ValueError(f"network {card.name!r} must have one input channel, got {card.in_channels}.")
+
+
+def _check_record(params: DeformationParams, model: DRDM) -> None:
+    card = model.network.card
+    digest = network_sha256(model.network)
+    if (params.network, params.network_sha256) != (card.name, digest):
+        raise ValueError(
+            f"params were recorded with network {params.network!r} (sha256 {params.network_sha256[:12]}…), this "
+            f"transform has {card.name!r} ({digest[:12]}…). Load that network to replay them."
+        )
+
+
+def _level_range(level: float | Sequence[float]) -> tuple[float, float]:
+    numbers = (level, level) if isinstance(level, (int, float)) else tuple(level)
+    if len(numbers) != 2 or not 0.0 < numbers[0] <= numbers[1] <= 1.0:
+        raise ValueError(f"deformation_level must be a number in (0, 1] or a range (low, high) of them, got {level!r}.")
+    return float(numbers[0]), float(numbers[1])
+
+
+def _seed_chain(seed: int, count: int) -> list[int]:
+    """The seed and the ones that follow it when fields are drawn again."""
+    later = np.random.RandomState(seed % 2**32).randint(0, 2**32, size=_MAX_REDRAWS, dtype=np.uint64)
+    return [seed, *(int(s) for s in later)][:count]

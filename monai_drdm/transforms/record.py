@@ -1,0 +1,126 @@
+"""What one call of a transform did: the parameters that replay it, the field, and its statistics."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+from monai_drdm.fields import invert
+from monai_drdm.fields.invert import Inverse
+from monai_drdm.metrics import field_statistics, FieldStatistics
+
+
+@dataclass(frozen=True)
+class DeformationParams:
+    """Everything that fixes a field, given the image: the same record replays the same field."""
+
+    seed: int
+    deformation_level: float
+    network: str
+    network_sha256: str
+    sampler: str
+    steps: int
+    version: str
+
+    def to_json(self) -> str:
+        """The record as JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> DeformationParams:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ValueError: not the JSON of a record.
+        """
+        try:
+            values = json.loads(text)
+            names = {f.name for f in fields(cls)}
+            if not isinstance(values, dict) or set(values) != names:
+                raise ValueError(f"expected exactly the entries {sorted(names)}")
+            return cls(
+                seed=int(values["seed"]),
+                deformation_level=float(values["deformation_level"]),
+                network=str(values["network"]),
+                network_sha256=str(values["network_sha256"]),
+                sampler=str(values["sampler"]),
+                steps=int(values["steps"]),
+                version=str(values["version"]),
+            )
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"DeformationParams.from_json: not a record: {text[:80]!r} ({error}).") from None
+
+
+@dataclass(frozen=True)
+class DeformationStatistics(FieldStatistics):
+    """Statistics of the applied field and how it came about."""
+
+    scale: float
+    """Factor applied to the drawn field by ``max_displacement_mm`` and the fold policy."""
+    fold_action: str
+    """What the fold policy did: ``none``, ``rescale``, ``resample``, ``resample+rescale``, ``skip`` or ``keep``."""
+    draws: int
+    """Fields drawn; more than one under ``resample``."""
+    notes: tuple[str, ...]
+    """Remarks on the input, such as ``constant image``."""
+
+
+class Deformation:
+    """One applied field. A transform keeps its latest as ``.last``.
+
+    Args:
+        ddf: ``(D, *S)`` voxels, the field that was applied, at full resolution.
+        spacing: mm per voxel along each axis.
+        params: the record that replays it; None for a field that was given.
+        scale: as in ``DeformationStatistics``.
+        fold_action: as in ``DeformationStatistics``.
+        draws: as in ``DeformationStatistics``.
+        notes: as in ``DeformationStatistics``.
+    """
+
+    def __init__(
+        self,
+        ddf: Tensor,
+        spacing: Sequence[float],
+        params: DeformationParams | None = None,
+        *,
+        scale: float = 1.0,
+        fold_action: str = "none",
+        draws: int = 0,
+        notes: tuple[str, ...] = (),
+    ) -> None:
+        self.ddf = ddf
+        self.spacing = tuple(spacing)
+        self.params = params
+        self._account = {"scale": scale, "fold_action": fold_action, "draws": draws, "notes": notes}
+
+    @cached_property
+    def statistics(self) -> DeformationStatistics:
+        """Displacement, folding and log-Jacobian statistics, computed when first asked for."""
+        numbers = field_statistics(self.ddf[None], self.spacing).to_dict()
+        return DeformationStatistics(**numbers, **self._account)  # type: ignore[arg-type]  # entries typed above
+
+    @property
+    def skipped(self) -> bool:
+        """The fold policy ``skip`` left the data alone."""
+        return self._account["fold_action"] == "skip"
+
+    @property
+    def inverse_ddf(self) -> Tensor:
+        """``(D, *S)`` voxels, computed when first asked for; see ``inverse_residual_vox``."""
+        return self._inverse.ddf[0]
+
+    @property
+    def inverse_residual_vox(self) -> float:
+        """Largest distance by which going there and back misses, in voxels."""
+        return float(self._inverse.residual[0])
+
+    @cached_property
+    def _inverse(self) -> Inverse:
+        with torch.no_grad():
+            return invert(self.ddf[None])

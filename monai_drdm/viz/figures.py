@@ -1,0 +1,136 @@
+"""One deformation in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.colors import TwoSlopeNorm
+from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
+from torch import Tensor
+
+from monai_drdm.fields import fold_fraction, identity_grid, jacobian_determinant
+
+_INK = "#222222"
+_LABEL_BEFORE = "#ffb000"
+_LABEL_AFTER = "#00c8ff"
+
+
+def deformation_figure(
+    original: Tensor,
+    diffused: Tensor,
+    recovered: Tensor,
+    ddf: Tensor,
+    label: Tensor | None = None,
+    recovered_label: Tensor | None = None,
+    spacing: Sequence[float] = (1.0, 1.0),
+    title: str = "",
+) -> Figure:
+    """Original, diffused and recovered image, label overlay, warped grid and Jacobian map.
+
+    Args:
+        original: ``(H, W)`` image.
+        diffused: ``(H, W)``: the image under the random field.
+        recovered: ``(H, W)``: the image under the recovered field.
+        ddf: ``(2, H, W)`` voxels: the recovered field.
+        label: ``(H, W)`` integers of the original.
+        recovered_label: ``(H, W)`` integers of the recovered image.
+        spacing: mm per voxel along both axes, for the aspect ratio.
+        title: text above everything.
+
+    Returns:
+        A matplotlib figure; ``figure.savefig(path)`` writes it.
+    """
+    figure = Figure(figsize=(12.0, 6.9), layout="constrained", facecolor="white")
+    axes = figure.subplots(2, 3).ravel()
+    low, high = float(original.min()), float(original.float().quantile(0.998))
+    panels = (
+        ("Original", original),
+        ("Diffused: random deformation", diffused),
+        ("Recovered: new, plausible", recovered),
+    )
+    for axis, (name, image) in zip(axes, panels):
+        _show(axis, image, spacing, name, cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+    _show(axes[3], recovered, spacing, "Labels: before and after", cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+    for one, colour, name in ((label, _LABEL_BEFORE, "before"), (recovered_label, _LABEL_AFTER, "after")):
+        if one is not None:
+            _outline(axes[3], one, colour)
+            axes[3].plot([], [], color=colour, label=name)
+    if label is not None:
+        axes[3].legend(loc="lower right", fontsize=9, framealpha=0.85)
+    draw_warped_grid(axes[4], ddf, spacing)
+    mappable = draw_jacobian(axes[5], ddf, spacing)
+    figure.colorbar(mappable, ax=axes[5], shrink=0.8)
+    figure.suptitle(title, fontsize=12, color=_INK)
+    return figure
+
+
+def draw_warped_grid(axis: Axes, ddf: Tensor, spacing: Sequence[float] = (1.0, 1.0), lines: int = 32) -> None:
+    """Draw where a regular grid on the original ends up in the warped image.
+
+    The lines are the level sets of ``x + ddf(x)``: exact, without inverting the field.
+
+    Args:
+        axis: a matplotlib axis.
+        ddf: ``(2, H, W)`` voxels.
+        spacing: mm per voxel along both axes.
+        lines: grid lines along the longer side.
+    """
+    position = (identity_grid(ddf.shape[1:]) + ddf.detach().cpu().float()).numpy()
+    _frame(axis, position.shape[1:], spacing, "Grid of the original, warped")
+    extent_mm = max(n * s for n, s in zip(position.shape[1:], spacing))
+    for d in (0, 1):
+        step = max(extent_mm / lines / spacing[d], 1e-6)
+        levels = np.arange(0, position.shape[d + 1], step)
+        axis.contour(position[d].T, levels=levels, colors=_INK, linewidths=0.6)
+
+
+def draw_jacobian(axis: Axes, ddf: Tensor, spacing: Sequence[float] = (1.0, 1.0)) -> AxesImage:
+    """Draw the map of corner Jacobian determinants: red where anatomy grows, blue where it shrinks, black folds.
+
+    The determinant is that of the pull-back map, so it is below 1 where the warped image shows things larger.
+
+    Args:
+        axis: a matplotlib axis.
+        ddf: ``(2, H, W)`` voxels.
+        spacing: mm per voxel along both axes.
+
+    Returns:
+        The mappable, for a colour bar.
+    """
+    field = ddf.detach().cpu()[None]
+    determinant = jacobian_determinant(field)[0].numpy()
+    name = f"Jacobian determinant, folds {float(fold_fraction(field)[0]):.2%}"
+    _frame(axis, determinant.shape, spacing, name)
+    mappable = axis.imshow(
+        np.ma.masked_less_equal(determinant, 0.0).T, cmap="RdBu", norm=TwoSlopeNorm(1.0, 0.0, 2.5), origin="lower"
+    )
+    mappable.cmap.set_bad("black")
+    axis.set_aspect(spacing[1] / spacing[0])
+    return mappable
+
+
+def _show(axis: Axes, image: Tensor, spacing: Sequence[float], name: str, **style: Any) -> None:
+    array = image.detach().cpu().float().numpy()
+    _frame(axis, array.shape, spacing, name)
+    axis.imshow(array.T, origin="lower", **style)
+    axis.set_aspect(spacing[1] / spacing[0])
+
+
+def _frame(axis: Axes, shape: Sequence[int], spacing: Sequence[float], name: str) -> None:
+    axis.set_title(name, fontsize=11, color=_INK)
+    axis.set_xticks([])
+    axis.set_yticks([])
+    axis.set_xlim(-0.5, shape[0] - 0.5)
+    axis.set_ylim(-0.5, shape[1] - 0.5)
+    axis.set_aspect(spacing[1] / spacing[0])
+
+
+def _outline(axis: Axes, label: Tensor, colour: str) -> None:
+    array = label.detach().cpu().numpy()
+    for value in np.unique(array):
+        if value != 0:
+            axis.contour((array == value).T.astype(float), levels=[0.5], colors=colour, linewidths=1.2)
