@@ -11,7 +11,7 @@ from monai_drdm.diffusion.diffuse import diffuse, diffuse_published
 from monai_drdm.diffusion.recover import Callback, recover_fast, recover_reference, strided_times
 from monai_drdm.diffusion.schedule import time_step, TIME_STEPS
 from monai_drdm.diffusion.working_grid import WorkingGrid
-from monai_drdm.fields import crop, fractions_to_voxels
+from monai_drdm.fields import crop, fractions_to_voxels, mend_folds
 from monai_drdm.networks import RecResACNet
 
 SAMPLERS = {"recresacnet": ("reference", "fast")}
@@ -81,9 +81,9 @@ class DRDM:
             ddf = self._diffuse(grid, level, seeds, images.shape[0])
             if self.sampler == "reference":
                 ddf = recover_reference(self.network, working, ddf, callback=callback, progress=progress)
-            else:
-                ddf = recover_fast(self.network, working, ddf, steps=self.steps, callback=callback, progress=progress)
-            return grid.ddf_to_full(ddf)
+                return grid.ddf_to_full(ddf)
+            ddf = recover_fast(self.network, working, ddf, steps=self.steps, callback=callback, progress=progress)
+            return mend_folds(grid.ddf_to_full(ddf))  # a coarser grid can fold where the working grid does not
 
     @torch.no_grad()
     def diffuse(

@@ -29,7 +29,7 @@ def as_tensor(data: NdarrayOrTensor, name: str) -> Tensor:
         raise TypeError(f"{name} must be a numpy array or tensor (C, *S), got {type(data).__name__}.")
     if isinstance(data, np.ndarray) and data.dtype.kind not in "biuf":
         raise TypeError(f"{name} must be of a real numeric type, got {data.dtype}.")
-    tensor: Tensor = convert_to_tensor(data, track_meta=False)
+    tensor: Tensor = convert_to_tensor(_native(data), track_meta=False)
     if tensor.is_complex():
         raise TypeError(f"{name} must be of a real numeric type, got {tensor.dtype}.")
     if tensor.ndim not in (3, 4) or 0 in tensor.shape:
@@ -93,5 +93,12 @@ def warp_like(data: NdarrayOrTensor, ddf: Tensor, mode: Mode, padding_mode: Padd
 
 def untouched(data: NdarrayOrTensor) -> Tensor:
     """The data as MONAI hands on what a transform left alone: a tensor, MetaTensor where metadata is tracked."""
-    tensor: Tensor = convert_to_tensor(data, track_meta=get_track_meta())
+    tensor: Tensor = convert_to_tensor(_native(data), track_meta=get_track_meta())
     return tensor
+
+
+def _native(data: NdarrayOrTensor) -> Tensor:
+    """A tensor of exactly the array's type; MONAI's own conversion would widen unsigned integers."""
+    if isinstance(data, Tensor):
+        return data
+    return torch.from_numpy(np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("=")))

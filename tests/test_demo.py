@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from monai_drdm.cli import main
+from monai_drdm.networks import RecResACNet, save_network
+
+FILES = ["field.nii.gz", "figure.png", "image.nii.gz", "label.nii.gz", "record.json"]
+
+
+@pytest.fixture
+def network_file(tmp_path):
+    network = RecResACNet(2)
+    torch.nn.init.normal_(network.conv_out.weight, std=1e-5)
+    torch.nn.init.zeros_(network.conv_out.bias)
+    network.card = dataclasses.replace(network.card, name="untrained", working_size=48, steps=2)
+    path = tmp_path / "untrained.safetensors"
+    save_network(network, path)
+    return path
+
+
+def run(*arguments):
+    return main(["demo", *map(str, arguments)])
+
+
+def test_default_scan(network_file, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert run("--network", network_file, "--out", out, "--level", 0.4) == 0
+    assert sorted(p.name for p in out.iterdir()) == FILES
+    assert capsys.readouterr().out.count("\n") == len(FILES)
+    source = nib.load(_nibabel_scan())
+    for name in ("image.nii.gz", "label.nii.gz", "field.nii.gz"):
+        np.testing.assert_allclose(nib.load(out / name).affine, source.affine, atol=1e-5)
+    image, label = (nib.load(out / f"{key}.nii.gz").get_fdata() for key in ("image", "label"))
+    assert image.shape == label.shape == source.shape[:3]
+    assert set(np.unique(label)) == {0, 1}
+    original = source.get_fdata()[..., 0]
+    assert np.abs(image - original).mean() > 1
+    # the label still is the bright foreground of the deformed scan
+    assert image[label == 1].mean() > 3 * image[label == 0].mean()
+    field = nib.load(out / "field.nii.gz")
+    assert field.shape == (*source.shape[:3], 1, 3)
+    # an in-plane field: in voxels, nothing moves across slices
+    voxels = field.get_fdata()[:, :, :, 0] @ np.linalg.inv(source.affine[:3, :3]).T
+    assert np.abs(voxels[..., 2]).max() < 1e-3
+    assert np.abs(voxels[..., :2]).max() > 1
+    record = json.loads((out / "record.json").read_text())
+    assert record["deformation_level"] == 0.4
+    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_same_seed_same_files_and_nothing_overwritten(network_file, tmp_path, capsys):
+    for name in ("a", "b"):
+        assert run("--network", network_file, "--out", tmp_path / name, "--seed", 3) == 0
+    first, second = (nib.load(tmp_path / name / "image.nii.gz").get_fdata() for name in ("a", "b"))
+    np.testing.assert_array_equal(first, second)
+    assert run("--network", network_file, "--out", tmp_path / "a") == 1
+    assert "not an empty folder" in capsys.readouterr().err
+
+
+def test_own_image_and_label_2d(network_file, tmp_path):
+    affine = np.diag([0.7, 1.4, 1.0, 1.0])
+    axes = np.meshgrid(np.linspace(-1, 1, 50), np.linspace(-1, 1, 35), indexing="ij")
+    image = np.exp(-3 * (axes[0] ** 2 + axes[1] ** 2)).astype(np.float32)
+    nib.save(nib.Nifti1Image(image[:, :, None], affine), tmp_path / "i.nii.gz")
+    nib.save(nib.Nifti1Image((image > 0.5).astype(np.int16)[:, :, None] * 7, affine), tmp_path / "l.nii.gz")
+    out = tmp_path / "out"
+    arguments = ("--image", tmp_path / "i.nii.gz", "--label", tmp_path / "l.nii.gz", "--out", out)
+    assert run("--network", network_file, *arguments) == 0
+    label = nib.load(out / "label.nii.gz")
+    assert set(np.unique(label.get_fdata())) == {0, 7}
+    np.testing.assert_allclose(label.affine, affine)
+
+
+def test_missing_file_is_explained(network_file, tmp_path, capsys):
+    assert run("--network", network_file, "--image", tmp_path / "no.nii.gz", "--out", tmp_path / "out") == 1
+    assert "no.nii.gz" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_demo_with_published_weights(published_weights, tmp_path):
+    assert run("--out", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["network"] == "zheng2026-cmr-2d"
+
+
+def _nibabel_scan():
+    from importlib.resources import files
+
+    return str(files("nibabel") / "tests" / "data" / "example4d.nii.gz")
