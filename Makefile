@@ -24,7 +24,7 @@ weights: $(VENV)/.ready
 		$(BIN)/monai-drdm weights convert "$$MONAI_DRDM_REFERENCE/000000_cmr_recresacnet.pth"; fi
 
 demo: weights
-	$(BIN)/monai-drdm demo --out $(OUT)
+	$(BIN)/monai-drdm demo --seed 2 --level 0.4 --out $(OUT)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest

@@ -6,7 +6,9 @@ import copy
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,6 +22,13 @@ from monai_drdm.transforms.record import Deformation, DeformationParams
 
 FOLD_POLICIES = ("rescale", "resample", "skip", "keep", "raise")
 _MAX_REDRAWS = 4
+
+
+class _Draw(NamedTuple):
+    folds: float
+    ddf: Tensor  # (1, D, *S) voxels
+    scale: float
+    seed: int
 
 
 class FieldDrawer:
@@ -84,51 +93,53 @@ class FieldDrawer:
                 under ``on_fold="raise"`` a field that folds too much.
         """
         model = self._model(image, params)
+        redraws = 0
         if params is None:
             assert seed is not None
             params = self._params(model, seed)
+            redraws = _MAX_REDRAWS if self.on_fold == "resample" else 0
         else:
             _check_record(params, model)
         view = self._network_view(image)
         notes = ("constant image",) if bool((view == view.flatten()[0]).all()) else ()
-        limit = self.max_displacement_mm
-        drawn: list[tuple[float, Tensor, float, int]] = []  # folds, field, scale, seed
-        for seed_k in _seed_chain(params.seed, _MAX_REDRAWS + 1 if self.on_fold == "resample" else 1):
-            ddf = model.sample(view[None], params.deformation_level, [seed_k], spacing)
-            scale = (
-                min(1.0, limit / float(voxels_to_mm(ddf, spacing).norm(dim=1).max())) if limit and ddf.any() else 1.0
-            )
-            ddf = ddf * scale if scale < 1.0 else ddf
-            drawn.append((float(fold_fraction(ddf)[0]), ddf, scale, seed_k))
-            if drawn[-1][0] <= self.max_fold_fraction:
+        draws: list[_Draw] = []
+        for one_seed in _seed_chain(params.seed, 1 + redraws):
+            draws.append(self._draw_one(model, view, params.deformation_level, one_seed, spacing))
+            if draws[-1].folds <= self.max_fold_fraction:
                 break
-        folds, ddf, scale, used_seed = min(drawn, key=lambda entry: entry[0])
-        action = "none" if len(drawn) == 1 else "resample"
-        if folds > self.max_fold_fraction:
-            ddf, factor, action = self._settle(ddf, folds, action)
-            scale *= factor
-        record = DeformationParams(
-            used_seed,
-            params.deformation_level,
-            params.network,
-            params.network_sha256,
-            params.sampler,
-            params.steps,
-            __version__,
-        )
+        best = min(draws, key=lambda draw: draw.folds)
+        ddf, factor, action = best.ddf, 1.0, "none" if len(draws) == 1 else "resample"
+        if best.folds > self.max_fold_fraction:
+            ddf, factor, action = self._settle(best, action)
         return Deformation(
-            ddf[0].to(image.device), spacing, record, scale=scale, fold_action=action, draws=len(drawn), notes=notes
+            ddf[0].to(image.device),
+            spacing,
+            replace(params, seed=best.seed),
+            scale=best.scale * factor,
+            fold_action=action,
+            draws=len(draws),
+            notes=notes,
         )
 
-    def _settle(self, ddf: Tensor, folds: float, action: str) -> tuple[Tensor, float, str]:
+    def _draw_one(self, model: DRDM, view: Tensor, level: float, seed: int, spacing: Sequence[float]) -> _Draw:
+        """One field, scaled down to the displacement limit."""
+        ddf, scale = model.sample(view[None], level, [seed], spacing), 1.0
+        if self.max_displacement_mm is not None:
+            largest = float(voxels_to_mm(ddf, spacing).norm(dim=1).max())
+            scale = min(1.0, self.max_displacement_mm / max(largest, 1e-12))
+            ddf = ddf * scale
+        return _Draw(float(fold_fraction(ddf)[0]), ddf, scale, seed)
+
+    def _settle(self, draw: _Draw, action: str) -> tuple[Tensor, float, str]:
         """Apply the fold policy to a field above the limit: the field, the factor on it, and what was done."""
+        ddf = draw.ddf
         if self.on_fold == "keep":
             return ddf, 1.0, "keep"
         if self.on_fold == "skip":
             return torch.zeros_like(ddf), 0.0, "skip"
         if self.on_fold == "raise":
             raise ValueError(
-                f"on_fold='raise': the field folds in {folds:.2%} of cells, above max_fold_fraction="
+                f"on_fold='raise': the field folds in {draw.folds:.2%} of cells, above max_fold_fraction="
                 f"{self.max_fold_fraction:.2%}. Lower deformation_level or choose another policy."
             )
         ddf, factor = shrink_to_fold_limit(ddf, self.max_fold_fraction)
