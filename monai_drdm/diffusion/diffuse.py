@@ -48,8 +48,7 @@ def diffuse(
         )
     times = torch.tensor([integration_time(check_level(s, "diffuse"), len(shape)) for s in levels])
     velocity = isotropic_velocity(generators, shape, spacing) * times.view(-1, *(1,) * (len(shape) + 1))
-    # one call per sample: the number of squarings must not depend on who shares the batch
-    return torch.cat([exp_svf(v[None]) for v in velocity.to(device)])
+    return exp_svf(velocity.to(device))
 
 
 def diffuse_published(

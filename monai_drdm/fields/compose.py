@@ -10,7 +10,8 @@ from torch import Tensor
 from monai_drdm.fields.grid import check_ddf, check_same_grid, field_dtype
 from monai_drdm.fields.warp import PaddingMode, warp
 
-# a first step of at most this many voxels keeps the first-order start of scaling and squaring far below grid error
+# with a first step of at most this many voxels, the first-order start of scaling and squaring costs a few hundredths
+# of a voxel on fields that move by tens of them
 _FIRST_STEP_VOX = 0.125
 
 
@@ -25,7 +26,7 @@ def compose(first: Tensor, second: Tensor, padding_mode: PaddingMode = "border")
         padding_mode: what ``first`` is outside the grid.
 
     Returns:
-        ``(B, D, *S)`` voxels.
+        ``(B, D, *S)`` voxels, float32 or float64.
 
     Raises:
         TypeError: not floating tensors.
@@ -34,7 +35,8 @@ def compose(first: Tensor, second: Tensor, padding_mode: PaddingMode = "border")
     check_ddf(first, "compose", "first")
     check_ddf(second, "compose", "second")
     check_same_grid(first, second, "compose", ("first", "second"))
-    return warp(first, second, "bilinear", padding_mode) + second
+    dtype = field_dtype(first, second)
+    return warp(first.to(dtype), second.to(dtype), "bilinear", padding_mode) + second
 
 
 def power(ddf: Tensor, n: int | Tensor) -> Tensor:
@@ -53,14 +55,15 @@ def power(ddf: Tensor, n: int | Tensor) -> Tensor:
     check_ddf(ddf, "power")
     counts = torch.as_tensor(n, device="cpu")
     if (
-        counts.is_floating_point()
+        counts.dtype not in (torch.int64, torch.int32)
         or counts.ndim > 1
         or counts.numel() not in (1, ddf.shape[0])
         or bool((counts < 0).any())
     ):
         raise ValueError(f"power: n must be a non-negative integer or (B,) of them with B = {ddf.shape[0]}, got {n!r}.")
     remaining = counts.reshape(-1).expand(ddf.shape[0]).clone()
-    result, factor = torch.zeros_like(ddf), ddf
+    factor = ddf.to(field_dtype(ddf))
+    result = torch.zeros_like(factor)
     first = True
     while bool((remaining > 0).any()):
         odd = remaining % 2 == 1
@@ -81,8 +84,8 @@ def exp_svf(svf: Tensor, squarings: int | None = None) -> Tensor:
 
     Args:
         svf: ``(B, D, *S)`` voxels per unit time.
-        squarings: ``n``. None chooses it from the largest velocity of the batch, so that the first step is at most
-            1/8 voxel; that reads one number back from the device.
+        squarings: ``n``. None chooses it for each sample from its largest velocity, so that the first step is at most
+            1/8 voxel; that reads one number a sample back from the device.
 
     Returns:
         ``(B, D, *S)`` displacement in voxels, float32 or float64.
@@ -91,14 +94,19 @@ def exp_svf(svf: Tensor, squarings: int | None = None) -> Tensor:
         ValueError: negative ``squarings``, or velocities that are not finite.
     """
     check_ddf(svf, "exp_svf", "svf")
-    if squarings is None:
-        largest = float(svf.detach().abs().max())
-        if not math.isfinite(largest):
-            raise ValueError("exp_svf: svf must be finite, got NaN or infinity. Check the network or the draw.")
-        squarings = max(0, math.ceil(math.log2(largest / _FIRST_STEP_VOX))) if largest > 0 else 0
-    if squarings < 0:
+    if squarings is not None and squarings < 0:
         raise ValueError(f"exp_svf: squarings must be 0 or more, got {squarings}.")
-    ddf: Tensor = svf.to(field_dtype(svf)) / 2.0**squarings
-    for _ in range(squarings):
-        ddf = compose(ddf, ddf)
+    counts = _squarings(svf) if squarings is None else [squarings] * svf.shape[0]
+    each = torch.tensor(counts, device=svf.device).view(-1, *(1,) * (svf.ndim - 1))
+    ddf = svf.to(field_dtype(svf)) / 2.0**each
+    for done in range(max(counts)):
+        ddf = torch.where(each > done, compose(ddf, ddf), ddf)
     return ddf
+
+
+def _squarings(svf: Tensor) -> list[int]:
+    """For each sample the squarings that keep its first step within the limit, whatever else is in the batch."""
+    largest = svf.detach().abs().flatten(1).amax(dim=1).tolist()
+    if not all(math.isfinite(value) for value in largest):
+        raise ValueError("exp_svf: svf must be finite, got NaN or infinity. Check the network or the draw.")
+    return [max(0, math.ceil(math.log2(value / _FIRST_STEP_VOX))) if value > 0 else 0 for value in largest]

@@ -67,7 +67,7 @@ def solve_fixed_point(ddf: Tensor, target: Tensor, iterations: int, tolerance: f
         size = residual.norm(dim=1, keepdim=True)
         better = size < best_size
         best, best_size = torch.where(better, offset, best), torch.where(better, size, best_size)
-    worst = best_size.flatten(1).amax(dim=1)
+    worst = best_size.flatten(1).amax(dim=1) if best_size.numel() else best_size.new_zeros(offset.shape[0])
     return Inverse(best, worst, worst <= tolerance)
 
 

@@ -57,7 +57,8 @@ def fold_fraction(ddf: Tensor, scheme: Scheme = "corners") -> Tensor:
     Returns:
         ``(B,)`` in [0, 1].
     """
-    return (jacobian_determinant(ddf, scheme) <= 0).flatten(1).float().mean(dim=1)
+    unfolded = jacobian_determinant(ddf, scheme) > 0  # NaN is no evidence of an unfolded field
+    return (~unfolded).flatten(1).float().mean(dim=1)
 
 
 def _edges(field: Tensor, axis: int) -> Tensor:

@@ -93,8 +93,9 @@ def draw_normal(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -
 
 def _interpolation_matrix(size: int, nodes_per_voxel: float) -> Tensor:
     """``(size, N)``: linear interpolation from N lattice nodes, centred on the axis, to ``size`` voxel centres."""
-    half = (size - 1) / 2 * nodes_per_voxel
-    nodes = 2 * math.ceil(half) + 2  # even: the centre lies between two nodes, as in the published control grid
+    # counted from the extent, so that finer grids of one extent get the same lattice; even, so that the centre lies
+    # between two nodes as in the published control grid
+    nodes = 2 * math.ceil(size / 2 * nodes_per_voxel - 1e-6) + 2
     position = (torch.arange(size, dtype=torch.float64) - (size - 1) / 2) * nodes_per_voxel + (nodes - 1) / 2
     weights = 1 - (position[:, None] - torch.arange(nodes, dtype=torch.float64)[None]).abs()
     return weights.clamp(min=0).float()

@@ -47,8 +47,11 @@ def resize_image(image: Tensor, shape: Sequence[int]) -> Tensor:
         ``(B, C, *shape)``.
 
     Raises:
+        TypeError: not a floating image.
         ValueError: wrong number of axes, or sizes below 1.
     """
+    if not image.is_floating_point():
+        raise TypeError(f"resize_image: image must be floating, got {image.dtype}.")
     shape = _check_shape(shape, image.ndim - 2, "resize_image")
     if shape == tuple(image.shape[2:]):
         return image
@@ -73,9 +76,14 @@ def gaussian_smooth(tensor: Tensor, sigma: float | Sequence[float]) -> Tensor:
 
     Returns:
         ``(B, C, *S)`` of the same dtype.
+
+    Raises:
+        ValueError: a negative sigma or a wrong number of them.
     """
     dims = tensor.ndim - 2
-    sigmas = [float(sigma)] * dims if isinstance(sigma, (int, float)) else [float(s) for s in sigma]
+    sigmas = list(sigma) if isinstance(sigma, Sequence) else [float(sigma)] * dims
+    if len(sigmas) != dims or not all(s >= 0 for s in sigmas):
+        raise ValueError(f"gaussian_smooth: sigma must be one number or {dims} of them, 0 or more, got {sigma}.")
     for axis, s in enumerate(sigmas):
         if s > 0 and tensor.shape[axis + 2] > 1:
             tensor = _smooth_axis(tensor, axis + 2, s)

@@ -56,9 +56,17 @@ def sample(image: Tensor, coordinates: Tensor, mode: Mode = "bilinear", padding_
         ``(B, C, *T)``, dtype as in ``warp``.
 
     Raises:
-        ValueError: unknown mode or padding mode, or ``bicubic`` outside 2D.
+        TypeError: a complex image.
+        ValueError: batch sizes that do not fit, unknown mode or padding mode, or ``bicubic`` outside 2D.
     """
     check_modes(mode, padding_mode, image.ndim - 2, "warp")
+    if image.is_complex():
+        raise TypeError(f"warp: image must be real, got {image.dtype}. Warp real and imaginary part as two channels.")
+    if image.shape[0] != coordinates.shape[0] and 1 not in (image.shape[0], coordinates.shape[0]):
+        raise ValueError(
+            f"sample: batch sizes of image and coordinates must be equal or 1, got {image.shape[0]} and "
+            f"{coordinates.shape[0]}."
+        )
     batch = max(image.shape[0], coordinates.shape[0])
     image = image.expand(batch, *image.shape[1:])
     coordinates = coordinates.expand(batch, *coordinates.shape[1:])
@@ -148,8 +156,8 @@ def warp_points(points: Tensor, ddf: Tensor, *, iterations: int = 50, tolerance:
     from monai_drdm.fields.invert import solve_fixed_point
 
     dims = check_ddf(ddf, "warp_points")
-    if points.ndim != 3 or points.shape[-1] != dims:
-        raise ValueError(f"warp_points: points must have shape (B, N, {dims}), got {tuple(points.shape)}.")
+    if not isinstance(points, Tensor) or points.ndim != 3 or points.shape[-1] != dims:
+        raise ValueError(f"warp_points: points must have shape (B, N, {dims}), got {_shape(points)}.")
     dtype = field_dtype(ddf, points)
     target = points.to(dtype).transpose(1, 2)
     target = target.reshape(*target.shape, *(1,) * (dims - 1))  # (B, D, N, 1[, 1])

@@ -12,7 +12,7 @@ from monai_drdm.fields.grid import check_ddf, field_dtype
 def mean_displacement(ddf: Tensor) -> Tensor:
     """Mean length of the displacement of each field, ``(B,)`` in voxels."""
     check_ddf(ddf, "mean_displacement")
-    length: Tensor = ddf.norm(dim=1)
+    length: Tensor = ddf.to(field_dtype(ddf)).norm(dim=1)
     return length.flatten(1).mean(dim=1)
 
 
