@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monai_drdm.diffusion.schedule import check_level, composition_counts, integration_time
+from monai_drdm.diffusion.schedule import composition_counts, integration_time, levels_of_batch
 from monai_drdm.fields import compose, control_grid_velocity, crop, exp_svf, isotropic_velocity
 from monai_drdm.fields.random import CONTROL_SIZE, NODE_STD
 
@@ -41,12 +41,8 @@ def diffuse(
     Raises:
         ValueError: a level outside (0, 1], a wrong number of levels, shape or spacing that do not fit.
     """
-    levels = [level] * len(generators) if isinstance(level, (int, float)) else list(level)
-    if len(levels) != len(generators):
-        raise ValueError(
-            f"diffuse: level must be one number or one per generator, got {len(levels)} for {len(generators)}."
-        )
-    times = torch.tensor([integration_time(check_level(s, "diffuse"), len(shape)) for s in levels])
+    levels = levels_of_batch(level, len(generators), "diffuse")
+    times = torch.tensor([integration_time(one, len(shape)) for one in levels])
     velocity = isotropic_velocity(generators, shape, spacing) * times.view(-1, *(1,) * (len(shape) + 1))
     return exp_svf(velocity.to(device))
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from monai_drdm.diffusion.diffuse import diffuse, diffuse_published
 from monai_drdm.diffusion.recover import Callback, recover_fast, recover_reference, strided_times
-from monai_drdm.diffusion.schedule import time_step, TIME_STEPS
+from monai_drdm.diffusion.schedule import levels_of_batch, time_step, TIME_STEPS
 from monai_drdm.diffusion.working_grid import WorkingGrid
 from monai_drdm.fields import crop, fractions_to_voxels, mend_folds
 from monai_drdm.networks import RecResACNet
@@ -36,6 +36,8 @@ class DRDM:
             raise ValueError(f"sampler must be 'auto' or one of {known} for {network.card.name!r}, got {sampler!r}.")
         self.network = network
         self.sampler = network.card.sampler if sampler == "auto" else sampler
+        if self.sampler not in known:
+            raise ValueError(f"card of {network.card.name!r}: sampler must be one of {known}, got {self.sampler!r}.")
         if self.sampler == "reference":
             if steps not in (None, TIME_STEPS):
                 raise ValueError(
@@ -108,7 +110,8 @@ class DRDM:
             ValueError: number of levels or a level that does not fit.
         """
         grid = self._grid(shape, spacing)
-        return grid.ddf_to_full(self._diffuse(grid, level, seeds, len(seeds)))
+        with torch.autocast(self.device.type, enabled=False):
+            return grid.ddf_to_full(self._diffuse(grid, level, seeds, len(seeds)))
 
     @property
     def device(self) -> torch.device:
@@ -116,13 +119,14 @@ class DRDM:
         return next(self.network.parameters()).device
 
     def _grid(self, shape: Sequence[int], spacing: Sequence[float] | None) -> WorkingGrid:
-        return WorkingGrid.of(shape, spacing or (1.0,) * len(shape), self.network.card.working_size)
+        spacing = (1.0,) * len(shape) if spacing is None else spacing
+        return WorkingGrid.of(shape, spacing, self.network.card.working_size)
 
     def _diffuse(self, grid: WorkingGrid, level: float | Sequence[float], seeds: Sequence[int], batch: int) -> Tensor:
-        levels = [float(level)] * batch if isinstance(level, (int, float)) else [float(s) for s in level]
-        if len(seeds) != batch or len(levels) != batch:
-            raise ValueError(f"need one seed and one level per image, got {len(seeds)} and {len(levels)} for {batch}.")
-        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        levels = levels_of_batch(level, batch, "DRDM")
+        if len(seeds) != batch:
+            raise ValueError(f"DRDM: need one seed per image, got {len(seeds)} for {batch}.")
+        generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
         if self.sampler != "reference":
             return diffuse(generators, grid.shape, levels, grid.spacing, device=self.device)
         size, dims = max(grid.shape), len(grid.shape)

@@ -38,6 +38,7 @@ _FAST_RELEASED_STEPS = 60
 _FAST_SIGMA_VOX = 1.5
 
 
+@torch.no_grad()
 def recover_reference(
     network: RecResACNet, image: Tensor, ddf: Tensor, *, callback: Callback | None = None, progress: bool = False
 ) -> Tensor:
@@ -62,6 +63,7 @@ def recover_reference(
     return ddf
 
 
+@torch.no_grad()
 def recover_fast(
     network: RecResACNet,
     image: Tensor,

@@ -5,6 +5,8 @@ A deformation level is the paper's T'/T, a number in (0, 1]; T = 80.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 TIME_STEPS = 80
 """T, the number of time steps of the published model."""
 
@@ -25,6 +27,18 @@ def check_level(level: float, function: str) -> float:
     if not 0.0 < level <= 1.0:
         raise ValueError(f"{function}: deformation_level must be in (0, 1], got {level}.")
     return float(level)
+
+
+def levels_of_batch(level: float | Sequence[float], batch: int, function: str) -> list[float]:
+    """One checked level per sample, from one number or one per sample.
+
+    Raises:
+        ValueError: a wrong number of levels, or one outside (0, 1].
+    """
+    levels = list(level) if isinstance(level, Sequence) else [level] * batch
+    if len(levels) != batch:
+        raise ValueError(f"{function}: level must be one number or one per sample, got {len(levels)} for {batch}.")
+    return [check_level(one, function) for one in levels]
 
 
 def time_step(level: float) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -32,7 +33,15 @@ class WorkingGrid:
             shape: spatial shape of the image.
             spacing: mm per voxel along each axis.
             working_size: voxels along the longest physical side.
+
+        Raises:
+            ValueError: shape and spacing do not fit, or are not positive.
         """
+        shape, spacing = tuple(int(n) for n in shape), tuple(float(s) for s in spacing)
+        if len(shape) not in (2, 3) or min(shape) < 1:
+            raise ValueError(f"shape must be 2 or 3 sizes of 1 or more, got {shape}.")
+        if len(spacing) != len(shape) or not all(0 < s < math.inf for s in spacing):
+            raise ValueError(f"spacing must be {len(shape)} positive numbers in mm, got {spacing}.")
         extent = [n * s for n, s in zip(shape, spacing)]
         longest = max(extent)
         # an axis of 2 or more keeps at least 2, so that its displacements have a scale
@@ -40,7 +49,7 @@ class WorkingGrid:
         work_spacing = tuple(
             s * (n - 1) / (w - 1) if n > 1 and w > 1 else s * n / w for n, s, w in zip(shape, spacing, work)
         )
-        return cls(tuple(shape), work, work_spacing)
+        return cls(shape, work, work_spacing)
 
     def image_to_working(self, image: Tensor, input_range: tuple[float, float]) -> Tensor:
         """Bring ``(B, C, *full)`` intensities to the working grid and the network's range; float32 ``(B, C, *S)``.
@@ -63,7 +72,10 @@ class WorkingGrid:
 def _robust_range(image: Tensor) -> tuple[Tensor, Tensor]:
     """Percentiles of each sample, ``(B, 1, …)``; the full range where they coincide, as in a mostly empty image."""
     flat = image.flatten(1)
-    strided = flat[:, :: max(1, flat.shape[1] // _QUANTILE_SAMPLES)]
+    stride = max(1, flat.shape[1] // _QUANTILE_SAMPLES)
+    while any(math.gcd(stride, n) > 1 for n in image.shape[2:]):  # else it would visit some slices only
+        stride += 1
+    strided = flat[:, ::stride]
     quantiles = torch.quantile(strided, torch.tensor(_PERCENTILES, device=image.device, dtype=image.dtype), dim=1)
     low, high = quantiles[0], quantiles[1]
     flatline = low >= high

@@ -11,7 +11,7 @@ from torch import Tensor
 from monai_drdm.fields.grid import field_dtype
 from monai_drdm.fields.warp import fold_coordinates, gather_voxels, PaddingMode, warp
 
-_CHUNK = 1 << 19  # voxels handled at once: 3D working memory stays near 100 MB whatever the volume
+_CHUNK = 1 << 19  # voxels handled at once, so that working memory does not grow with the volume
 
 
 def warp_labels(

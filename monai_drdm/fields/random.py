@@ -80,7 +80,8 @@ def isotropic_velocity(
         matrices = [_interpolation_matrix(n, s / node) for n, s in zip(shape, spacing)]
         lattice = draw_normal((dims, *(m.shape[1] for m in matrices)), generators)
         for axis, matrix in enumerate(matrices):
-            lattice = torch.movedim(torch.movedim(lattice, axis + 2, -1) @ matrix.T, -1, axis + 2)
+            with torch.autocast("cpu", enabled=False):
+                lattice = torch.movedim(torch.movedim(lattice, axis + 2, -1) @ matrix.T, -1, axis + 2)
         total += lattice * 2**scale
     per_axis = torch.tensor([1e-3 * longest / s for s in spacing]).view(1, dims, *(1,) * dims)
     return total * per_axis

@@ -7,6 +7,7 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
+import torch
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -17,7 +18,8 @@ def save_image(image: Tensor, affine: ArrayLike, path: str | os.PathLike[str]) -
     """Write one channel as NIfTI with a given affine.
 
     Args:
-        image: ``(*S)`` with 2 or 3 axes; 64-bit integers become 32-bit where they fit, bools 8-bit.
+        image: ``(*S)`` with 2 or 3 axes; 64-bit integers become 32-bit where they fit, bools 8-bit,
+            half precision single.
         affine: ``(4, 4)`` voxel to RAS millimetres.
         path: a ``.nii`` or ``.nii.gz`` file.
 
@@ -26,6 +28,7 @@ def save_image(image: Tensor, affine: ArrayLike, path: str | os.PathLike[str]) -
     """
     if image.ndim not in (2, 3):
         raise ValueError(f"save_image: image must have 2 or 3 axes, got {tuple(image.shape)}.")
+    image = image.float() if image.dtype in (torch.float16, torch.bfloat16) else image
     array = image.detach().cpu().numpy()
     if array.dtype == bool:
         array = array.astype(np.uint8)

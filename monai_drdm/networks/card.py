@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
@@ -67,11 +68,23 @@ class NetworkCard:
         return card
 
     def check(self) -> None:
-        """Raise ``ValueError`` unless the numbers make sense."""
-        if self.spatial_dims not in (2, 3) or self.working_size < 1 or self.in_channels < 1 or self.steps < 1:
+        """Raise ``ValueError`` unless every entry has its type and the numbers make sense."""
+        for name in ("name", "kind", "sampler", "source", "licence", "training_data"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"NetworkCard: {name} must be text, got {getattr(self, name)!r}.")
+        for name, limit in (("spatial_dims", 3), ("working_size", 4096), ("in_channels", 64), ("steps", 1000)):
+            value = getattr(self, name)
+            if type(value) is not int or not 1 <= value <= limit:
+                raise ValueError(f"NetworkCard: {name} must be an integer from 1 to {limit}, got {value!r}.")
+        if self.spatial_dims == 1:
+            raise ValueError("NetworkCard: spatial_dims must be 2 or 3, got 1.")
+        for name, (low, high) in (("input_range", self.input_range), ("level", self.level)):
+            if not -math.inf < low < math.inf or not low <= high < math.inf:
+                raise ValueError(f"NetworkCard: {name} must be (low, high), got {(low, high)}.")
+        if self.input_range[0] == self.input_range[1] or not 0 < self.level[0] <= self.level[1] <= 1:
             raise ValueError(
-                "NetworkCard: spatial_dims must be 2 or 3, working_size, in_channels and steps 1 or more, got "
-                f"{self.spatial_dims}, {self.working_size}, {self.in_channels}, {self.steps}."
+                "NetworkCard: input_range must not be empty and level lie in (0, 1], got "
+                f"{self.input_range} and {self.level}."
             )
-        if self.input_range[0] >= self.input_range[1]:
-            raise ValueError(f"NetworkCard: input_range must be (low, high), got {self.input_range}.")
+        if not isinstance(self.gates, Mapping):
+            raise ValueError(f"NetworkCard: gates must map names to figures, got {self.gates!r}.")

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import io
 import os
 import pickle
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -66,7 +66,7 @@ def pull_network(name: str, folder: str | os.PathLike[str] | None = None, *, url
     try:
         with urllib.request.urlopen(address, timeout=_TIMEOUT_S) as response:  # noqa: S310  # hash checked below
             data = response.read(_MAX_BYTES + 1)
-    except (urllib.error.URLError, OSError) as error:
+    except (http.client.HTTPException, OSError) as error:
         raise FileNotFoundError(
             f"The weights of {name!r} are not in {target} and {address} cannot be reached ({error}). Either run "
             f"'monai-drdm weights pull {name}' where there is a connection, or download that address by hand and run "

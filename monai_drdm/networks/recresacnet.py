@@ -149,15 +149,17 @@ class RecResACNet(nn.Module):
         return nn.Sequential(*(AtrousBlock(self.spatial_dims, a, b, normalize) for a, b in pairs))
 
     def _check(self, x: Tensor, t: Tensor, recursions: int) -> None:
-        if x.ndim != self.spatial_dims + 2 or x.shape[1] != self.in_channels:
+        if x.ndim != self.spatial_dims + 2 or x.shape[1] != self.in_channels or 0 in x.shape:
             raise ValueError(
                 f"RecResACNet: x must have shape (B, {self.in_channels}, *S) with {self.spatial_dims} spatial axes, "
                 f"got {tuple(x.shape)}."
             )
-        if t.ndim != 1 or t.shape[0] not in (1, x.shape[0]) or t.is_floating_point():
+        if t.ndim != 1 or t.shape[0] not in (1, x.shape[0]) or t.dtype not in (torch.int32, torch.int64):
             raise ValueError(
                 f"RecResACNet: t must be (B,) integers in [0, {TIME_STEPS}), got {t.dtype} {tuple(t.shape)}."
             )
+        if not bool(((t >= 0) & (t < TIME_STEPS)).all()):
+            raise ValueError(f"RecResACNet: t must be in [0, {TIME_STEPS}), got {t.tolist()}.")
         if recursions < 1:
             raise ValueError(f"RecResACNet: recursions must be 1 or more, got {recursions}.")
 

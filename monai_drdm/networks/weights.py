@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from monai_drdm.networks.registry import network_card
 
 _METADATA_KEY = "monai_drdm"
 _MAX_BYTES = 1 << 30
+_PICKLE_PROTOCOL = 5
 _KINDS = {"recresacnet": RecResACNet}
 
 
@@ -70,7 +70,8 @@ def read_network(path: Path, sha256: str | None = None) -> RecResACNet:
             f"load_network: {path} has sha256 {digest}, expected {sha256}. The file is damaged or not the published "
             "one: delete it and convert or pull it again."
         )
-    if data[:2] == b"PK" or data[:1] == b"\x80":
+    # a safetensors file opens with the length of its header, then the header's brace
+    if data[8:9] != b"{" and (data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[1] <= _PICKLE_PROTOCOL)):
         raise ValueError(
             f"load_network: {path} is a pickle, expected safetensors. Published .pth files are read by "
             "'monai-drdm weights convert FILE.pth' only."
@@ -146,14 +147,12 @@ def write_once(path: Path, data: bytes) -> None:
             return
         raise FileExistsError(f"{path} exists with other content. Move it away first; nothing was written.")
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.replace(partial, path)
-    except BaseException:
-        Path(partial).unlink(missing_ok=True)
-        raise
+        partial.write_bytes(data)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _load_known(card: NetworkCard) -> RecResACNet:

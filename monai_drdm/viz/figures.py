@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
 from matplotlib.figure import Figure
@@ -104,12 +105,14 @@ def draw_jacobian(axis: Axes, ddf: Tensor, spacing: Sequence[float] = (1.0, 1.0)
     field = ddf.detach().cpu()[None]
     determinant = jacobian_determinant(field)[0].numpy()
     name = f"Jacobian determinant, folds {float(fold_fraction(field)[0]):.2%}"
-    _frame(axis, determinant.shape, spacing, name)
     mappable = axis.imshow(
-        np.ma.masked_less_equal(determinant, 0.0).T, cmap="RdBu", norm=TwoSlopeNorm(1.0, 0.0, 2.5), origin="lower"
+        np.ma.masked_less_equal(determinant, 0.0).T,
+        cmap=colormaps["RdBu"].with_extremes(bad="black"),
+        norm=TwoSlopeNorm(1.0, 0.0, 2.5),
+        origin="lower",
+        extent=(0, determinant.shape[0], 0, determinant.shape[1]),  # a cell lies between voxel centres
     )
-    mappable.cmap.set_bad("black")
-    axis.set_aspect(spacing[1] / spacing[0])
+    _frame(axis, ddf.shape[1:], spacing, name)
     return mappable
 
 

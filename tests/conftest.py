@@ -1,0 +1,70 @@
+"""Shared fixtures. Tests that need parity files or real scans skip, with the reason, where those are absent."""
+
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from monai_drdm.networks import convert_published, RecResACNet
+
+NetworkFactory = Callable[..., RecResACNet]
+
+
+@pytest.fixture(scope="session")
+def reference() -> Path:
+    """Folder of the parity files recorded from the authors' release."""
+    return _folder("MONAI_DRDM_REFERENCE")
+
+
+@pytest.fixture(scope="session")
+def data() -> Path:
+    """Folder of real scans."""
+    return _folder("MONAI_DRDM_DATA")
+
+
+@pytest.fixture(scope="session")
+def published_weights(reference: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Folder with the published cardiac weights, converted; MONAI_DRDM_WEIGHTS points at it from then on."""
+    published = reference / "000000_cmr_recresacnet.pth"
+    if not published.is_file():
+        pytest.skip(f"{published.name} is not in MONAI_DRDM_REFERENCE")
+    folder = tmp_path_factory.mktemp("weights")
+    convert_published(published, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("MONAI_DRDM_WEIGHTS", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="session")
+def filled_network() -> NetworkFactory:
+    """Factory: a RecResACNet in evaluation mode, its parameters filled by a formula that needs no file."""
+    return _filled_network
+
+
+def _filled_network(spatial_dims: int, in_channels: int = 1) -> RecResACNet:
+    network = RecResACNet(spatial_dims, in_channels)
+    filled = {}
+    for index, (name, old) in enumerate(network.state_dict().items()):
+        wave = torch.sin(0.37 * torch.arange(old.numel(), dtype=torch.float64) + index).reshape(old.shape)
+        if name == "time_embed.weight":
+            wave = old
+        elif old.ndim > 1:
+            wave = wave / (old.numel() / old.shape[0]) ** 0.5
+        elif name.endswith("ln.weight"):
+            wave = 1 + 0.1 * wave
+        else:
+            wave = 0.1 * wave
+        filled[name] = wave.float()
+    network.load_state_dict(filled)
+    return network.eval().requires_grad_(False)
+
+
+def _folder(variable: str) -> Path:
+    value = os.environ.get(variable)
+    if not value:
+        pytest.skip(f"{variable} is not set")
+    if not Path(value).is_dir():
+        pytest.skip(f"{variable} is not a folder: {value}")
+    return Path(value)

@@ -1,0 +1,55 @@
+import re
+
+import pytest
+
+from monai_drdm.networks import auto_network, list_networks, network_card
+from monai_drdm.networks.registry import published_file
+
+
+def test_names_are_sorted_and_known():
+    names = list_networks()
+    assert list(names) == sorted(names)
+    assert {"zheng2026-cmr-2d", "zheng2026-lct-3d"} <= set(names)
+
+
+@pytest.mark.parametrize("name", list_networks())
+def test_cards_make_sense(name):
+    card = network_card(name)
+    card.check()
+    assert card.name == name
+    assert card.source
+    assert card.licence
+    assert card.training_data
+    assert card.sha256 == "" or re.fullmatch("[0-9a-f]{64}", card.sha256)
+    assert 0 < card.level[0] <= card.level[1] <= 1
+
+
+def test_published_cards():
+    cardiac, lung = network_card("zheng2026-cmr-2d"), network_card("zheng2026-lct-3d")
+    assert (cardiac.spatial_dims, cardiac.working_size) == (2, 256)
+    assert (lung.spatial_dims, lung.working_size) == (3, 128)
+    assert lung.sha256 == ""  # nobody has verified one
+
+
+@pytest.mark.parametrize("name", ["zheng2026-cmr-2d", "zheng2026-lct-3d"])
+def test_published_files_are_pinned(name):
+    published = published_file(name)
+    assert "/1c70370f0e0159161daae726d96d6cf975cac5ef/" in published.url
+    assert published.url.startswith("https://")
+    assert re.fullmatch("[0-9a-f]{64}", published.sha256) or re.fullmatch("[0-9a-f]{40}", published.git_blob)
+
+
+@pytest.mark.parametrize("function", [network_card, published_file])
+def test_unknown_name_lists_the_known(function):
+    with pytest.raises(ValueError, match=r"zheng2026-cmr-2d, zheng2026-lct-3d.*got 'resnet'"):
+        function("resnet")
+
+
+def test_auto_network_fits_its_dimensions():
+    assert network_card(auto_network(2)).spatial_dims == 2
+
+
+@pytest.mark.parametrize("dims", [1, 4])
+def test_no_auto_network(dims):
+    with pytest.raises(ValueError, match=f"no default network for {dims}D"):
+        auto_network(dims)

@@ -1,0 +1,97 @@
+"""Which part of the package may import what: arrows point one way, from the MONAI shell to the torch core."""
+
+import ast
+import sys
+from pathlib import Path
+
+import pytest
+
+import monai_drdm
+
+ROOT = Path(monai_drdm.__file__).parent
+MODULES = sorted(ROOT.rglob("*.py"))
+
+CORE = {
+    "fields": {"fields"},
+    "networks": {"fields", "networks"},
+    "diffusion": {"fields", "networks", "diffusion"},
+    "metrics": {"fields", "metrics"},
+}
+"""What each part of the core may import of this package."""
+
+FOREIGN = {
+    "monai": {"transforms", "demo", "io", "train"},
+    "ignite": {"train", "registration"},
+    "nibabel": {"io", "demo"},
+    "SimpleITK": {"io"},
+    "matplotlib": {"viz"},
+}
+"""Who may import another package."""
+
+
+def part_of(path):
+    """The sub-package, or the module at the top, that a file belongs to."""
+    return path.relative_to(ROOT).parts[0].removesuffix(".py")
+
+
+def imports(path):
+    """Dotted names of all modules that a file imports, also inside functions."""
+    package = ["monai_drdm", *path.relative_to(ROOT).parts[:-1]]
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = package[: len(package) - node.level + 1] if node.level else []
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            yield module
+            if module == "monai_drdm":
+                yield from (f"{module}.{alias.name}" for alias in node.names)
+
+
+def own_parts(path):
+    return {name.split(".")[1] for name in imports(path) if name.startswith("monai_drdm.")}
+
+
+def foreign_packages(path):
+    return {name.split(".")[0] for name in imports(path)} - {"monai_drdm"} - set(sys.stdlib_module_names)
+
+
+def identify(path):
+    return str(path.relative_to(ROOT))
+
+
+def test_the_whole_package_is_looked_at():
+    assert {part_of(path) for path in MODULES} >= {*CORE, "transforms", "io", "viz", "cli"}
+    fields = {name for path in MODULES if part_of(path) == "fields" for name in foreign_packages(path)}
+    assert "torch" in fields
+    assert own_parts(ROOT / "diffusion" / "model.py") >= {"fields", "networks"}
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if part_of(path) in CORE], ids=identify)
+def test_core_imports_inwards_only(path):
+    assert own_parts(path) <= CORE[part_of(path)]
+    assert "monai_drdm" not in set(imports(path)), (
+        "import from a sub-package, not from the top, which imports the shell"
+    )
+
+
+@pytest.mark.parametrize("path", [path for path in MODULES if part_of(path) == "fields"], ids=identify)
+def test_fields_need_torch_only(path):
+    assert foreign_packages(path) <= {"torch", "einops"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=identify)
+def test_foreign_packages_stay_where_they_belong(path):
+    for name, allowed in FOREIGN.items():
+        assert name not in foreign_packages(path) or part_of(path) in allowed
+
+
+@pytest.mark.parametrize("path", MODULES, ids=identify)
+def test_nothing_but_the_command_line_imports_it(path):
+    if part_of(path) not in {"cli", "demo"}:
+        assert not own_parts(path) & {"cli", "demo"}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=identify)
+def test_modules_stay_short(path):
+    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350

@@ -1,0 +1,181 @@
+import hashlib
+import io
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+import torch
+
+from monai_drdm import __version__
+from monai_drdm.cli import main
+from monai_drdm.networks import list_networks, network_card, registry, save_network
+
+CARDIAC, LUNG = "zheng2026-cmr-2d", "zheng2026-lct-3d"
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path, monkeypatch):
+    """An empty weights folder."""
+    monkeypatch.setenv("MONAI_DRDM_WEIGHTS", str(tmp_path / "weights"))
+    monkeypatch.setenv("no_proxy", "127.0.0.1")
+    return tmp_path / "weights"
+
+
+@pytest.fixture
+def published(filled_network, tmp_path, monkeypatch):
+    """A file that the registry takes for the published cardiac one, and a server that has it."""
+    buffer = io.BytesIO()
+    torch.save(filled_network(2).state_dict(), buffer)
+    data = buffer.getvalue()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    path = tmp_path / "published.pth"
+    path.write_bytes(data)
+    with HTTPServer(("127.0.0.1", 0), Handler) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}/published.pth"
+        file = registry.PublishedFile(url, hashlib.sha256(data).hexdigest())
+        monkeypatch.setitem(registry._PUBLISHED, CARDIAC, file)
+        yield path
+        server.shutdown()
+        thread.join()
+
+
+def test_list(capsys, folder):
+    assert main(["weights", "list"]) == 0
+    out = capsys.readouterr().out
+    assert str(folder) in out
+    for name in list_networks():
+        (line,) = [line for line in out.splitlines() if line.startswith(name)]
+        assert f"{network_card(name).spatial_dims}D" in line
+        assert "[not here]" in line
+    assert not folder.exists()  # looking makes nothing
+
+
+def test_list_finds_what_is_here(capsys, filled_network, folder):
+    save_network(filled_network(2), folder / f"{CARDIAC}.safetensors")
+    assert main(["weights", "list"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line.endswith("[here]") for line in lines if line.startswith("zheng")] == [True, False]
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_convert(capsys, published, folder, tmp_path, chosen):
+    target = tmp_path / "chosen" if chosen else folder
+    assert main(["weights", "convert", str(published), *(["--folder", str(target)] if chosen else [])]) == 0
+    (path,) = target.iterdir()
+    assert path.name == f"{CARDIAC}.safetensors"
+    assert f"{path}  sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}" in capsys.readouterr().out
+
+
+def test_convert_of_the_published_file(capsys, reference, folder):
+    assert main(["weights", "convert", str(reference / "000000_cmr_recresacnet.pth")]) == 0
+    assert network_card(CARDIAC).sha256 in capsys.readouterr().out
+    assert main(["weights", "verify", CARDIAC]) == 0
+    assert f"{CARDIAC}  ok  recresacnet 2D  sha256 {network_card(CARDIAC).sha256}" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("content", [None, b"", b"not weights"])
+def test_convert_refuses(capsys, folder, tmp_path, content):
+    path = tmp_path / "other.pth"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["weights", "convert", str(path)]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("monai-drdm: ")
+    assert str(path) in err
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize("chosen", [False, True])
+def test_pull(capsys, published, folder, tmp_path, chosen):
+    target = tmp_path / "chosen" if chosen else folder
+    assert main(["weights", "pull", CARDIAC, *(["--folder", str(target)] if chosen else [])]) == 0
+    (path,) = target.iterdir()
+    assert capsys.readouterr().out.strip() == str(path)
+    assert main(["weights", "convert", str(published), "--folder", str(target)]) == 0  # the same file: nothing to do
+
+
+def test_pull_without_a_verified_hash(capsys, folder):
+    assert main(["weights", "pull", LUNG]) == 1
+    assert "no verified sha256" in capsys.readouterr().err
+    assert not folder.exists()
+
+
+def test_pull_of_an_unknown_name(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["weights", "pull", "resnet"])
+    assert exit_.value.code == 2
+    assert all(name in capsys.readouterr().err for name in (CARDIAC,))
+
+
+def test_verify_of_own_files(capsys, filled_network, tmp_path):
+    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
+    digests = [save_network(filled_network(dims), path) for dims, path in zip((2, 3), paths)]
+    assert main(["weights", "verify", *map(str, paths)]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines == [
+        f"{path}  ok  recresacnet {dims}D  sha256 {digest}" for path, dims, digest in zip(paths, (2, 3), digests)
+    ]
+
+
+def test_verify_of_a_known_name_checks_its_hash(capsys, filled_network, folder):
+    save_network(filled_network(2), folder / f"{CARDIAC}.safetensors")
+    assert main(["weights", "verify", CARDIAC]) == 1
+    out, err = capsys.readouterr()
+    assert "ok" not in out
+    assert f"expected {network_card(CARDIAC).sha256}" in err
+
+
+def test_verify_of_what_is_missing(capsys):
+    assert main(["weights", "verify", CARDIAC]) == 1
+    assert "no file" in capsys.readouterr().err
+
+
+def test_verify_of_a_damaged_file(capsys, filled_network, tmp_path):
+    path = tmp_path / "mine.safetensors"
+    save_network(filled_network(2), path)
+    path.write_bytes(path.read_bytes()[:-100])
+    assert main(["weights", "verify", str(path)]) == 1
+    assert "not an intact safetensors file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("arguments", [[], ["weights"], ["weights", "burn"], ["weights", "verify"], ["nonsense"]])
+def test_wrong_call(arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 2
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["weights", "--help"], ["weights", "convert", "--help"]])
+def test_help(capsys, arguments):
+    with pytest.raises(SystemExit) as exit_:
+        main(arguments)
+    assert exit_.value.code == 0
+    assert "usage: monai-drdm" in capsys.readouterr().out
+
+
+def test_version(capsys):
+    with pytest.raises(SystemExit) as exit_:
+        main(["--version"])
+    assert exit_.value.code == 0
+    assert capsys.readouterr().out.strip() == __version__
+
+
+def test_module_runs():
+    command = [sys.executable, "-m", "monai_drdm.cli", "weights", "list"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert CARDIAC in done.stdout
