@@ -5,7 +5,7 @@ the image size, is averaged over draws. A bisection then finds the time for whic
 mean on the same number of draws. Prints one JSON line per dimension.
 
     python benchmarks/calibrate_levels.py --dims 2 --draws 200
-    python benchmarks/calibrate_levels.py --dims 3 --draws 16
+    python benchmarks/calibrate_levels.py --dims 3 --draws 12
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ def read_rows(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines() if line] if path.is_file() else []
 
 
-def append_row(path: Path, row: dict[str, Any]) -> None:
-    """Add one row to a JSON-lines file."""
+def append_rows(path: Path, *rows: dict[str, Any]) -> None:
+    """Add rows to a JSON-lines file in one write."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write(json.dumps(row) + "\n")
+        file.write("".join(json.dumps(row) + "\n" for row in rows))

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from common import acdc_slices, append_row, machine, read_rows, RESULTS
+from common import acdc_slices, append_rows, machine, read_rows, RESULTS
 from torch import Tensor
 from tqdm import tqdm
 
@@ -59,13 +59,13 @@ def run(path: Path, split: str, plan: dict[float, int]) -> None:
             start = time.perf_counter()
             ddf = model.sample(image, level, [index])
             seconds = time.perf_counter() - start
-            for sampler, field, cost in (
-                (name, ddf, seconds),
-                (f"{name}: start", model.diffuse(image.shape[2:], level, [index]), None),
-            ):
-                passes = 2 * model.steps if cost is not None else 0
-                append_row(path, {"level": level, "slice": index, "sampler": sampler, "split": split, **measures(field),
-                                  "passes": passes, "seconds": cost, **where})  # fmt: skip
+            base = {"level": level, "slice": index, "split": split, **where}
+            start_field = model.diffuse(image.shape[2:], level, [index])
+            append_rows(
+                path,
+                {**base, "sampler": name, **measures(ddf), "passes": 2 * model.steps, "seconds": seconds},
+                {**base, "sampler": f"{name}: start", **measures(start_field), "passes": 0, "seconds": None},
+            )
 
 
 def table(rows: list[dict[str, Any]]) -> str:

@@ -56,7 +56,7 @@ def main(arguments: list[str] | None = None) -> float:
     parser.add_argument("--network", default="auto")
     args = parser.parse_args(arguments)
     set_determinism(0)
-    pairs = zip(sorted(args.images.glob("*.nii*")), sorted(args.labels.glob("*.nii*")))
+    pairs = zip(sorted(args.images.glob("*.nii*")), sorted(args.labels.glob("*.nii*")), strict=True)
     items = [{"image": str(image), "label": str(label)} for image, label in pairs]
     dataset = CacheDataset(items, pipeline(args.network, args.prob, args.size))
     loader = DataLoader(dataset, batch_size=2, shuffle=True, collate_fn=list_data_collate)

@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from monai_drdm.demo import run_demo  # needs MONAI and matplotlib, which listing weights does not
+    from monai_drdm.demo import run_demo  # matplotlib is an extra
 
     for path in run_demo(options.image, options.label, options.out, options.network, options.level, options.seed):
         print(path)

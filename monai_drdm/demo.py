@@ -57,8 +57,8 @@ def run_demo(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another with --out.")
     source = Path(image) if image is not None else Path(str(files("nibabel"))) / "tests" / "data" / "example4d.nii.gz"
-    scan = _load(source)
-    segmentation = _foreground(scan) if label is None else _load(Path(label))
+    scan = _load(source, np.float32)
+    segmentation = _foreground(scan) if label is None else _load(Path(label), None)
     loaded = load_network(auto_network(2) if network == "auto" else network)
     planar = scan.ndim == 4 and loaded.card.spatial_dims == 2
     axis = int(np.argmax(spacing_of(scan, None, "image"))) if planar else None
@@ -88,11 +88,14 @@ def run_demo(
     return paths
 
 
-def _load(path: Path) -> MetaTensor:
-    """The first channel, or the first volume of a series, as ``(1, *S)``; one slice becomes 2D."""
+def _load(path: Path, dtype: type | None) -> MetaTensor:
+    """The first channel or volume of a series, ``(1, *S)``; one slice becomes 2D. None keeps the file's dtype."""
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}. Pass a NIfTI file with --image or --label.")
-    loaded = Compose([LoadImaged(keys="image"), EnsureChannelFirstd(keys="image")])({"image": os.fspath(path)})
+    try:
+        loaded = Compose([LoadImaged("image", dtype=dtype), EnsureChannelFirstd("image")])({"image": os.fspath(path)})
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be read as an image: {error.__cause__ or error}") from None
     scan = loaded["image"][:1]
     return _meta(scan[..., 0] if scan.ndim == 4 and scan.shape[-1] == 1 else scan)
 

@@ -75,6 +75,7 @@ def test_own_image_and_label_2d(network_file, tmp_path):
     assert run("--network", network_file, *arguments) == 0
     label = nib.load(out / "label.nii.gz")
     assert set(np.unique(label.get_fdata())) == {0, 7}
+    assert label.get_data_dtype() == np.int16
     np.testing.assert_allclose(label.affine, affine)
 
 
@@ -82,6 +83,12 @@ def test_missing_file_is_explained(network_file, tmp_path, capsys):
     assert run("--network", network_file, "--image", tmp_path / "no.nii.gz", "--out", tmp_path / "out") == 1
     assert "no.nii.gz" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_unreadable_file_is_explained(network_file, tmp_path, capsys):
+    (tmp_path / "junk.nii").write_bytes(b"0123456789")
+    assert run("--network", network_file, "--image", tmp_path / "junk.nii", "--out", tmp_path / "out") == 1
+    assert "junk.nii cannot be read" in capsys.readouterr().err
 
 
 def test_demo_with_published_weights(published_weights, tmp_path):

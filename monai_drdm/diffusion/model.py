@@ -9,10 +9,11 @@ from torch import Tensor
 
 from monai_drdm.diffusion.diffuse import diffuse, diffuse_published
 from monai_drdm.diffusion.recover import Callback, recover_fast, recover_reference, strided_times
-from monai_drdm.diffusion.schedule import levels_of_batch, time_step, TIME_STEPS
+from monai_drdm.diffusion.schedule import levels_of_batch, time_step
 from monai_drdm.diffusion.working_grid import WorkingGrid
 from monai_drdm.fields import crop, fractions_to_voxels, mend_folds
 from monai_drdm.networks import RecResACNet
+from monai_drdm.networks.recresacnet import TIME_STEPS
 
 SAMPLERS = {"recresacnet": ("reference", "fast")}
 """Samplers that each kind of network knows."""

@@ -7,8 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-TIME_STEPS = 80
-"""T, the number of time steps of the published model."""
+from monai_drdm.networks.recresacnet import TIME_STEPS
 
 # Integration time of isotropic_velocity at levels 0.1, 0.2, ..., 1.0 for which the mean displacement is the published
 # one: that of the released field at 256² in 2D and at 128³ in 3D. Written by benchmarks/calibrate_levels.py.

@@ -17,7 +17,10 @@ _QUANTILE_SAMPLES = 1 << 20  # torch.quantile refuses more than 2^24 values; thi
 
 @dataclass(frozen=True)
 class WorkingGrid:
-    """A grid whose longest physical side has the network's size and whose other sides keep their proportion."""
+    """A grid whose longest physical side has the network's size and whose other sides keep their proportion.
+
+    An axis of 2 voxels or more keeps at least 2, so that displacements along it have a scale.
+    """
 
     full_shape: tuple[int, ...]
     shape: tuple[int, ...]
@@ -42,13 +45,11 @@ class WorkingGrid:
             raise ValueError(f"shape must be 2 or 3 sizes of 1 or more, got {shape}.")
         if len(spacing) != len(shape) or not all(0 < s < math.inf for s in spacing):
             raise ValueError(f"spacing must be {len(shape)} positive numbers in mm, got {spacing}.")
-        extent = [n * s for n, s in zip(shape, spacing)]
-        longest = max(extent)
-        # an axis of 2 or more keeps at least 2, so that its displacements have a scale
-        work = tuple(max(round(working_size * e / longest), min(n, 2)) for n, e in zip(shape, extent))
-        work_spacing = tuple(
-            s * (n - 1) / (w - 1) if n > 1 and w > 1 else s * n / w for n, s, w in zip(shape, spacing, work)
-        )
+        # from centre to centre, as fields and images are mapped, so that working voxels are isotropic on thin axes too
+        extent = [(n - 1) * s for n, s in zip(shape, spacing)]
+        step = max(extent) / max(working_size - 1, 1)
+        work = tuple(max(round(e / step) + 1, 2) if n > 1 else 1 for n, e in zip(shape, extent))
+        work_spacing = tuple(e / (w - 1) if n > 1 else s for n, s, e, w in zip(shape, spacing, extent, work))
         return cls(shape, work, work_spacing)
 
     def image_to_working(self, image: Tensor, input_range: tuple[float, float]) -> Tensor:

@@ -10,6 +10,9 @@ from monai_drdm.fields.grid import check_ddf
 from monai_drdm.fields.jacobian import fold_fraction, jacobian_determinant
 from monai_drdm.fields.resize import gaussian_smooth
 
+_PATIENCE = 50
+_GROWTH = 1.1
+
 
 def shrink_to_fold_limit(ddf: Tensor, max_fold_fraction: float = 1e-4, *, halvings: int = 6) -> tuple[Tensor, Tensor]:
     """Scale each field down just far enough that its corner fold fraction stays within a limit.
@@ -41,7 +44,7 @@ def shrink_to_fold_limit(ddf: Tensor, max_fold_fraction: float = 1e-4, *, halvin
     return ddf * scale.view(-1, *(1,) * (ddf.ndim - 1)), scale
 
 
-def mend_folds(ddf: Tensor, *, min_determinant: float = 0.05, sigma_vox: float = 2.0, rounds: int = 50) -> Tensor:
+def mend_folds(ddf: Tensor, *, min_determinant: float = 0.05, sigma_vox: float = 2.0, rounds: int = 80) -> Tensor:
     """Remove folds where they are, leaving the rest of the field as it is.
 
     Around every cell whose corner determinant is below ``min_determinant`` the field is blended into its own Gaussian
@@ -50,21 +53,22 @@ def mend_folds(ddf: Tensor, *, min_determinant: float = 0.05, sigma_vox: float =
     Args:
         ddf: ``(B, D, *S)`` voxels.
         min_determinant: cells below this are treated, once a field has folds.
-        sigma_vox: width of the smoothing and of the blend, in voxels.
+        sigma_vox: width of the smoothing and of the blend, in voxels; it grows for folds that withstand 50 rounds.
         rounds: at most this many; a field that folds on a large scale may keep some.
 
     Returns:
         ``(B, D, *S)`` voxels. The result for one field does not depend on the others in the batch.
     """
     check_ddf(ddf, "mend_folds")
-    for _ in range(rounds):
+    for done in range(rounds):
         determinant = jacobian_determinant(ddf)
         folded = (determinant <= 0).flatten(1).any(dim=1)
         if not bool(folded.any()):
             break
         low = (determinant < min_determinant) & folded.view(-1, *(1,) * (determinant.ndim - 1))
-        weight = (gaussian_smooth(_cells_to_voxels(low, ddf), sigma_vox) * 4).clamp(max=1)
-        ddf = ddf + weight * (gaussian_smooth(ddf, sigma_vox) - ddf)
+        width = sigma_vox * _GROWTH ** max(0, done - _PATIENCE)
+        weight = (gaussian_smooth(_cells_to_voxels(low, ddf), width) * 4).clamp(max=1)
+        ddf = ddf + weight * (gaussian_smooth(ddf, width) - ddf)
     return ddf
 
 

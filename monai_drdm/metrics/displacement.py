@@ -39,12 +39,16 @@ def remove_affine(ddf: Tensor) -> Tensor:
     return rest.reshape(ddf.shape[0], dims, *ddf.shape[2:])
 
 
-def log_jacobian_std(ddf: Tensor, floor: float = 1e-3) -> Tensor:
-    """Standard deviation of the logarithm of the corner Jacobian determinant of each field, ``(B,)``.
+def log_jacobian(ddf: Tensor, floor: float = 1e-3) -> Tensor:
+    """Logarithm of the corner Jacobian determinant of each cell, as ``jacobian_determinant`` lays them out.
 
     Args:
         ddf: ``(B, D, *S)`` voxels.
         floor: determinants are clamped to at least this, so that folds count as extreme compression.
     """
-    determinant = jacobian_determinant(ddf).clamp(min=floor)
-    return torch.std(determinant.log().flatten(1), dim=1, correction=0)
+    return jacobian_determinant(ddf).clamp(min=floor).log()
+
+
+def log_jacobian_std(ddf: Tensor, floor: float = 1e-3) -> Tensor:
+    """Standard deviation of ``log_jacobian`` of each field, ``(B,)``."""
+    return torch.std(log_jacobian(ddf, floor).flatten(1), dim=1, correction=0)

@@ -8,9 +8,8 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from monai_drdm.fields import jacobian_determinant, voxels_to_mm
-
-_LOG_FLOOR = 1e-3
+from monai_drdm.fields import fold_fraction, voxels_to_mm
+from monai_drdm.metrics.displacement import log_jacobian
 
 
 @dataclass(frozen=True)
@@ -50,10 +49,10 @@ def field_statistics(ddf: Tensor, spacing: Sequence[float]) -> FieldStatistics:
         raise ValueError(f"field_statistics: ddf must hold one field (1, D, *S), got {tuple(ddf.shape)}.")
     length_vox = ddf.norm(dim=1)
     length_mm = voxels_to_mm(ddf, spacing).norm(dim=1)
-    determinant = jacobian_determinant(ddf)
-    logarithm = determinant.clamp(min=_LOG_FLOOR).log()
+    logarithm = log_jacobian(ddf)
+    folds = fold_fraction(ddf)[0].to(length_vox.dtype)
     numbers = torch.stack((
-        length_vox.mean(), length_vox.max(), length_mm.mean(), length_mm.max(), (determinant <= 0).to(ddf.dtype).mean(),
+        length_vox.mean(), length_vox.max(), length_mm.mean(), length_mm.max(), folds,
         logarithm.min(), logarithm.mean(), logarithm.std(unbiased=False),
     ))  # fmt: skip
     return FieldStatistics(*numbers.tolist())

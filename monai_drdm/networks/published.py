@@ -14,7 +14,7 @@ import torch
 
 from monai_drdm.networks.card import NetworkCard
 from monai_drdm.networks.registry import list_networks, network_card, published_file, PublishedFile
-from monai_drdm.networks.weights import _fill, build_network, save_network, weights_folder
+from monai_drdm.networks.weights import build_network, fill_network, save_network, weights_folder
 
 _MAX_BYTES = 64 << 20
 _TIMEOUT_S = 30
@@ -91,7 +91,7 @@ def _convert(data: bytes, origin: str, folder: str | os.PathLike[str] | None) ->
     except (pickle.UnpicklingError, RuntimeError) as error:
         raise ValueError(f"weights convert: {origin} cannot be read with weights_only=True ({error}).") from None
     network = build_network(_file_card(network_card(name)))
-    _fill(network, dict(tensors), origin)
+    fill_network(network, dict(tensors), origin)
     path = (Path(folder) if folder is not None else weights_folder()) / f"{name}.safetensors"
     save_network(network, path)
     return path

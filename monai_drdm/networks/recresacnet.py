@@ -15,6 +15,7 @@ from monai_drdm.fields import crop, fractions_to_voxels, warp
 from monai_drdm.networks.card import NetworkCard
 
 TIME_STEPS = 80
+"""T, the number of time steps of the published model."""
 _EMBEDDING = 100
 _MULTIPLE = 8
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}

@@ -72,7 +72,9 @@ def network_card(name: str) -> NetworkCard:
         ValueError: unknown name; lists the known ones.
     """
     if name not in _CARDS:
-        raise ValueError(f"network must be one of {', '.join(list_networks())} or a .safetensors file, got {name!r}.")
+        raise ValueError(
+            f"network must be 'auto', one of {', '.join(list_networks())} or a .safetensors file, got {name!r}."
+        )
     return _CARDS[name]
 
 

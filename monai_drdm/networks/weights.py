@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -42,7 +41,8 @@ def load_network(name: str | os.PathLike[str], device: torch.device | str | None
         device: where to put it; None is the CPU.
 
     Returns:
-        The network in evaluation mode, without gradients, its card at ``.card``.
+        The network in evaluation mode, without gradients, its card at ``.card``. Its hash identifies it in records: do
+        not change its weights; save a changed network under a name of its own.
 
     Raises:
         ValueError: unknown name, or a file that is not intact weights of a known network.
@@ -88,7 +88,7 @@ def read_network(path: Path, sha256: str | None = None) -> RecResACNet:
             f"got keys {sorted(metadata)}. Write weights with save_network."
         )
     network = build_network(NetworkCard.from_json(metadata[_METADATA_KEY], digest))
-    _fill(network, tensors, str(path))
+    fill_network(network, tensors, str(path))
     return network.eval().requires_grad_(False)
 
 
@@ -167,7 +167,7 @@ def _load_known(card: NetworkCard) -> RecResACNet:
     if not path.is_file():
         path = pull_network(card.name)
     network = read_network(path, card.sha256)
-    network.card = replace(card, sha256=card.sha256)
+    network.card = card
     return network
 
 
@@ -180,7 +180,7 @@ def _read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def _fill(network: RecResACNet, tensors: dict[str, torch.Tensor], origin: str) -> None:
+def fill_network(network: RecResACNet, tensors: dict[str, torch.Tensor], origin: str) -> None:
     """Load tensors into a network after checking names, shapes, dtypes and values."""
     expected = network.state_dict()
     missing, foreign = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))

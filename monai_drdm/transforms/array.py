@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
+from numbers import Real
 
 import torch
 from monai.config import NdarrayOrTensor
@@ -14,7 +15,7 @@ from torch import Tensor
 from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
 from monai_drdm.networks import RecResACNet
 from monai_drdm.transforms.draw import FieldDrawer
-from monai_drdm.transforms.inputs import as_tensor, spacing_of, untouched, warp_like
+from monai_drdm.transforms.inputs import as_tensor, checked_pixdim, flushed, idle, spacing_of, warp_like
 from monai_drdm.transforms.record import Deformation, DeformationParams
 
 _SEEDS = 2**32
@@ -28,11 +29,12 @@ class DRDMRandomness(RandomizableTransform):
         drawer: draws the fields.
     """
 
+    drawer: FieldDrawer
     backend = [TransformBackends.TORCH]  # noqa: RUF012  # MONAI declares it so
 
     def __init__(self, prob: float, drawer: FieldDrawer) -> None:
-        if not 0.0 <= prob <= 1.0:
-            raise ValueError(f"prob must be in [0, 1], got {prob}.")
+        if not isinstance(prob, Real) or not 0.0 <= prob <= 1.0:
+            raise ValueError(f"prob must be in [0, 1], got {prob!r}.")
         RandomizableTransform.__init__(self, prob)
         self.drawer = drawer
         self.last: Deformation | None = None
@@ -123,21 +125,21 @@ class RandDRDMDeform(DRDMRandomness):
         device: torch.device | str | None = None,
     ) -> None:
         drawer = FieldDrawer(
-            network,
-            deformation_level,
-            sampler,
-            steps,
-            image_channel,
-            max_displacement_mm,
-            on_fold,
-            max_fold_fraction,
-            device,
+            network=network,
+            deformation_level=deformation_level,
+            sampler=sampler,
+            steps=steps,
+            image_channel=image_channel,
+            max_displacement_mm=max_displacement_mm,
+            on_fold=on_fold,
+            max_fold_fraction=max_fold_fraction,
+            device=device,
         )
         super().__init__(prob, drawer)
         check_modes(mode, padding_mode, 2, "RandDRDMDeform")
         self.mode: Mode = mode
         self.padding_mode: PaddingMode = padding_mode
-        self.pixdim = pixdim
+        self.pixdim = checked_pixdim(pixdim)
 
     def __call__(
         self,
@@ -166,10 +168,12 @@ class RandDRDMDeform(DRDMRandomness):
             TypeError: not an array or tensor of a real numeric type.
             ValueError: anything that does not fit; see the table of inputs and answers in the README.
         """
-        spacing = spacing_of(img, self.pixdim, "img") if hasattr(img, "ndim") else ()
+        img = flushed(img)
+        as_tensor(img, "img")
+        spacing = spacing_of(img, self.pixdim, "img")
         self.last = self.deformation(img, spacing, "img", randomize, params, field)
         if self.last is None or self.last.skipped:
-            return untouched(img)
+            return idle(img, mode or self.mode)
         return warp_like(img, self.last.ddf, mode or self.mode, padding_mode or self.padding_mode, "img")
 
 

@@ -15,7 +15,15 @@ from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
 from monai_drdm.networks import RecResACNet
 from monai_drdm.transforms.array import DRDMRandomness
 from monai_drdm.transforms.draw import FieldDrawer
-from monai_drdm.transforms.inputs import as_tensor, check_keys_agree, spacing_of, untouched, warp_like
+from monai_drdm.transforms.inputs import (
+    as_tensor,
+    check_keys_agree,
+    checked_pixdim,
+    flushed,
+    idle,
+    spacing_of,
+    warp_like,
+)
 from monai_drdm.transforms.record import DeformationParams
 
 
@@ -31,7 +39,7 @@ class RandDRDMDeformd(DRDMRandomness, MapTransform):
         steps: as in ``RandDRDMDeform``.
         mode: one, or one per key.
         padding_mode: one, or one per key.
-        image_key: key of the image that the network sees; None: the first key.
+        image_key: key of the image that the network sees; None: the first key. It is moved only if it is in ``keys``.
         image_channel: as in ``RandDRDMDeform``.
         max_displacement_mm: as in ``RandDRDMDeform``.
         on_fold: as in ``RandDRDMDeform``.
@@ -67,15 +75,15 @@ class RandDRDMDeformd(DRDMRandomness, MapTransform):
     ) -> None:
         MapTransform.__init__(self, keys, allow_missing_keys)
         drawer = FieldDrawer(
-            network,
-            deformation_level,
-            sampler,
-            steps,
-            image_channel,
-            max_displacement_mm,
-            on_fold,
-            max_fold_fraction,
-            device,
+            network=network,
+            deformation_level=deformation_level,
+            sampler=sampler,
+            steps=steps,
+            image_channel=image_channel,
+            max_displacement_mm=max_displacement_mm,
+            on_fold=on_fold,
+            max_fold_fraction=max_fold_fraction,
+            device=device,
         )
         DRDMRandomness.__init__(self, prob, drawer)
         self.mode: tuple[Mode, ...] = _per_key(mode, len(self.keys), "mode")
@@ -83,7 +91,7 @@ class RandDRDMDeformd(DRDMRandomness, MapTransform):
         for one_mode, one_padding in zip(self.mode, self.padding_mode):
             check_modes(one_mode, one_padding, 2, "RandDRDMDeformd")
         self.image_key = self.keys[0] if image_key is None else image_key
-        self.pixdim = pixdim
+        self.pixdim = checked_pixdim(pixdim)
 
     def __call__(
         self,
@@ -115,6 +123,8 @@ class RandDRDMDeformd(DRDMRandomness, MapTransform):
             raise KeyError(
                 f"RandDRDMDeformd: image_key {self.image_key!r} is missing from the data: {sorted(map(str, result))}."
             )
+        for key in {self.image_key, *(key for key, *_ in present)}:
+            result[key] = flushed(result[key])
         image = result[self.image_key]
         names = [key for key, *_ in present]
         for key in (self.image_key, *names):
@@ -124,7 +134,7 @@ class RandDRDMDeformd(DRDMRandomness, MapTransform):
         self.last = self.deformation(image, spacing, repr(self.image_key), randomize, params, field)
         for key, mode, padding_mode in present:
             if self.last is None or self.last.skipped:
-                result[key] = untouched(result[key])
+                result[key] = idle(result[key], mode)
             else:
                 result[key] = warp_like(result[key], self.last.ddf, mode, padding_mode, repr(key))
         return result

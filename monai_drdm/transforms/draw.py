@@ -8,6 +8,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import lru_cache
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -15,9 +16,16 @@ import torch
 from torch import Tensor
 
 from monai_drdm._version import __version__
-from monai_drdm.diffusion import DRDM
+from monai_drdm.diffusion import DRDM, SAMPLERS
 from monai_drdm.fields import fold_fraction, shrink_to_fold_limit, voxels_to_mm
-from monai_drdm.networks import auto_network, load_network, network_sha256, RecResACNet
+from monai_drdm.networks import (
+    auto_network,
+    load_network,
+    network_card,
+    network_sha256,
+    RecResACNet,
+    weights_folder,
+)
 from monai_drdm.transforms.record import Deformation, DeformationParams
 
 FOLD_POLICIES = ("rescale", "resample", "skip", "keep", "raise")
@@ -39,6 +47,7 @@ class FieldDrawer:
 
     def __init__(
         self,
+        *,
         network: str | os.PathLike[str] | RecResACNet,
         deformation_level: float | Sequence[float],
         sampler: str,
@@ -66,8 +75,23 @@ class FieldDrawer:
         self.on_fold = on_fold
         self.max_fold_fraction = max_fold_fraction
         self.device = device
+        self._moved: dict[torch.device, RecResACNet] = {}
+        # wrong arguments fail here, not when the transform first fires
         if isinstance(network, RecResACNet):
-            DRDM(network, sampler, steps)  # wrong combinations fail here, not in the first batch
+            DRDM(network, sampler, steps)
+            return
+        name = os.fspath(network)
+        if name != "auto" and not name.endswith(".safetensors"):
+            network_card(name)
+        known = sorted({one for samplers in SAMPLERS.values() for one in samplers})
+        if sampler not in ("auto", *known):
+            raise ValueError(f"sampler must be 'auto' or one of {known}, got {sampler!r}.")
+        if steps is not None and steps < 1:
+            raise ValueError(f"steps must be 1 or more, or None, got {steps}.")
+
+    def __getstate__(self) -> dict[str, object]:
+        """Settings without the copies of the network on other devices."""
+        return {**self.__dict__, "_moved": {}}
 
     def draw(
         self,
@@ -93,18 +117,14 @@ class FieldDrawer:
                 under ``on_fold="raise"`` a field that folds too much.
         """
         model = self._model(image, params)
-        redraws = 0
-        if params is None:
-            assert seed is not None
-            params = self._params(model, seed)
-            redraws = _MAX_REDRAWS if self.on_fold == "resample" else 0
-        else:
-            _check_record(params, model)
-        view = self._network_view(image)
-        notes = ("constant image",) if bool((view == view.flatten()[0]).all()) else ()
+        if params is not None:
+            return self._replay(model, image, spacing, params)
+        assert seed is not None
+        record = self._record(model, seed)
+        view = _network_view(image, self.image_channel)
         draws: list[_Draw] = []
-        for one_seed in _seed_chain(params.seed, 1 + redraws):
-            draws.append(self._draw_one(model, view, params.deformation_level, one_seed, spacing))
+        for one_seed in _seed_chain(seed, 1 + (_MAX_REDRAWS if self.on_fold == "resample" else 0)):
+            draws.append(self._draw_one(model, view, record.deformation_level, one_seed, spacing))
             if draws[-1].folds <= self.max_fold_fraction:
                 break
         best = min(draws, key=lambda draw: draw.folds)
@@ -114,12 +134,18 @@ class FieldDrawer:
         return Deformation(
             ddf[0].to(image.device),
             spacing,
-            replace(params, seed=best.seed),
-            scale=best.scale * factor,
+            replace(record, seed=best.seed, scale=best.scale * factor),
             fold_action=action,
             draws=len(draws),
-            notes=notes,
+            notes=_notes(view),
         )
+
+    def _replay(self, model: DRDM, image: Tensor, spacing: Sequence[float], params: DeformationParams) -> Deformation:
+        """The recorded field, at the recorded scale: this transform's own limits and policy do not apply."""
+        _check_record(params, model)
+        view = _network_view(image, params.image_channel)
+        ddf = model.sample(view[None], params.deformation_level, [params.seed], spacing) * params.scale
+        return Deformation(ddf[0].to(image.device), spacing, params, draws=1, notes=_notes(view))
 
     def _draw_one(self, model: DRDM, view: Tensor, level: float, seed: int, spacing: Sequence[float]) -> _Draw:
         """One field, scaled down to the displacement limit."""
@@ -145,48 +171,64 @@ class FieldDrawer:
         ddf, factor = shrink_to_fold_limit(ddf, self.max_fold_fraction)
         return ddf, float(factor[0]), "rescale" if action == "none" else "resample+rescale"
 
-    def _params(self, model: DRDM, seed: int) -> DeformationParams:
+    def _record(self, model: DRDM, seed: int) -> DeformationParams:
         low, high = self.levels
-        level = float(np.random.RandomState(seed).uniform(low, high)) if low < high else low
         card = model.network.card
         return DeformationParams(
-            seed, level, card.name, network_sha256(model.network), model.sampler, model.steps, __version__
+            seed=seed,
+            deformation_level=float(np.random.RandomState(seed).uniform(low, high)) if low < high else low,
+            network=card.name,
+            network_sha256=network_sha256(model.network),
+            sampler=model.sampler,
+            steps=model.steps,
+            image_channel=self.image_channel,
+            scale=1.0,
+            version=__version__,
         )
 
     def _model(self, image: Tensor, params: DeformationParams | None) -> DRDM:
         dims = image.ndim - 1
-        device = torch.device(self.device) if self.device is not None else image.device
-        network = self.network
-        if isinstance(network, RecResACNet):
-            if next(network.parameters()).device != device:
-                network = copy.deepcopy(network).to(device)
+        # an empty tensor knows the index that "cuda" stands for
+        device = torch.empty(0, device=image.device if self.device is None else self.device).device
+        if isinstance(self.network, RecResACNet):
+            network = self._on_device(self.network, device)
         else:
-            name = auto_network(dims) if network == "auto" else os.fspath(network)
-            network = _shared_network(name, str(device))
+            name = auto_network(dims) if self.network == "auto" else os.fspath(self.network)
+            network = _shared_network(name, str(device), str(weights_folder()))
         _check_dims(network, dims)
         if params is not None:
             return DRDM(network, params.sampler, params.steps)
         return DRDM(network, self.sampler, self.steps)
 
-    def _network_view(self, image: Tensor) -> Tensor:
-        """What the network sees: one channel or the mean over channels, float32 ``(1, *S)``."""
-        if self.image_channel is None:
-            view = image.to(torch.float32).mean(dim=0, keepdim=True)
-        elif -image.shape[0] <= self.image_channel < image.shape[0]:
-            view = image[self.image_channel][None].to(torch.float32)
-        else:
-            raise ValueError(
-                f"image_channel must be a channel of the image, got {self.image_channel} of {image.shape[0]}."
-            )
-        if not bool(torch.isfinite(image).all() & torch.isfinite(view).all()):
-            raise ValueError(
-                "the image holds NaN or infinity (or overflows float32). Clean it first (numpy.nan_to_num)."
-            )
-        return view
+    def _on_device(self, network: RecResACNet, device: torch.device) -> RecResACNet:
+        """The given network, or a copy on another device: the caller's own stays where it is."""
+        if next(network.parameters()).device == device:
+            return network
+        if device not in self._moved:
+            self._moved[device] = copy.deepcopy(network).to(device)
+        return self._moved[device]
+
+
+def _network_view(image: Tensor, channel: int | None) -> Tensor:
+    """What the network sees: one channel or the mean over channels, float32 ``(1, *S)``."""
+    if channel is None:
+        view = image.to(torch.float32).mean(dim=0, keepdim=True)
+    elif -image.shape[0] <= channel < image.shape[0]:
+        view = image[channel][None].to(torch.float32)
+    else:
+        raise ValueError(f"image_channel must be a channel of the image, got {channel} of {image.shape[0]}.")
+    if not bool(torch.isfinite(image).all() & torch.isfinite(view).all()):
+        raise ValueError("the image holds NaN or infinity (or overflows float32). Clean it first (numpy.nan_to_num).")
+    return view
+
+
+def _notes(view: Tensor) -> tuple[str, ...]:
+    return ("constant image",) if bool((view == view.flatten()[0]).all()) else ()
 
 
 @lru_cache(maxsize=8)
-def _shared_network(name: str, device: str) -> RecResACNet:
+def _shared_network(name: str, device: str, folder: str) -> RecResACNet:
+    """One network per process, name and device; ``folder``, where names are looked up, is part of the key."""
     return load_network(name, device)
 
 
@@ -212,7 +254,9 @@ def _check_record(params: DeformationParams, model: DRDM) -> None:
 
 
 def _level_range(level: float | Sequence[float]) -> tuple[float, float]:
-    numbers = (level, level) if isinstance(level, (int, float)) else tuple(level)
+    if not isinstance(level, (Real, Sequence)):
+        raise TypeError(f"deformation_level must be a number or a range (low, high), got {type(level).__name__}.")
+    numbers = tuple(level) if isinstance(level, Sequence) else (level, level)
     if len(numbers) != 2 or not 0.0 < numbers[0] <= numbers[1] <= 1.0:
         raise ValueError(f"deformation_level must be a number in (0, 1] or a range (low, high) of them, got {level!r}.")
     return float(numbers[0]), float(numbers[1])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from monai.config import NdarrayOrTensor
 from monai.data import MetaTensor
 from monai.data.meta_obj import get_track_meta
+from monai.transforms.lazy.functional import apply_pending
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
@@ -43,18 +45,36 @@ def as_tensor(data: NdarrayOrTensor, name: str) -> Tensor:
 def spacing_of(data: NdarrayOrTensor, pixdim: Sequence[float] | None, name: str) -> tuple[float, ...]:
     """Millimetres per voxel along each spatial axis: from the affine, else ``pixdim``, else 1.
 
+    An identity affine is what MONAI gives to data that never had one, so there ``pixdim`` counts too.
+
     Raises:
         ValueError: an affine or ``pixdim`` that gives no positive spacing.
     """
     dims = data.ndim - 1
-    if isinstance(data, MetaTensor):
-        columns = data.affine.detach().cpu().double()[:-1, :-1]
+    columns = data.affine.detach().cpu().double()[:-1, :-1] if isinstance(data, MetaTensor) else None
+    if columns is not None and (
+        pixdim is None or not torch.equal(columns, torch.eye(len(columns), dtype=columns.dtype))
+    ):
         spacing = [float(columns[:, d].norm()) for d in range(dims)] if columns.shape[1] >= dims else []
     else:
         spacing = [1.0] * dims if pixdim is None else [float(s) for s in pixdim]
     if len(spacing) != dims or not all(np.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"{name}: need {dims} positive spacings in mm, got {spacing}. Check the affine or pixdim.")
     return tuple(spacing)
+
+
+def checked_pixdim(pixdim: Sequence[float] | None) -> tuple[float, ...] | None:
+    """Return ``pixdim`` as a tuple.
+
+    Raises:
+        ValueError: not 2 or 3 positive numbers.
+    """
+    if pixdim is None:
+        return None
+    numbers = tuple(float(s) for s in pixdim)
+    if len(numbers) not in (2, 3) or not all(0 < s < np.inf for s in numbers):
+        raise ValueError(f"pixdim must be 2 or 3 positive numbers in mm, got {numbers}.")
+    return numbers
 
 
 def check_keys_agree(data: Mapping[Hashable, NdarrayOrTensor], reference: Hashable, keys: Sequence[Hashable]) -> None:
@@ -87,8 +107,26 @@ def warp_like(data: NdarrayOrTensor, ddf: Tensor, mode: Mode, padding_mode: Padd
     if isinstance(data, MetaTensor) and get_track_meta():
         carrier = MetaTensor(warped)
         carrier.copy_meta_from(data)  # type: ignore[no-untyped-call]  # MONAI leaves it without types
+        carrier.meta = copy.deepcopy(data.meta)  # edits downstream must not reach the input
         return carrier
     return untouched(warped)
+
+
+def idle(data: NdarrayOrTensor, mode: Mode) -> Tensor:
+    """The data of a call that does not fire: untouched, but integers to be interpolated are float32 as when it fires.
+
+    Otherwise a batch of integer images could not be collated.
+    """
+    tensor = untouched(data)
+    interpolated = mode in ("bilinear", "bicubic") and not tensor.is_floating_point()
+    return tensor.to(torch.float32) if interpolated else tensor
+
+
+def flushed(data: NdarrayOrTensor) -> NdarrayOrTensor:
+    """The data with pending lazy operations applied: fields are drawn on, and applied to, what is really there."""
+    if isinstance(data, MetaTensor) and data.has_pending_operations:
+        return apply_pending(data)[0]  # type: ignore[no-any-return]  # MONAI leaves it without types
+    return data
 
 
 def untouched(data: NdarrayOrTensor) -> Tensor:

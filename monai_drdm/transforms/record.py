@@ -25,6 +25,10 @@ class DeformationParams:
     network_sha256: str
     sampler: str
     steps: int
+    image_channel: int | None
+    """Channel that the network saw; None: the mean."""
+    scale: float
+    """Factor on the drawn field, from ``max_displacement_mm`` and the fold policy."""
     version: str
 
     def to_json(self) -> str:
@@ -50,6 +54,8 @@ class DeformationParams:
                 network_sha256=str(values["network_sha256"]),
                 sampler=str(values["sampler"]),
                 steps=int(values["steps"]),
+                image_channel=None if values["image_channel"] is None else int(values["image_channel"]),
+                scale=float(values["scale"]),
                 version=str(values["version"]),
             )
         except (TypeError, ValueError) as error:
@@ -77,7 +83,6 @@ class Deformation:
         ddf: ``(D, *S)`` voxels, the field that was applied, at full resolution.
         spacing: mm per voxel along each axis.
         params: the record that replays it; None for a field that was given.
-        scale: as in ``DeformationStatistics``.
         fold_action: as in ``DeformationStatistics``.
         draws: as in ``DeformationStatistics``.
         notes: as in ``DeformationStatistics``.
@@ -89,7 +94,6 @@ class Deformation:
         spacing: Sequence[float],
         params: DeformationParams | None = None,
         *,
-        scale: float = 1.0,
         fold_action: str = "none",
         draws: int = 0,
         notes: tuple[str, ...] = (),
@@ -97,7 +101,12 @@ class Deformation:
         self.ddf = ddf
         self.spacing = tuple(spacing)
         self.params = params
-        self._account = {"scale": scale, "fold_action": fold_action, "draws": draws, "notes": notes}
+        self._account = {
+            "scale": 1.0 if params is None else params.scale,
+            "fold_action": fold_action,
+            "draws": draws,
+            "notes": notes,
+        }
 
     @cached_property
     def statistics(self) -> DeformationStatistics:

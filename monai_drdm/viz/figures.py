@@ -50,8 +50,8 @@ def deformation_figure(
     low, high = float(original.min()), float(original.float().quantile(0.998))
     panels = (
         ("Original", original),
-        ("Diffused: random deformation", diffused),
-        ("Recovered: new, plausible", recovered),
+        ("Diffused: random field", diffused),
+        ("Recovered", recovered),
     )
     for axis, (name, image) in zip(axes, panels):
         _show(axis, image, spacing, name, cmap="gray", vmin=low, vmax=max(high, low + 1e-6))

@@ -307,6 +307,95 @@ def test_unknown_network_lists_the_known():
         deform("auto")(torch.zeros(1, 8, 8, 8))
 
 
+def test_a_record_replays_whatever_the_limits_of_the_transform(small_network, scan):
+    image = scan((40, 40))["image"]
+    limited = deform(small_network(2), max_displacement_mm=1.0, image_channel=0).set_random_state(1)
+    out = limited(image)
+    record = DeformationParams.from_json(limited.last.params.to_json())
+    free = deform(small_network(2), on_fold="raise", max_fold_fraction=0.0)
+    torch.testing.assert_close(free(image, params=record), out, rtol=0, atol=1e-6)
+    assert free.last.statistics.max_displacement_mm == pytest.approx(1.0, rel=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(64, 64, 8), (64, 64, 4), (64, 64, 2), (20, 64, 30)])
+def test_recovery_is_isotropic_in_millimetres_on_thin_axes(small_network, shape):
+    """A network that predicts the same displacement everywhere moves as far along every axis, in millimetres."""
+    network = small_network(3)
+    network.conv_out.weight.zero_()
+    network.conv_out.bias.fill_(0.002)
+    spacing = (1.0, 1.0, 8.0) if shape[2] < 10 else (3.0, 1.0, 2.0)
+    from monai_drdm.diffusion import recover_fast, WorkingGrid
+
+    grid = WorkingGrid.of(shape, spacing, 32)
+    start = torch.zeros(1, 3, *grid.shape)
+    moved = grid.ddf_to_full(recover_fast(network, torch.rand(1, 1, *grid.shape), start, steps=2))
+    millimetres = moved[0].mean(dim=(1, 2, 3)) * torch.tensor(spacing)
+    assert millimetres.max() / millimetres.min() < 1.1
+
+
+def test_pixdim_also_counts_where_monai_made_up_an_identity_affine(small_network, scan):
+    image = scan((40, 60))["image"]
+    transform = deform(small_network(2), pixdim=(5.0, 1.0)).set_random_state(2)
+    transform(MetaTensor(image))
+    assert transform.last.spacing == (5.0, 1.0)
+    transform(MetaTensor(image, affine=torch.diag(torch.tensor([2.0, 3.0, 1.0, 1.0]))))
+    assert transform.last.spacing == (2.0, 3.0)
+
+
+def test_pending_operations_are_flushed(small_network, scan):
+    from monai.transforms import Spacing
+
+    image = MetaTensor(scan((40, 30))["image"])
+    pending = Spacing(pixdim=(2.0, 2.0), lazy=True)(image)
+    assert pending.has_pending_operations
+    out = deform(small_network(2)).set_random_state(0)(pending)
+    assert not out.has_pending_operations
+    assert out.shape == Spacing(pixdim=(2.0, 2.0))(image).shape
+
+
+def test_integer_images_collate_whichever_sample_fires(small_network, scan):
+    image = (scan((20, 20))["image"] * 100).to(torch.int16)
+    fired = deform(small_network(2)).set_random_state(0)(image)
+    idle = RandDRDMDeform(small_network(2), prob=0.0)(image)
+    assert fired.dtype == idle.dtype == torch.float32
+    assert RandDRDMDeform(small_network(2), prob=0.0, mode="nearest")(image).dtype == torch.int16
+
+
+def test_editing_the_output_leaves_the_input_alone(small_network, scan):
+    image = MetaTensor(scan((20, 20))["image"], meta={"list": [1]})
+    out = deform(small_network(2)).set_random_state(0)(image)
+    out.affine[0, 0] = 9
+    out.meta["list"].append(2)
+    assert image.affine[0, 0] == 1
+    assert image.meta["list"] == [1]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"network": "no-such-network"}, "zheng2026-cmr-2d"),
+        ({"sampler": "bogus"}, "sampler"),
+        ({"steps": -3}, "steps"),
+        ({"pixdim": (0.0, 1.0)}, "pixdim"),
+        ({"prob": "0.5"}, "prob"),
+    ],
+)
+def test_bad_arguments_of_a_named_network_are_refused_before_it_is_loaded(options, message):
+    with pytest.raises(ValueError, match=message):
+        RandDRDMDeform(**options)
+
+
+def test_numpy_levels_and_wrong_types(small_network):
+    assert RandDRDMDeform(small_network(2), deformation_level=np.float32(0.5)).drawer.levels == (0.5, 0.5)
+    with pytest.raises(TypeError, match="deformation_level"):
+        RandDRDMDeform(small_network(2), deformation_level=None)
+
+
+def test_image_without_channel_axis_is_explained(small_network):
+    with pytest.raises(ValueError, match="EnsureChannelFirst"):
+        RandDRDMDeform(small_network(2), pixdim=(1.0, 1.0))(torch.zeros(8, 8))
+
+
 def test_bad_replays_are_refused(small_network, scan):
     image = scan((20, 20))["image"]
     transform = deform(small_network(2))
