@@ -12,12 +12,13 @@ import numpy as np
 import torch
 from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
+from numpy.typing import ArrayLike
 from torch import Tensor
 
 from monai_drdm.diffusion import DRDM
 from monai_drdm.fields import warp
 from monai_drdm.io import save_ddf, save_image
-from monai_drdm.networks import auto_network, load_network
+from monai_drdm.networks import auto_network, load_network, RecResACNet
 from monai_drdm.transforms import Deformation, RandDRDMDeformd
 from monai_drdm.transforms.inputs import spacing_of
 
@@ -72,20 +73,26 @@ def run_demo(
     deformed = _tensors(transform(plane))
     deformation = transform.last
     assert deformation is not None
-    assert deformation.params is not None
     field = deformation.ddf if axis is None else _lift(deformation.ddf, axis, tuple(scan.shape[1:]))
     whole = deformed if axis is None else _tensors(transform(seen, field=field))
+    paths = _write(folder, whole, field, deformation, scan.affine.cpu().numpy())
+    _draw(_tensors(plane), deformed, deformation, loaded, folder / "figure.png")
+    return [*paths, folder / "figure.png"]
 
+
+def _write(
+    folder: Path, sample: Mapping[str, Tensor], field: Tensor, deformation: Deformation, affine: ArrayLike
+) -> list[Path]:
+    assert deformation.params is not None
     folder.mkdir(parents=True, exist_ok=True)
-    paths = [folder / name for name in ("image.nii.gz", "label.nii.gz", "field.nii.gz", "record.json", "figure.png")]
-    affine = scan.affine.cpu().numpy()
-    save_image(whole["image"][0], affine, paths[0])
-    save_image(whole["label"][0], affine, paths[1])
-    save_ddf(field, affine, paths[2])
-    paths[3].write_text(deformation.params.to_json() + "\n", encoding="utf-8")
-    model = DRDM(loaded, deformation.params.sampler, deformation.params.steps)
-    _draw(_tensors(plane), deformed, deformation, model, paths[4])
-    return paths
+    image, label, ddf, record = (
+        folder / name for name in ("image.nii.gz", "label.nii.gz", "field.nii.gz", "record.json")
+    )
+    save_image(sample["image"][0], affine, image)
+    save_image(sample["label"][0], affine, label)
+    save_ddf(field, affine, ddf)
+    record.write_text(deformation.params.to_json() + "\n", encoding="utf-8")
+    return [image, label, ddf, record]
 
 
 def _load(path: Path, dtype: type | None) -> MetaTensor:
@@ -120,12 +127,17 @@ def _lift(ddf: Tensor, axis: int, shape: tuple[int, ...]) -> Tensor:
 
 
 def _draw(
-    before: Mapping[str, Tensor], after: Mapping[str, Tensor], deformation: Deformation, model: DRDM, path: Path
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    deformation: Deformation,
+    network: RecResACNet,
+    path: Path,
 ) -> None:
     from monai_drdm.viz import deformation_figure  # matplotlib is an extra
 
     record, numbers = deformation.params, deformation.statistics
     assert record is not None
+    model = DRDM(network, record.sampler, record.steps)
     image = before["image"].float()
     start = model.diffuse(image.shape[1:], record.deformation_level, [record.seed], deformation.spacing)
     diffused = warp(image[None], start)[0]

@@ -132,17 +132,18 @@ class RecResACNet(nn.Module):
         padded = [max(-(-n // _MULTIPLE) * _MULTIPLE, 2 * _MULTIPLE) for n in shape]
         image = F.pad(image, [p for n, m in zip(shape[::-1], padded[::-1]) for p in (0, m - n)])
 
-        def time(mlp: nn.Module) -> Tensor:
+        def at(mlp: nn.Module) -> Tensor:
+            """What a level's MLP makes of the time step, shaped to be added to its features."""
             added: Tensor = mlp(embedding)
             return added.reshape(*added.shape, *(1,) * self.spatial_dims)
 
-        out1 = self.b1(image + time(self.te1))
-        out2 = self.b2(self.down1(out1) + time(self.te2))
-        out3 = self.b3(self.down2(out2) + time(self.te3))
-        bottom = self.b_mid(self.down3(out3) * time(self.te_mid))
-        up = self.b4(torch.cat((out3, self.up1(bottom)), dim=1) + time(self.te4))
-        up = self.b5(torch.cat((out2, self.up2(up)), dim=1) + time(self.te5))
-        up = self.b_out(torch.cat((out1, self.up3(up)), dim=1) + time(self.te_out))
+        out1 = self.b1(image + at(self.te1))
+        out2 = self.b2(self.down1(out1) + at(self.te2))
+        out3 = self.b3(self.down2(out2) + at(self.te3))
+        bottom = self.b_mid(self.down3(out3) * at(self.te_mid))
+        up = self.b4(torch.cat((out3, self.up1(bottom)), dim=1) + at(self.te4))
+        up = self.b5(torch.cat((out2, self.up2(up)), dim=1) + at(self.te5))
+        up = self.b_out(torch.cat((out1, self.up3(up)), dim=1) + at(self.te_out))
         return crop(self.conv_out(up), shape)
 
     def _level(self, *channels: int, normalize: bool = True) -> nn.Sequential:
