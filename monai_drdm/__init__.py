@@ -6,9 +6,10 @@ the same patient. Method: Zheng et al., Medical Image Analysis 110, 2026, 103987
 
 from monai_drdm._version import __version__
 from monai_drdm.networks import list_networks, load_network
-from monai_drdm.transforms import RandDRDMDeform, RandDRDMDeformD, RandDRDMDeformd, RandDRDMDeformDict
+from monai_drdm.transforms import ApplyDDFd, RandDRDMDeform, RandDRDMDeformD, RandDRDMDeformd, RandDRDMDeformDict
 
 __all__ = [
+    "ApplyDDFd",
     "RandDRDMDeform",
     "RandDRDMDeformD",
     "RandDRDMDeformDict",

@@ -57,6 +57,7 @@ class DRDM:
         seeds: Sequence[int],
         spacing: Sequence[float] | None = None,
         *,
+        compact: bool = False,
         callback: Callback | None = None,
         progress: bool = False,
     ) -> Tensor:
@@ -67,11 +68,13 @@ class DRDM:
             level: deformation level in (0, 1], one or one per image.
             seeds: one per image; with the level they fix its field, whatever else is in the batch.
             spacing: mm per voxel along each axis; None is isotropic.
+            compact: return the field on the coarser of working grid and image grid, axis by axis, which holds all
+                there is to know; ``fields.resize_ddf`` brings it to the image's.
             callback: called after each recovery step, with fields on the working grid.
             progress: show a progress bar.
 
         Returns:
-            ``(B, D, *S)`` voxels of the images, float32, on the network's device.
+            ``(B, D, *S)`` voxels of the images, float32, on the network's device; of their own grid if ``compact``.
 
         Raises:
             ValueError: dimensions, channels, number of seeds or levels do not fit; images are not finite.
@@ -84,9 +87,11 @@ class DRDM:
             ddf = self._diffuse(grid, level, seeds, images.shape[0])
             if self.sampler == "reference":
                 ddf = recover_reference(self.network, working, ddf, callback=callback, progress=progress)
-                return grid.ddf_to_full(ddf)
-            ddf = recover_fast(self.network, working, ddf, steps=self.steps, callback=callback, progress=progress)
-            return mend_folds(grid.ddf_to_full(ddf))  # a coarser grid can fold where the working grid does not
+            else:
+                ddf = recover_fast(self.network, working, ddf, steps=self.steps, callback=callback, progress=progress)
+            ddf = grid.ddf_to_compact(ddf) if compact else grid.ddf_to_full(ddf)
+            # a coarser grid can fold where the working grid does not
+            return ddf if self.sampler == "reference" else mend_folds(ddf)
 
     @torch.no_grad()
     def diffuse(

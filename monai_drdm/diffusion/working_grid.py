@@ -69,6 +69,10 @@ class WorkingGrid:
         """Bring a field ``(B, D, *S)`` in working voxels to the image's grid, in its voxels."""
         return resize_ddf(ddf, self.full_shape)
 
+    def ddf_to_compact(self, ddf: Tensor) -> Tensor:
+        """Bring a field ``(B, D, *S)`` in working voxels to the coarser of both grids, axis by axis, in its voxels."""
+        return resize_ddf(ddf, [min(sizes) for sizes in zip(self.shape, self.full_shape)])
+
 
 def _robust_range(image: Tensor) -> tuple[Tensor, Tensor]:
     """Percentiles of each sample, ``(B, 1, …)``; the full range where they coincide, as in a mostly empty image."""

@@ -1,10 +1,14 @@
 """MONAI transforms."""
 
+from monai_drdm.transforms.apply import ApplyDDFD, ApplyDDFd, ApplyDDFDict
 from monai_drdm.transforms.array import RandDRDMDeform
 from monai_drdm.transforms.dictionary import RandDRDMDeformD, RandDRDMDeformd, RandDRDMDeformDict
 from monai_drdm.transforms.record import Deformation, DeformationParams, DeformationStatistics
 
 __all__ = [
+    "ApplyDDFD",
+    "ApplyDDFDict",
+    "ApplyDDFd",
     "Deformation",
     "DeformationParams",
     "DeformationStatistics",

@@ -6,6 +6,7 @@ import os
 from collections.abc import Sequence
 from numbers import Real
 
+import numpy as np
 import torch
 from monai.config import NdarrayOrTensor
 from monai.transforms import RandomizableTransform
@@ -15,13 +16,16 @@ from torch import Tensor
 from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
 from monai_drdm.networks import RecResACNet
 from monai_drdm.transforms.draw import FieldDrawer
-from monai_drdm.transforms.inputs import as_tensor, checked_pixdim, flushed, idle, spacing_of, warp_like
+from monai_drdm.transforms.inputs import as_tensor, checked_field, checked_pixdim, flushed, idle, spacing_of, warp_like
+from monai_drdm.transforms.keyed import field_info, take_back
 from monai_drdm.transforms.record import Deformation, DeformationParams
+from monai_drdm.transforms.seeds import stable_hash
+from monai_drdm.transforms.trace import in_plain_mode, TracedTransform
 
 _SEEDS = 2**32
 
 
-class DRDMRandomness(RandomizableTransform):
+class DRDMRandomness(RandomizableTransform, TracedTransform):
     """Firing and seeds, the same for the array and the dictionary form.
 
     Args:
@@ -41,9 +45,20 @@ class DRDMRandomness(RandomizableTransform):
         self._seed: int | None = None
 
     def randomize(self, data: object = None) -> None:
-        """Draw whether to fire, then one integer seed, in that order whether or not it fires."""
+        """Draw whether to fire, then one integer seed, in that order whether or not it fires.
+
+        Args:
+            data: a value whose hash takes the place of the random state; None: the state alone.
+
+        Raises:
+            TypeError: a value that has no hash that is the same in every process.
+        """
         super().randomize(None)
         self._seed = int(self.R.randint(0, _SEEDS, dtype="uint64"))
+        if data is not None:
+            state = np.random.RandomState(stable_hash(data))
+            self._do_transform = bool(state.rand() < self.prob)
+            self._seed = int(state.randint(0, _SEEDS, dtype="uint64"))
 
     def deformation(
         self,
@@ -53,6 +68,7 @@ class DRDMRandomness(RandomizableTransform):
         randomize: bool,
         params: DeformationParams | None,
         field: Tensor | None,
+        seed_value: object = None,
     ) -> Deformation | None:
         """The deformation to apply to an image, or None if the transform does not fire.
 
@@ -63,11 +79,11 @@ class DRDMRandomness(RandomizableTransform):
             raise ValueError("give params= to replay a record or field= to apply a field, not both.")
         tensor = as_tensor(image, name)
         if field is not None:
-            return Deformation(_checked_field(field, tensor), spacing)
+            return Deformation(checked_field(field, tensor), spacing)
         if params is not None:
             return self.drawer.draw(tensor, spacing, params=params)
         if randomize:
-            self.randomize()
+            self.randomize(seed_value)
         if self._seed is None:
             raise ValueError(
                 "randomize=False replays the last draw, and there is none yet. Call once with randomize=True."
@@ -76,7 +92,8 @@ class DRDMRandomness(RandomizableTransform):
 
     def __getstate__(self) -> dict[str, object]:
         """Everything but the last field, which may be large."""
-        return {**self.__dict__, "last": None}
+        state: dict[str, object] = super().__getstate__()  # type: ignore[no-untyped-call]  # MONAI leaves it without types
+        return {**state, "last": None}
 
 
 class RandDRDMDeform(DRDMRandomness):
@@ -100,7 +117,10 @@ class RandDRDMDeform(DRDMRandomness):
             at most 4 times, then shrink the least folded), ``skip``, ``keep``, ``raise``.
         max_fold_fraction: accepted fraction of folding cells at full resolution, by the corner measure.
         pixdim: spacing in mm of tensors without an affine.
+        slice_axis: lets a 2D network deform volumes: one in-plane field, drawn on the middle slice across this spatial
+            axis, moves the whole stack.
         device: where the network runs; None: where the image is.
+        invertible: record on the output what ``inverse`` needs.
 
     Raises:
         TypeError: arguments of a wrong type.
@@ -122,8 +142,11 @@ class RandDRDMDeform(DRDMRandomness):
         on_fold: str = "rescale",
         max_fold_fraction: float = 1e-4,
         pixdim: Sequence[float] | None = None,
+        slice_axis: int | None = None,
         device: torch.device | str | None = None,
+        invertible: bool = True,
     ) -> None:
+        TracedTransform.__init__(self)
         drawer = FieldDrawer(
             network=network,
             deformation_level=deformation_level,
@@ -133,14 +156,17 @@ class RandDRDMDeform(DRDMRandomness):
             max_displacement_mm=max_displacement_mm,
             on_fold=on_fold,
             max_fold_fraction=max_fold_fraction,
+            slice_axis=slice_axis,
             device=device,
         )
-        super().__init__(prob, drawer)
+        DRDMRandomness.__init__(self, prob, drawer)
         check_modes(mode, padding_mode, 2, "RandDRDMDeform")
         self.mode: Mode = mode
         self.padding_mode: PaddingMode = padding_mode
         self.pixdim = checked_pixdim(pixdim)
+        self.invertible = invertible
 
+    @in_plain_mode
     def __call__(
         self,
         img: NdarrayOrTensor,
@@ -172,18 +198,29 @@ class RandDRDMDeform(DRDMRandomness):
         as_tensor(img, "img")
         spacing = spacing_of(img, self.pixdim, "img")
         self.last = self.deformation(img, spacing, "img", randomize, params, field)
-        if self.last is None or self.last.skipped:
-            return idle(img, mode or self.mode)
-        return warp_like(img, self.last.ddf, mode or self.mode, padding_mode or self.padding_mode, "img")
+        mode, padding_mode = mode or self.mode, padding_mode or self.padding_mode
+        fired = self.last is not None and not self.last.skipped
+        if self.last is None or not fired:
+            out = idle(img, mode)
+        else:
+            out = warp_like(img, self.last.ddf, mode, padding_mode, "img")
+        if not self.invertible:
+            return out
+        info = {"kind": "image", "mode": mode, "padding_mode": padding_mode}
+        return self.record(out, fired, info | field_info(self.last, tuple(img.shape[1:])))
 
+    @in_plain_mode
+    def inverse(self, data: Tensor) -> Tensor:
+        """Take back what this transform did to an image, or to something on its grid that carries its records.
 
-def _checked_field(field: Tensor, image: Tensor) -> Tensor:
-    if not isinstance(field, Tensor) or not field.is_floating_point():
-        raise TypeError(
-            f"field must be a floating tensor (D, *S) in voxels, got {getattr(field, 'dtype', type(field))}."
-        )
-    if tuple(field.shape) != (image.ndim - 1, *image.shape[1:]):
-        raise ValueError(f"field must have shape {(image.ndim - 1, *image.shape[1:])}, got {tuple(field.shape)}.")
-    if not bool(torch.isfinite(field).all()):
-        raise ValueError("field must be finite, got NaN or infinity.")
-    return field.detach().to(image.device)
+        Args:
+            data: MetaTensor ``(C, *S)``.
+
+        Returns:
+            ``(C, *S)`` MetaTensor without this transform's latest record; the input is left as it is.
+
+        Raises:
+            TypeError: data that carry no records.
+            ValueError: no record of this transform, or data of another shape than it recorded.
+        """
+        return take_back(self, data, "data", {})

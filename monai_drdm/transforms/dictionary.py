@@ -4,30 +4,24 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any, cast, TypeVar
+from typing import Any
 
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
-from monai.transforms import MapTransform
 from torch import Tensor
 
-from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
+from monai_drdm.fields.warp import Mode, PaddingMode
 from monai_drdm.networks import RecResACNet
 from monai_drdm.transforms.array import DRDMRandomness
 from monai_drdm.transforms.draw import FieldDrawer
-from monai_drdm.transforms.inputs import (
-    as_tensor,
-    check_keys_agree,
-    checked_pixdim,
-    flushed,
-    idle,
-    spacing_of,
-    warp_like,
-)
+from monai_drdm.transforms.inputs import as_tensor, check_keys_agree, checked_pixdim, flushed, spacing_of
+from monai_drdm.transforms.keyed import KeyedDeformation
+from monai_drdm.transforms.points import PointSpace
 from monai_drdm.transforms.record import DeformationParams
+from monai_drdm.transforms.trace import in_plain_mode
 
 
-class RandDRDMDeformd(DRDMRandomness, MapTransform):
+class RandDRDMDeformd(DRDMRandomness, KeyedDeformation):
     """Dictionary form of ``RandDRDMDeform``: one field, drawn from the image key, moves every key.
 
     Args:
@@ -44,8 +38,17 @@ class RandDRDMDeformd(DRDMRandomness, MapTransform):
         max_displacement_mm: as in ``RandDRDMDeform``.
         on_fold: as in ``RandDRDMDeform``.
         max_fold_fraction: as in ``RandDRDMDeform``.
+        point_keys: landmarks ``(C, N, D)``, which go where the image goes; ``<key>_valid`` ``(C, N)`` says which are
+            inside the image before and after.
+        point_space: ``voxel``, or ``world`` through the image's affine (MONAI's RAS mm).
+        box_keys: boxes ``(N, 2D)`` in voxels, edges as in MONAI: the boxes that enclose what they become.
+        box_mode: one of MONAI's corner modes; ``standard`` is ``xyxy`` or ``xyzxyz``.
         pixdim: as in ``RandDRDMDeform``.
+        slice_axis: as in ``RandDRDMDeform``.
+        seed_key: key whose value, hashed, replaces the random state: firing, level and field then depend on it alone,
+            whatever the worker, the order or the epoch.
         device: as in ``RandDRDMDeform``. Outputs return to each key's own device.
+        invertible: as in ``RandDRDMDeform``.
         allow_missing_keys: leave keys alone that the data lack. The image key must be there.
 
     Raises:
@@ -69,11 +72,29 @@ class RandDRDMDeformd(DRDMRandomness, MapTransform):
         max_displacement_mm: float | None = None,
         on_fold: str = "rescale",
         max_fold_fraction: float = 1e-4,
+        point_keys: KeysCollection = (),
+        point_space: PointSpace = "voxel",
+        box_keys: KeysCollection = (),
+        box_mode: str = "standard",
         pixdim: Sequence[float] | None = None,
+        slice_axis: int | None = None,
+        seed_key: Hashable | None = None,
         device: torch.device | str | None = None,
+        invertible: bool = True,
         allow_missing_keys: bool = False,
     ) -> None:
-        MapTransform.__init__(self, keys, allow_missing_keys)
+        KeyedDeformation.__init__(
+            self,
+            keys,
+            mode,
+            padding_mode,
+            point_keys,
+            point_space,
+            box_keys,
+            box_mode,
+            invertible,
+            allow_missing_keys,
+        )
         drawer = FieldDrawer(
             network=network,
             deformation_level=deformation_level,
@@ -83,16 +104,15 @@ class RandDRDMDeformd(DRDMRandomness, MapTransform):
             max_displacement_mm=max_displacement_mm,
             on_fold=on_fold,
             max_fold_fraction=max_fold_fraction,
+            slice_axis=slice_axis,
             device=device,
         )
         DRDMRandomness.__init__(self, prob, drawer)
-        self.mode: tuple[Mode, ...] = _per_key(mode, len(self.keys), "mode")
-        self.padding_mode: tuple[PaddingMode, ...] = _per_key(padding_mode, len(self.keys), "padding_mode")
-        for one_mode, one_padding in zip(self.mode, self.padding_mode):
-            check_modes(one_mode, one_padding, 2, "RandDRDMDeformd")
         self.image_key = self.keys[0] if image_key is None else image_key
         self.pixdim = checked_pixdim(pixdim)
+        self.seed_key = seed_key
 
+    @in_plain_mode
     def __call__(
         self,
         data: Mapping[Any, NdarrayOrTensor],
@@ -104,7 +124,7 @@ class RandDRDMDeformd(DRDMRandomness, MapTransform):
         """Deform all keys of a sample by one field.
 
         Args:
-            data: a dictionary with ``(C, *S)`` values at the keys.
+            data: a dictionary with ``(C, *S)`` values at the keys, and points and boxes at theirs.
             randomize: False replays the last draw.
             params: replays a record instead.
             field: applies this field ``(D, *S)`` in voxels instead.
@@ -118,36 +138,25 @@ class RandDRDMDeformd(DRDMRandomness, MapTransform):
             ValueError: anything that does not fit; see the table of inputs and answers in the README.
         """
         result = dict(data)
-        present = list(self.key_iterator(result, self.mode, self.padding_mode))
-        if self.image_key not in result:
-            raise KeyError(
-                f"RandDRDMDeformd: image_key {self.image_key!r} is missing from the data: {sorted(map(str, result))}."
-            )
-        for key in {self.image_key, *(key for key, *_ in present)}:
+        names = [key for key, *_ in self.present(result)]
+        for key in (self.image_key, *(() if self.seed_key is None else (self.seed_key,))):
+            if key not in result:
+                which = "image_key" if key == self.image_key else "seed_key"
+                raise KeyError(
+                    f"RandDRDMDeformd: {which} {key!r} is missing from the data: {sorted(map(str, result))}."
+                )
+        for key in {self.image_key, *names}:
             result[key] = flushed(result[key])
-        image = result[self.image_key]
-        names = [key for key, *_ in present]
+        image, name = result[self.image_key], repr(self.image_key)
         for key in (self.image_key, *names):
             as_tensor(result[key], repr(key))
         check_keys_agree(result, self.image_key, names)
-        spacing = spacing_of(image, self.pixdim, repr(self.image_key))
-        self.last = self.deformation(image, spacing, repr(self.image_key), randomize, params, field)
-        for key, mode, padding_mode in present:
-            if self.last is None or self.last.skipped:
-                result[key] = idle(result[key], mode)
-            else:
-                result[key] = warp_like(result[key], self.last.ddf, mode, padding_mode, repr(key))
+        self.check_geometry(result, image.ndim - 1)
+        spacing = spacing_of(image, self.pixdim, name)
+        seed_value = None if self.seed_key is None else result[self.seed_key]
+        self.last = self.deformation(image, spacing, name, randomize, params, field, seed_value)
+        self.move(result, image, name, self.last)
         return result
 
 
 RandDRDMDeformD = RandDRDMDeformDict = RandDRDMDeformd
-
-
-_Option = TypeVar("_Option", bound=str)
-
-
-def _per_key(value: _Option | Sequence[_Option], count: int, name: str) -> tuple[_Option, ...]:
-    values = cast("tuple[_Option, ...]", (value,) * count if isinstance(value, str) else tuple(value))
-    if len(values) != count:
-        raise ValueError(f"{name} must be one or one per key: {count} keys, got {len(values)} of them {values}.")
-    return values

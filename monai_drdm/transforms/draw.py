@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import lru_cache
 from numbers import Real
 from typing import NamedTuple
 
@@ -18,24 +16,33 @@ from torch import Tensor
 from monai_drdm._version import __version__
 from monai_drdm.diffusion import DRDM, SAMPLERS
 from monai_drdm.fields import fold_fraction, shrink_to_fold_limit, voxels_to_mm
-from monai_drdm.networks import (
-    auto_network,
-    load_network,
-    network_card,
-    network_sha256,
-    RecResACNet,
-    weights_folder,
-)
+from monai_drdm.networks import network_sha256, RecResACNet
 from monai_drdm.transforms.record import Deformation, DeformationParams
+from monai_drdm.transforms.source import NetworkSource
+from monai_drdm.transforms.stored import StoredField
 
 FOLD_POLICIES = ("rescale", "resample", "skip", "keep", "raise")
 _MAX_REDRAWS = 4
+_LIMIT_MARGIN = 1 - 2**-14  # rounding must not carry a field over the displacement limit
+
+
+class _View(NamedTuple):
+    """What the network sees of an image, and where it lies in it."""
+
+    image: Tensor  # (1, *P), the image or its middle slice
+    spacing: tuple[float, ...]
+    shape: tuple[int, ...]  # of the image
+    slice_axis: int | None
 
 
 class _Draw(NamedTuple):
-    folds: float
-    ddf: Tensor  # (1, D, *S) voxels
+    """A field as it came from the sampler, and as it would be applied after scaling and rounding."""
+
+    drawn: Tensor  # (1, D, *C) voxels of the grid it was drawn on
     scale: float
+    stored: StoredField
+    planar: Tensor  # (1, D, *P) voxels of the network's view
+    folds: float
     seed: int
 
 
@@ -56,17 +63,18 @@ class FieldDrawer:
         max_displacement_mm: float | None,
         on_fold: str,
         max_fold_fraction: float,
+        slice_axis: int | None,
         device: torch.device | str | None,
     ) -> None:
-        if not isinstance(network, (str, os.PathLike, RecResACNet)):
-            raise TypeError(f"network must be a name, a path or a loaded network, got {type(network).__name__}.")
         if on_fold not in FOLD_POLICIES:
             raise ValueError(f"on_fold must be one of {FOLD_POLICIES}, got {on_fold!r}.")
         if not 0.0 <= max_fold_fraction <= 1.0:
             raise ValueError(f"max_fold_fraction must be in [0, 1], got {max_fold_fraction}.")
         if max_displacement_mm is not None and not 0.0 < max_displacement_mm < math.inf:
             raise ValueError(f"max_displacement_mm must be positive or None, got {max_displacement_mm}.")
-        self.network = network
+        if slice_axis is not None and (isinstance(slice_axis, bool) or slice_axis not in (0, 1, 2)):
+            raise ValueError(f"slice_axis must be the spatial axis 0, 1 or 2 of a volume, or None, got {slice_axis!r}.")
+        self.source = NetworkSource(network)
         self.levels = _level_range(deformation_level)
         self.sampler = sampler
         self.steps = steps
@@ -74,24 +82,17 @@ class FieldDrawer:
         self.max_displacement_mm = max_displacement_mm
         self.on_fold = on_fold
         self.max_fold_fraction = max_fold_fraction
+        self.slice_axis = slice_axis
         self.device = device
-        self._moved: dict[torch.device, RecResACNet] = {}
         # wrong arguments fail here, not when the transform first fires
         if isinstance(network, RecResACNet):
             DRDM(network, sampler, steps)
             return
-        name = os.fspath(network)
-        if name != "auto" and not name.endswith(".safetensors"):
-            network_card(name)
         known = sorted({one for samplers in SAMPLERS.values() for one in samplers})
         if sampler not in ("auto", *known):
             raise ValueError(f"sampler must be 'auto' or one of {known}, got {sampler!r}.")
         if steps is not None and steps < 1:
             raise ValueError(f"steps must be 1 or more, or None, got {steps}.")
-
-    def __getstate__(self) -> dict[str, object]:
-        """Settings without the copies of the network on other devices."""
-        return {**self.__dict__, "_moved": {}}
 
     def draw(
         self,
@@ -113,63 +114,60 @@ class FieldDrawer:
             The field on the image's device, after the displacement limit and the fold policy.
 
         Raises:
+            RuntimeError: CUDA asked for in a forked process.
             ValueError: the image does not fit the network, is not finite, or the record is of another network;
                 under ``on_fold="raise"`` a field that folds too much.
         """
-        model = self._model(image, params)
+        settings = self if params is None else params
+        view = _network_view(image, spacing, settings.image_channel, settings.slice_axis)
+        # an empty tensor knows the index that "cuda" stands for
+        device = torch.empty(0, device=image.device if self.device is None else self.device).device
+        network = self.source.load(view.image.ndim - 1, device)
         if params is not None:
-            return self._replay(model, image, spacing, params)
+            model = DRDM(network, params.sampler, params.steps)
+            _check_record(params, model)
+            drawn = _sample(model, view, params.deformation_level, params.seed)
+            replayed = _scaled(drawn, params.scale, view, params.seed)  # this transform's own limits do not apply
+            return _deformation(image, spacing, view, replayed, params, action="none", draws=1)
         assert seed is not None
+        model = DRDM(network, self.sampler, self.steps)
         record = self._record(model, seed)
-        view = _network_view(image, self.image_channel)
         draws: list[_Draw] = []
         for one_seed in _seed_chain(seed, 1 + (_MAX_REDRAWS if self.on_fold == "resample" else 0)):
-            draws.append(self._draw_one(model, view, record.deformation_level, one_seed, spacing))
+            draws.append(self._draw_one(model, view, record.deformation_level, one_seed))
             if draws[-1].folds <= self.max_fold_fraction:
                 break
-        best = min(draws, key=lambda draw: draw.folds)
-        ddf, factor, action = best.ddf, 1.0, "none" if len(draws) == 1 else "resample"
+        best, action = min(draws, key=lambda draw: draw.folds), "none" if len(draws) == 1 else "resample"
         if best.folds > self.max_fold_fraction:
-            ddf, factor, action = self._settle(best, action)
-        return Deformation(
-            ddf[0].to(image.device),
-            spacing,
-            replace(record, seed=best.seed, scale=best.scale * factor),
-            fold_action=action,
-            draws=len(draws),
-            notes=_notes(view),
-        )
+            best, action = self._settle(best, view, action)
+        params = replace(record, seed=best.seed, scale=best.scale)
+        return _deformation(image, spacing, view, best, params, action=action, draws=len(draws))
 
-    def _replay(self, model: DRDM, image: Tensor, spacing: Sequence[float], params: DeformationParams) -> Deformation:
-        """The recorded field, at the recorded scale: this transform's own limits and policy do not apply."""
-        _check_record(params, model)
-        view = _network_view(image, params.image_channel)
-        ddf = model.sample(view[None], params.deformation_level, [params.seed], spacing) * params.scale
-        return Deformation(ddf[0].to(image.device), spacing, params, draws=1, notes=_notes(view))
-
-    def _draw_one(self, model: DRDM, view: Tensor, level: float, seed: int, spacing: Sequence[float]) -> _Draw:
+    def _draw_one(self, model: DRDM, view: _View, level: float, seed: int) -> _Draw:
         """One field, scaled down to the displacement limit."""
-        ddf, scale = model.sample(view[None], level, [seed], spacing), 1.0
+        draw = _scaled(_sample(model, view, level, seed), 1.0, view, seed)
         if self.max_displacement_mm is not None:
-            largest = float(voxels_to_mm(ddf, spacing).norm(dim=1).max())
-            scale = min(1.0, self.max_displacement_mm / max(largest, 1e-12))
-            ddf = ddf * scale
-        return _Draw(float(fold_fraction(ddf)[0]), ddf, scale, seed)
+            largest = float(voxels_to_mm(draw.planar, view.spacing).norm(dim=1).max())
+            if largest > self.max_displacement_mm:
+                draw = _scaled(draw.drawn, self.max_displacement_mm / largest * _LIMIT_MARGIN, view, seed)
+        return draw
 
-    def _settle(self, draw: _Draw, action: str) -> tuple[Tensor, float, str]:
-        """Apply the fold policy to a field above the limit: the field, the factor on it, and what was done."""
-        ddf = draw.ddf
+    def _settle(self, draw: _Draw, view: _View, action: str) -> tuple[_Draw, str]:
+        """Apply the fold policy to a field above the limit: the field, and what was done."""
         if self.on_fold == "keep":
-            return ddf, 1.0, "keep"
+            return draw, "keep"
         if self.on_fold == "skip":
-            return torch.zeros_like(ddf), 0.0, "skip"
+            return _scaled(draw.drawn, 0.0, view, draw.seed), "skip"
         if self.on_fold == "raise":
             raise ValueError(
                 f"on_fold='raise': the field folds in {draw.folds:.2%} of cells, above max_fold_fraction="
                 f"{self.max_fold_fraction:.2%}. Lower deformation_level or choose another policy."
             )
-        ddf, factor = shrink_to_fold_limit(ddf, self.max_fold_fraction)
-        return ddf, float(factor[0]), "rescale" if action == "none" else "resample+rescale"
+        factor = float(shrink_to_fold_limit(draw.planar, self.max_fold_fraction)[1][0])
+        while draw.folds > self.max_fold_fraction:  # once, unless rounding folds a cell again
+            draw = _scaled(draw.drawn, draw.scale * factor, view, draw.seed)
+            factor = 0.98
+        return draw, "rescale" if action == "none" else "resample+rescale"
 
     def _record(self, model: DRDM, seed: int) -> DeformationParams:
         low, high = self.levels
@@ -182,65 +180,59 @@ class FieldDrawer:
             sampler=model.sampler,
             steps=model.steps,
             image_channel=self.image_channel,
+            slice_axis=self.slice_axis,
             scale=1.0,
             version=__version__,
         )
 
-    def _model(self, image: Tensor, params: DeformationParams | None) -> DRDM:
-        dims = image.ndim - 1
-        # an empty tensor knows the index that "cuda" stands for
-        device = torch.empty(0, device=image.device if self.device is None else self.device).device
-        if isinstance(self.network, RecResACNet):
-            network = self._on_device(self.network, device)
-        else:
-            name = auto_network(dims) if self.network == "auto" else os.fspath(self.network)
-            network = _shared_network(name, str(device), str(weights_folder()))
-        _check_dims(network, dims)
-        if params is not None:
-            return DRDM(network, params.sampler, params.steps)
-        return DRDM(network, self.sampler, self.steps)
 
-    def _on_device(self, network: RecResACNet, device: torch.device) -> RecResACNet:
-        """The given network, or a copy on another device: the caller's own stays where it is."""
-        if next(network.parameters()).device == device:
-            return network
-        if device not in self._moved:
-            self._moved[device] = copy.deepcopy(network).to(device)
-        return self._moved[device]
+def _sample(model: DRDM, view: _View, level: float, seed: int) -> Tensor:
+    return model.sample(view.image[None], level, [seed], view.spacing, compact=True)
 
 
-def _network_view(image: Tensor, channel: int | None) -> Tensor:
-    """What the network sees: one channel or the mean over channels, float32 ``(1, *S)``."""
-    if channel is None:
-        view = image.to(torch.float32).mean(dim=0, keepdim=True)
-    elif -image.shape[0] <= channel < image.shape[0]:
-        view = image[channel][None].to(torch.float32)
-    else:
+def _scaled(drawn: Tensor, scale: float, view: _View, seed: int) -> _Draw:
+    stored = StoredField.quantised(drawn[0] * scale, view.shape, view.slice_axis)
+    planar = stored.planar(drawn.device)[None]
+    return _Draw(drawn, scale, stored, planar, float(fold_fraction(planar)[0]), seed)
+
+
+def _deformation(
+    image: Tensor,
+    spacing: Sequence[float],
+    view: _View,
+    draw: _Draw,
+    params: DeformationParams,
+    *,
+    action: str,
+    draws: int,
+) -> Deformation:
+    return Deformation(
+        draw.stored.ddf(image.device),
+        spacing,
+        params,
+        stored=draw.stored,
+        fold_action=action,
+        draws=draws,
+        notes=_notes(view.image),
+    )
+
+
+def _network_view(image: Tensor, spacing: Sequence[float], channel: int | None, slice_axis: int | None) -> _View:
+    """What the network sees: one channel or the mean over channels, of the image or of its middle slice."""
+    if slice_axis is not None and image.ndim != 4:
+        raise ValueError(f"slice_axis={slice_axis} needs a volume (C, X, Y, Z), got an image of {tuple(image.shape)}.")
+    if channel is not None and not -image.shape[0] <= channel < image.shape[0]:
         raise ValueError(f"image_channel must be a channel of the image, got {channel} of {image.shape[0]}.")
-    if not bool(torch.isfinite(image).all() & torch.isfinite(view).all()):
+    seen = image if slice_axis is None else image.select(slice_axis + 1, image.shape[slice_axis + 1] // 2)
+    seen = seen.to(torch.float32).mean(dim=0, keepdim=True) if channel is None else seen[channel][None].float()
+    if not bool(torch.isfinite(image).all() & torch.isfinite(seen).all()):
         raise ValueError("the image holds NaN or infinity (or overflows float32). Clean it first (numpy.nan_to_num).")
-    return view
+    in_plane = tuple(s for d, s in enumerate(spacing) if d != slice_axis)
+    return _View(seen, in_plane, tuple(image.shape[1:]), slice_axis)
 
 
 def _notes(view: Tensor) -> tuple[str, ...]:
     return ("constant image",) if bool((view == view.flatten()[0]).all()) else ()
-
-
-@lru_cache(maxsize=8)
-def _shared_network(name: str, device: str, folder: str) -> RecResACNet:
-    """One network per process, name and device; ``folder``, where names are looked up, is part of the key."""
-    return load_network(name, device)
-
-
-def _check_dims(network: RecResACNet, dims: int) -> None:
-    card = network.card
-    if card.spatial_dims != dims:
-        raise ValueError(
-            f"network {card.name!r} deforms {card.spatial_dims}D images, got an image of {dims} spatial dimensions. "
-            + ("Deform 2D slices, or pass a 3D network." if dims == 3 else "Pass a 2D network.")
-        )
-    if card.in_channels != 1:
-        raise ValueError(f"network {card.name!r} must have one input channel, got {card.in_channels}.")
 
 
 def _check_record(params: DeformationParams, model: DRDM) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Hashable, Mapping, Sequence
 
 import numpy as np
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from monai_drdm.fields import warp
 from monai_drdm.fields.warp import Mode, PaddingMode
+from monai_drdm.transforms.trace import with_metadata_of
 
 _AFFINE_TOLERANCE = 1e-3
 
@@ -83,33 +83,54 @@ def check_keys_agree(data: Mapping[Hashable, NdarrayOrTensor], reference: Hashab
     Raises:
         ValueError: naming the keys and what differs.
     """
-    first = data[reference]
     for key in keys:
-        other = data[key]
-        if tuple(other.shape[1:]) != tuple(first.shape[1:]):
+        check_same_space(data[reference], data[key], repr(reference), repr(key))
+
+
+def check_same_space(first: NdarrayOrTensor, other: NdarrayOrTensor, first_name: str, other_name: str) -> None:
+    """Check that two ``(C, *S)`` share their spatial shape and, where both have one, their affine.
+
+    Raises:
+        ValueError: naming the two and what differs.
+    """
+    advice = "Resample them to one grid first (ResampleToMatchd)."
+    if tuple(other.shape[1:]) != tuple(first.shape[1:]):
+        raise ValueError(
+            f"{first_name} and {other_name} must have one spatial shape, got {tuple(first.shape[1:])} and "
+            f"{tuple(other.shape[1:])}. {advice}"
+        )
+    if isinstance(first, MetaTensor) and isinstance(other, MetaTensor):
+        a, b = first.affine.detach().cpu().double(), other.affine.detach().cpu().double()
+        if a.shape != b.shape or not torch.allclose(a, b, atol=_AFFINE_TOLERANCE):
             raise ValueError(
-                f"keys {reference!r} and {key!r} must have one spatial shape, got {tuple(first.shape[1:])} and "
-                f"{tuple(other.shape[1:])}. Resample them to one grid first (ResampleToMatchd)."
+                f"{first_name} and {other_name} must have one affine, got {a.tolist()} and {b.tolist()}. {advice}"
             )
-        if isinstance(first, MetaTensor) and isinstance(other, MetaTensor):
-            a, b = first.affine.detach().cpu().double(), other.affine.detach().cpu().double()
-            if a.shape != b.shape or not torch.allclose(a, b, atol=_AFFINE_TOLERANCE):
-                raise ValueError(
-                    f"keys {reference!r} and {key!r} must have one affine, got {a.tolist()} and {b.tolist()}. Resample "
-                    "them to one grid first (ResampleToMatchd)."
-                )
+
+
+def world_affine(data: NdarrayOrTensor, name: str) -> Tensor:
+    """Voxel to world (RAS mm) of the spatial axes of ``(C, *S)`` data, ``(D + 1, D + 1)`` float64.
+
+    Raises:
+        ValueError: data without an affine, or one that cannot be inverted.
+    """
+    if not isinstance(data, MetaTensor):
+        raise ValueError(
+            f"point_space='world' needs the affine of {name}, got a {type(data).__name__} without one. Load it as a "
+            "MetaTensor, or give points in voxels (point_space='voxel')."
+        )
+    dims = data.ndim - 1
+    full = data.affine.detach().cpu().double()
+    affine = torch.eye(dims + 1, dtype=torch.float64)
+    affine[:dims, :dims], affine[:dims, -1] = full[:dims, :dims], full[:dims, -1]
+    if float(torch.linalg.det(affine).abs()) < 1e-12:
+        raise ValueError(f"point_space='world': the affine of {name} cannot be inverted: {full.tolist()}.")
+    return affine
 
 
 def warp_like(data: NdarrayOrTensor, ddf: Tensor, mode: Mode, padding_mode: PaddingMode, name: str) -> Tensor:
     """Warp ``(C, *S)`` data by a field ``(D, *S)`` on the data's own device; metadata and ``requires_grad`` survive."""
     tensor = as_tensor(data, name)
-    warped = warp(tensor[None], ddf[None].to(tensor.device), mode, padding_mode)[0]
-    if isinstance(data, MetaTensor) and get_track_meta():
-        carrier = MetaTensor(warped)
-        carrier.copy_meta_from(data)  # type: ignore[no-untyped-call]  # MONAI leaves it without types
-        carrier.meta = copy.deepcopy(data.meta)  # edits downstream must not reach the input
-        return carrier
-    return untouched(warped)
+    return like(data, warp(tensor[None], ddf[None].to(tensor.device), mode, padding_mode)[0])
 
 
 def idle(data: NdarrayOrTensor, mode: Mode) -> Tensor:
@@ -117,9 +138,35 @@ def idle(data: NdarrayOrTensor, mode: Mode) -> Tensor:
 
     Otherwise a batch of integer images could not be collated.
     """
-    tensor = untouched(data)
+    tensor = as_tensor(data, "data")
     interpolated = mode in ("bilinear", "bicubic") and not tensor.is_floating_point()
-    return tensor.to(torch.float32) if interpolated else tensor
+    return like(data, tensor.to(torch.float32) if interpolated else tensor)
+
+
+def like(data: NdarrayOrTensor, values: Tensor) -> Tensor:
+    """Values as MONAI hands them on: a MetaTensor, with a copy of the data's metadata, where metadata is tracked."""
+    ordinary = values.clone() if values.is_inference() and not torch.is_inference_mode_enabled() else values
+    if not get_track_meta():
+        return ordinary
+    return with_metadata_of(data, ordinary) if isinstance(data, MetaTensor) else MetaTensor(ordinary)
+
+
+def checked_field(field: Tensor, image: Tensor) -> Tensor:
+    """A field ``(D, *S)`` given for an image ``(C, *S)``, on its device.
+
+    Raises:
+        TypeError: not a floating tensor.
+        ValueError: another shape, or not finite.
+    """
+    if not isinstance(field, Tensor) or not field.is_floating_point():
+        raise TypeError(
+            f"field must be a floating tensor (D, *S) in voxels, got {getattr(field, 'dtype', type(field))}."
+        )
+    if tuple(field.shape) != (image.ndim - 1, *image.shape[1:]):
+        raise ValueError(f"field must have shape {(image.ndim - 1, *image.shape[1:])}, got {tuple(field.shape)}.")
+    if not bool(torch.isfinite(field).all()):
+        raise ValueError("field must be finite, got NaN or infinity.")
+    return field.detach().as_subclass(Tensor).to(image.device)
 
 
 def flushed(data: NdarrayOrTensor) -> NdarrayOrTensor:
@@ -127,12 +174,6 @@ def flushed(data: NdarrayOrTensor) -> NdarrayOrTensor:
     if isinstance(data, MetaTensor) and data.has_pending_operations:
         return apply_pending(data)[0]  # type: ignore[no-any-return]  # MONAI leaves it without types
     return data
-
-
-def untouched(data: NdarrayOrTensor) -> Tensor:
-    """The data as MONAI hands on what a transform left alone: a tensor, MetaTensor where metadata is tracked."""
-    tensor: Tensor = convert_to_tensor(_native(data), track_meta=get_track_meta())
-    return tensor
 
 
 def _native(data: NdarrayOrTensor) -> Tensor:

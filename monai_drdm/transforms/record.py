@@ -6,13 +6,14 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from monai_drdm.fields import invert
 from monai_drdm.fields.invert import Inverse
 from monai_drdm.metrics import field_statistics, FieldStatistics
+from monai_drdm.transforms.stored import StoredField
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,8 @@ class DeformationParams:
     steps: int
     image_channel: int | None
     """Channel that the network saw; None: the mean."""
+    slice_axis: int | None
+    """Axis of a volume along which an in-plane field, drawn on the middle slice, is repeated."""
     scale: float
     """Factor on the drawn field, from ``max_displacement_mm`` and the fold policy."""
     version: str
@@ -54,12 +57,17 @@ class DeformationParams:
                 network_sha256=str(values["network_sha256"]),
                 sampler=str(values["sampler"]),
                 steps=int(values["steps"]),
-                image_channel=None if values["image_channel"] is None else int(values["image_channel"]),
+                image_channel=_optional_int(values["image_channel"]),
+                slice_axis=_optional_int(values["slice_axis"]),
                 scale=float(values["scale"]),
                 version=str(values["version"]),
             )
         except (TypeError, ValueError) as error:
             raise ValueError(f"DeformationParams.from_json: not a record: {text[:80]!r} ({error}).") from None
+
+
+def _optional_int(value: Any) -> int | None:
+    return None if value is None else int(value)
 
 
 @dataclass(frozen=True)
@@ -83,6 +91,7 @@ class Deformation:
         ddf: ``(D, *S)`` voxels, the field that was applied, at full resolution.
         spacing: mm per voxel along each axis.
         params: the record that replays it; None for a field that was given.
+        stored: the form in which records keep the field; None: a copy of ``ddf``, made when asked for.
         fold_action: as in ``DeformationStatistics``.
         draws: as in ``DeformationStatistics``.
         notes: as in ``DeformationStatistics``.
@@ -94,6 +103,7 @@ class Deformation:
         spacing: Sequence[float],
         params: DeformationParams | None = None,
         *,
+        stored: StoredField | None = None,
         fold_action: str = "none",
         draws: int = 0,
         notes: tuple[str, ...] = (),
@@ -101,6 +111,7 @@ class Deformation:
         self.ddf = ddf
         self.spacing = tuple(spacing)
         self.params = params
+        self._stored = stored
         self._account = {
             "scale": 1.0 if params is None else params.scale,
             "fold_action": fold_action,
@@ -113,6 +124,11 @@ class Deformation:
         """Displacement, folding and log-Jacobian statistics, computed when first asked for."""
         numbers = field_statistics(self.ddf[None], self.spacing).to_dict()
         return DeformationStatistics(**numbers, **self._account)  # type: ignore[arg-type]  # entries typed above
+
+    @cached_property
+    def stored(self) -> StoredField:
+        """The field as records keep it."""
+        return StoredField.exact(self.ddf) if self._stored is None else self._stored
 
     @property
     def skipped(self) -> bool:
@@ -132,4 +148,4 @@ class Deformation:
     @cached_property
     def _inverse(self) -> Inverse:
         with torch.no_grad():
-            return invert(self.ddf[None])
+            return self.stored.inverse(self.ddf.device)

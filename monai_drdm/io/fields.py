@@ -1,0 +1,176 @@
+"""Displacement fields as files: NIfTI with RAS components, ITK formats with LPS components."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import nibabel as nib
+import numpy as np
+import SimpleITK
+import torch
+from monai.data import MetaTensor
+from numpy.typing import ArrayLike, NDArray
+from torch import Tensor
+
+from monai_drdm.io.files import atomically, suffix_of
+
+Convention = Literal["nifti", "itk"]
+
+_DISPLACEMENT_INTENT = 1006  # components in the file's own world, RAS
+_VECTOR_INTENT = 1007  # what ITK and ANTs write: LPS components
+_LPS = np.diag([-1.0, -1.0, 1.0])
+_PLANAR = "ddf 2D"
+_ITK_SUFFIXES = (".mha", ".nrrd")
+
+
+def save_ddf(
+    ddf: Tensor, affine: ArrayLike, path: str | os.PathLike[str], *, convention: Convention | None = None
+) -> None:
+    """Write a displacement field as a vector image of millimetres.
+
+    A field in world terms is ``A[:3, :3] · u_vox``. ``.nii`` and ``.nii.gz`` hold it as RAS components with intent 1006
+    (which SimpleITK turns into its own LPS on reading), or, as ``itk``, as LPS components with intent 1007 (which
+    SimpleITK and ANTs take as they are). ``.mha`` and ``.nrrd`` hold LPS components.
+
+    Args:
+        ddf: ``(D, *S)`` voxels. In NIfTI a 2D field becomes one slice of 3 components.
+        affine: ``(4, 4)`` voxel to RAS millimetres.
+        path: a ``.nii``, ``.nii.gz``, ``.mha`` or ``.nrrd`` file. A file that is there is replaced.
+        convention: ``nifti`` (RAS) or ``itk`` (LPS); None: the format's own.
+
+    Raises:
+        ValueError: not a field of 2 or 3 dimensions, another suffix or convention, an affine that is not ``(4, 4)``, or
+            a 2D ITK file of a slice that is not parallel to the world's x and y.
+    """
+    if ddf.ndim not in (3, 4) or ddf.shape[0] != ddf.ndim - 1:
+        raise ValueError(f"save_ddf: ddf must have shape (D, *S) with D = len(S) in {{2, 3}}, got {tuple(ddf.shape)}.")
+    matrix = _checked_affine(affine, "save_ddf")
+    suffix = suffix_of(path, (".nii", ".nii.gz", *_ITK_SUFFIXES), "save_ddf")
+    own: Convention = "itk" if suffix in _ITK_SUFFIXES else "nifti"
+    convention = convention or own
+    if convention not in ("nifti", "itk") or (own == "itk" and convention != own):
+        raise ValueError(f"save_ddf: convention must be 'itk'{' or nifti' * (own == 'nifti')}, got {convention!r}.")
+    vectors = np.moveaxis(ddf.detach().cpu().double().numpy(), 0, -1)  # (*S, D) voxels
+    world = vectors @ matrix[:3, : ddf.shape[0]].T  # (*S, 3) RAS mm
+    if convention == "itk":
+        world = world @ _LPS
+    if own == "itk":
+        image = _itk_image(world, matrix, ddf.shape[0])
+        atomically(path, lambda part: SimpleITK.WriteImage(image, part))
+        return
+    file = nib.Nifti1Image(world.reshape(*_volume(ddf), 1, 3).astype(np.float32), matrix)
+    intent = _DISPLACEMENT_INTENT if convention == "nifti" else _VECTOR_INTENT
+    file.header.set_intent(intent, name=_PLANAR if ddf.shape[0] == 2 else "")
+    file.header.set_xyzt_units("mm")
+    atomically(path, lambda part: nib.save(file, part))
+
+
+def load_ddf(path: str | os.PathLike[str]) -> MetaTensor:
+    """Read a displacement field that ``save_ddf``, SimpleITK or ANTs wrote.
+
+    NIfTI with intent 1006 has RAS components, with intent 1007 LPS components; other formats have LPS components.
+
+    Args:
+        path: a ``.nii``, ``.nii.gz``, ``.mha`` or ``.nrrd`` file.
+
+    Returns:
+        ``(D, *S)`` float32 voxels of its own grid, with the file's affine (voxel to RAS millimetres).
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not readable, not a displacement field, or values that are not finite.
+    """
+    suffix = suffix_of(path, (".nii", ".nii.gz", *_ITK_SUFFIXES), "load_ddf")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"load_ddf: no file {os.fspath(path)}.")
+    world, affine, dims = (_read_itk if suffix in _ITK_SUFFIXES else _read_nifti)(os.fspath(path))
+    if not np.isfinite(world).all():
+        raise ValueError(f"load_ddf: {os.fspath(path)} holds NaN or infinity.")
+    to_voxels = np.linalg.pinv(affine[:3, :dims])  # the inverse in 3D; in 2D, what lies in the plane
+    ddf = np.moveaxis(world @ to_voxels.T, -1, 0)
+    return MetaTensor(torch.from_numpy(np.ascontiguousarray(ddf, dtype=np.float32)), affine=torch.from_numpy(affine))
+
+
+def _read_nifti(path: str) -> tuple[NDArray[Any], NDArray[Any], int]:
+    """World vectors ``(*S, 3)`` in RAS mm, affine and dimensions."""
+    try:
+        file: Any = nib.load(path)
+        vectors = np.asarray(file.dataobj, dtype=np.float64)
+    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
+        raise ValueError(f"load_ddf: {path} cannot be read as NIfTI: {error}") from None
+    intent = int(file.header["intent_code"])
+    if intent not in (_DISPLACEMENT_INTENT, _VECTOR_INTENT):
+        raise ValueError(
+            f"load_ddf: {path} must have intent {_DISPLACEMENT_INTENT} (RAS displacements) or {_VECTOR_INTENT} (LPS "
+            f"vectors), got {intent}. Without it nobody can tell what its numbers mean."
+        )
+    if vectors.ndim != 5 or vectors.shape[3] != 1 or vectors.shape[4] not in (2, 3):
+        raise ValueError(f"load_ddf: {path} must have shape (X, Y, Z, 1, 2 or 3), got {vectors.shape}.")
+    vectors = vectors[:, :, :, 0]
+    planar = vectors.shape[-1] == 2 or str(file.header["intent_name"].astype(str)) == _PLANAR
+    if planar and vectors.shape[2] != 1:
+        raise ValueError(f"load_ddf: {path} is a 2D field, but has {vectors.shape[2]} slices.")
+    if vectors.shape[-1] == 2:
+        vectors = np.concatenate([vectors, np.zeros_like(vectors[..., :1])], axis=-1)
+    world = vectors @ _LPS if intent == _VECTOR_INTENT else vectors
+    return (world[:, :, 0], file.affine, 2) if planar else (world, file.affine, 3)
+
+
+def _read_itk(path: str) -> tuple[NDArray[Any], NDArray[Any], int]:
+    """World vectors ``(*S, 3)`` in RAS mm, affine and dimensions."""
+    try:
+        image = SimpleITK.ReadImage(path)
+    except RuntimeError as error:
+        raise ValueError(f"load_ddf: {path} cannot be read: {str(error).splitlines()[-1]}") from None
+    dims = image.GetDimension()
+    if dims not in (2, 3) or image.GetNumberOfComponentsPerPixel() != dims:
+        raise ValueError(
+            f"load_ddf: {path} must be a 2D or 3D image of as many components, got {dims}D with "
+            f"{image.GetNumberOfComponentsPerPixel()} components."
+        )
+    vectors = SimpleITK.GetArrayFromImage(image).astype(np.float64)  # (…, y, x, D)
+    world = np.zeros((*vectors.shape[:-1][::-1], 3))
+    world[..., :dims] = vectors.transpose(*range(dims - 1, -1, -1), dims)
+    return world @ _LPS, itk_affine(image), dims
+
+
+def itk_affine(image: SimpleITK.Image) -> NDArray[Any]:
+    """Voxel to RAS millimetres ``(4, 4)`` of an ITK image; a 2D image lies in the plane of the first two axes."""
+    dims = image.GetDimension()
+    affine = np.eye(4)
+    affine[:dims, :dims] = np.array(image.GetDirection()).reshape(dims, dims) * np.array(image.GetSpacing())
+    affine[:dims, 3] = image.GetOrigin()
+    affine[:3] = _LPS @ affine[:3]
+    if dims == 2:
+        affine[2, 2] = 1.0
+    return affine
+
+
+def _itk_image(world: NDArray[Any], affine: NDArray[Any], dims: int) -> SimpleITK.Image:
+    """An ITK vector image of LPS vectors ``(*S, 3)`` on the grid of a RAS affine."""
+    lps = _LPS @ affine[:3]
+    if dims == 2 and (lps[2, :2].any() or world[..., 2].any()):
+        raise ValueError(
+            "save_ddf: a 2D ITK file can hold slices parallel to the world's x and y only, got the affine "
+            f"{affine.tolist()}. Write NIfTI instead."
+        )
+    spacing = np.linalg.norm(lps[:dims, :dims], axis=0)
+    arranged = world[..., :dims].transpose(*range(dims - 1, -1, -1), dims)
+    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(arranged, dtype=np.float32), isVector=True)
+    image.SetSpacing(spacing.tolist())
+    image.SetDirection((lps[:dims, :dims] / spacing).flatten().tolist())
+    image.SetOrigin(lps[:dims, 3].tolist())
+    return image
+
+
+def _volume(ddf: Tensor) -> tuple[int, ...]:
+    return (*ddf.shape[1:], 1) if ddf.shape[0] == 2 else tuple(ddf.shape[1:])
+
+
+def _checked_affine(affine: ArrayLike, function: str) -> NDArray[Any]:
+    matrix = np.asarray(affine, dtype=float)
+    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-12:
+        raise ValueError(f"{function}: affine must be an invertible (4, 4) matrix, got {matrix.tolist()}.")
+    return matrix

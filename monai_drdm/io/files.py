@@ -1,0 +1,47 @@
+"""Names of files, and writing them whole or not at all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+
+def suffix_of(path: str | os.PathLike[str], known: Sequence[str], function: str) -> str:
+    """The suffix of a file name in lower case, ``.nii.gz`` being one.
+
+    Raises:
+        ValueError: none of the known ones.
+    """
+    name = Path(path).name.lower()
+    for suffix in sorted(known, key=len, reverse=True):
+        if name.endswith(suffix) and len(name) > len(suffix):
+            return suffix
+    raise ValueError(f"{function}: the file must end in one of {tuple(known)}, got {os.fspath(path)!r}.")
+
+
+def stem_of(path: str | os.PathLike[str]) -> str:
+    """The file name without its suffix, ``.nii.gz`` being one."""
+    path = Path(path)
+    return path.name[: -len(".nii.gz")] if path.name.lower().endswith(".nii.gz") else path.stem
+
+
+def atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
+    """Let ``write`` make a file beside ``path`` and move it there when it is whole.
+
+    Args:
+        path: where the file goes; what is there is replaced.
+        write: makes a file of the name it is given, which has the suffix of ``path``.
+
+    Raises:
+        OSError: what writing raised; nothing is left behind, and what was at ``path`` stays.
+    """
+    path = Path(path)
+    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    try:
+        write(str(part))
+        os.replace(part, path)
+    except RuntimeError as error:  # SimpleITK's word for a failed write
+        raise OSError(f"{path} cannot be written: {str(error).splitlines()[-1]}") from error
+    finally:
+        part.unlink(missing_ok=True)

@@ -1,0 +1,134 @@
+"""Images in the formats they came in: what is written back keeps affine, orientation and data type."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import SimpleITK
+import torch
+from monai.data import MetaTensor
+from numpy.typing import NDArray
+from torch import Tensor
+
+from monai_drdm.io.fields import itk_affine
+from monai_drdm.io.files import atomically, suffix_of
+
+IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd", ".png")
+"""Formats that can be read and written back."""
+
+
+@dataclass(frozen=True)
+class ImageFile:
+    """An image, and all that is needed to write another one like it."""
+
+    data: MetaTensor
+    """``(C, *S)`` with the affine of the file, voxel to RAS millimetres."""
+    suffix: str
+    _write: Callable[[NDArray[Any], str], object]
+
+    def save_like(self, data: Tensor, path: str | os.PathLike[str]) -> None:
+        """Write ``(C, *S)`` of the same shape with this file's header and data type; integers are rounded.
+
+        Raises:
+            OSError: the file cannot be written; nothing is left behind.
+            ValueError: another shape or suffix.
+        """
+        if tuple(data.shape) != tuple(self.data.shape):
+            raise ValueError(f"save_like: data must have shape {tuple(self.data.shape)}, got {tuple(data.shape)}.")
+        suffix_of(path, (self.suffix,), "save_like")
+        values = data.detach().as_subclass(Tensor).cpu().numpy()
+        atomically(path, lambda part: self._write(values, part))
+
+
+def load_image(path: str | os.PathLike[str], *, keep_slice: bool = False) -> ImageFile:
+    """Read an image.
+
+    Args:
+        path: a file that ends in one of ``IMAGE_SUFFIXES``. Trailing axes of NIfTI, and components, are channels.
+        keep_slice: leave a volume of one slice 3D instead of making it a 2D image.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not readable, or not of 2 or 3 spatial axes of real numbers.
+    """
+    suffix = suffix_of(path, IMAGE_SUFFIXES, "load_image")
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no file {os.fspath(path)}.")
+    return (_load_nifti if suffix.startswith(".nii") else _load_itk)(os.fspath(path), suffix, keep_slice)
+
+
+def _load_nifti(path: str, suffix: str, keep_slice: bool) -> ImageFile:
+    try:
+        file: Any = nib.load(path)
+        values = np.asanyarray(file.dataobj)
+    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
+        raise ValueError(f"{path} cannot be read as NIfTI: {error}") from None
+    if values.dtype.kind not in "biuf" or not 2 <= values.ndim <= 5 or 0 in values.shape:
+        raise ValueError(f"{path} must hold real numbers in 2 to 5 axes, got {values.dtype} of shape {values.shape}.")
+    shape = values.shape
+    spatial = shape[:3] if len(shape) > 2 and (keep_slice or shape[2] > 1) else shape[:2]
+    channels = values.reshape(*spatial, -1, order="F")  # the axes after the spatial ones, or a single slice
+    slope, inter = file.dataobj.slope, file.dataobj.inter
+
+    def write(output: NDArray[Any], part: str) -> None:
+        array = np.moveaxis(output, 0, -1).reshape(shape, order="F")
+        dtype = file.get_data_dtype()
+        if (slope, inter) != (1.0, 0.0):
+            array = (array - inter) / slope
+        copy = type(file)(_as_dtype(array, dtype), file.affine, file.header)
+        copy.header.set_data_dtype(dtype)
+        copy.header.set_slope_inter(slope, inter)
+        nib.save(copy, part)
+
+    data = np.ascontiguousarray(np.moveaxis(channels, -1, 0))
+    return _image_file(data, np.asarray(file.affine, dtype=float), suffix, write)
+
+
+def _load_itk(path: str, suffix: str, keep_slice: bool) -> ImageFile:
+    try:
+        image = SimpleITK.ReadImage(path)
+    except RuntimeError as error:
+        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[-1]}") from None
+    values = SimpleITK.GetArrayFromImage(image)  # (…, y, x[, C])
+    dims, vector = image.GetDimension(), image.GetNumberOfComponentsPerPixel() > 1
+    if values.dtype.kind not in "biuf" or dims not in (2, 3) or 0 in values.shape:
+        raise ValueError(
+            f"{path} must be a 2D or 3D image of real numbers, got {dims}D of {image.GetPixelIDTypeAsString()}."
+        )
+    channels = values if vector else values[..., None]
+    channels = channels.transpose(dims, *range(dims - 1, -1, -1))  # (C, x, y, …)
+    single = dims == 3 and channels.shape[3] == 1 and not keep_slice
+
+    def write(output: NDArray[Any], part: str) -> None:
+        full = output[..., None] if single else output
+        array = full.transpose(*range(dims, 0, -1), 0)
+        copy = SimpleITK.GetImageFromArray(
+            np.ascontiguousarray(_as_dtype(array if vector else array[..., 0], values.dtype)), isVector=vector
+        )
+        copy.CopyInformation(image)
+        for key in image.GetMetaDataKeys():
+            copy.SetMetaData(key, image.GetMetaData(key))
+        SimpleITK.WriteImage(copy, part)
+
+    return _image_file(np.ascontiguousarray(channels[..., 0] if single else channels), itk_affine(image), suffix, write)
+
+
+def _image_file(
+    values: NDArray[Any], affine: NDArray[Any], suffix: str, write: Callable[[NDArray[Any], str], object]
+) -> ImageFile:
+    native = values.astype(values.dtype.newbyteorder("="), copy=False)
+    return ImageFile(MetaTensor(torch.from_numpy(native), affine=torch.from_numpy(affine)), suffix, write)
+
+
+def _as_dtype(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
+    """Values as a data type: integers rounded and kept within its range."""
+    if dtype.kind in "iu" and values.dtype.kind == "f":
+        limits = np.iinfo(dtype)
+        values = np.clip(np.round(values.astype(np.float64)), limits.min, limits.max)
+    return values.astype(dtype)

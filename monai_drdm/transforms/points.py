@@ -1,0 +1,151 @@
+"""Landmarks and boxes: what moves with an image but is not on its grid."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import product
+from typing import get_args, Literal
+
+import torch
+from monai.data.box_utils import get_boxmode
+from torch import Tensor
+
+from monai_drdm.fields import sample, warp_points
+
+PointSpace = Literal["voxel", "world"]
+
+_CORNER_MODES = {2: ("xyxy", "xxyy"), 3: ("xyzxyz", "xxyyzz", "xyxyzz")}
+_MAX_SAMPLES = {2: 129, 3: 33}  # along a side of a box
+_HALF_VOXEL = 0.5
+_TOLERANCE_VOX = 1e-3
+
+
+def move_points(points: Tensor, ddf: Tensor, affine: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Landmarks of an image where ``warp`` takes them.
+
+    Args:
+        points: ``(C, N, D)`` voxels, or world coordinates if there is an affine. NaN: a landmark that is not there.
+        ddf: ``(D, *S)`` voxels.
+        affine: ``(D + 1, D + 1)`` voxel to world.
+
+    Returns:
+        Moved points ``(C, N, D)``, float64, and ``(C, N)`` bool: which are inside the image before and after.
+    """
+    voxels = to_voxels(points.double(), affine)
+    known = torch.isfinite(voxels).all(dim=-1)
+    start = torch.where(known[..., None], voxels, 0.0).flatten(0, 1)[None]
+    moved = warp_points(start, ddf[None].double(), tolerance=_TOLERANCE_VOX)
+    missed = (moved + _displacement(moved, ddf) - start).norm(dim=-1)[0].view(known.shape)
+    moved = moved[0].view(voxels.shape)
+    valid = inside(voxels, ddf.shape[1:]) & inside(moved, ddf.shape[1:]) & (missed <= 10 * _TOLERANCE_VOX)
+    return to_world(torch.where(known[..., None], moved, voxels), affine), valid
+
+
+def restore_points(points: Tensor, ddf: Tensor, affine: Tensor | None = None) -> Tensor:
+    """Where landmarks ``(C, N, D)`` of the warped image were before: ``p = q + ddf(q)``; float64."""
+    voxels = to_voxels(points.double(), affine)
+    known = torch.isfinite(voxels).all(dim=-1, keepdim=True)
+    start = torch.where(known, voxels, 0.0).flatten(0, 1)[None]
+    moved = (start + _displacement(start, ddf))[0].view(voxels.shape)
+    return to_world(torch.where(known, moved, voxels), affine)
+
+
+def move_boxes(boxes: Tensor, ddf: Tensor, box_mode: str, *, back: bool = False) -> Tensor:
+    """The boxes that enclose what boxes of an image become.
+
+    The faces are sampled about once a voxel; the image of a box is enclosed by the image of its faces. As in MONAI, box
+    coordinates are edges: ``[i, i + 1]`` holds voxel ``i``.
+
+    Args:
+        boxes: ``(N, 2D)`` voxels.
+        ddf: ``(D, *S)`` voxels.
+        box_mode: one of MONAI's corner modes, such as ``xyxy``, ``xyzxyz`` or ``xxyyzz``.
+        back: from the warped image to the image; the result encloses the box that was moved.
+
+    Returns:
+        ``(N, 2D)``, float64, in the same mode. Boxes are not clipped to the image.
+    """
+    dims = ddf.shape[0]
+    mode = get_boxmode(box_mode)
+    if boxes.shape[0] == 0:
+        return boxes.double()
+    corners = torch.stack(mode.boxes_to_corners(boxes.double()), dim=-1)  # (N, 1, 2D), lower corner first
+    corners = corners.reshape(-1, 2, dims) - _HALF_VOXEL
+    sides = (corners[:, 1] - corners[:, 0]).amax()
+    count = int(sides.clamp(1, _MAX_SAMPLES[dims] - 1).ceil()) + 1
+    faces = _unit_faces(dims, count).to(corners)  # (M, D)
+    surface = corners[:, None, 0] + faces * (corners[:, 1] - corners[:, 0])[:, None]  # (N, M, D)
+    moved = restore_points(surface, ddf) if back else move_points(surface, ddf)[0]
+    low, high = moved.amin(dim=1) + _HALF_VOXEL, moved.amax(dim=1) + _HALF_VOXEL
+    enclosing: Tensor = mode.corners_to_boxes(torch.cat([low, high], dim=1)[..., None].unbind(1))
+    return enclosing
+
+
+def check_points(points: Tensor, dims: int, name: str) -> None:
+    """Raise ``ValueError`` unless points are ``(C, N, D)``."""
+    if points.ndim != 3 or points.shape[-1] != dims:
+        raise ValueError(f"{name} must hold points (C, N, {dims}), got shape {tuple(points.shape)}.")
+
+
+def check_boxes(boxes: Tensor, dims: int, box_mode: str, name: str) -> None:
+    """Raise ``ValueError`` unless boxes are ``(N, 2D)``, finite, with no upper corner below the lower one."""
+    if box_mode not in _CORNER_MODES[dims]:
+        raise ValueError(
+            f"box_mode must be one of {_CORNER_MODES[dims]} for {dims}D images, got {box_mode!r}. Convert them "
+            "first (monai.data.box_utils.convert_box_mode)."
+        )
+    if boxes.ndim != 2 or boxes.shape[-1] != 2 * dims:
+        raise ValueError(f"{name} must hold boxes (N, {2 * dims}), got shape {tuple(boxes.shape)}.")
+    corners = torch.cat(get_boxmode(box_mode).boxes_to_corners(boxes.double()), dim=-1)
+    if not bool(torch.isfinite(corners).all()) or bool((corners[:, dims:] < corners[:, :dims]).any()):
+        raise ValueError(
+            f"{name} must hold finite boxes in mode {box_mode!r}, their upper corners not below the lower."
+        )
+
+
+def check_spaces(point_space: str, box_mode: str) -> None:
+    """Raise ``ValueError`` unless the point space and the box mode are known."""
+    if point_space not in get_args(PointSpace):
+        raise ValueError(f"point_space must be one of {get_args(PointSpace)}, got {point_space!r}.")
+    known = sorted({mode for modes in _CORNER_MODES.values() for mode in modes})
+    if box_mode not in ("standard", *known):
+        raise ValueError(f"box_mode must be 'standard' or one of MONAI's corner modes {known}, got {box_mode!r}.")
+
+
+def standard_mode(box_mode: str, dims: int) -> str:
+    """The name of a box mode in a dimension; ``standard`` is MONAI's own, lower corner first."""
+    return _CORNER_MODES[dims][0] if box_mode == "standard" else box_mode
+
+
+def inside(voxels: Tensor, shape: Sequence[int]) -> Tensor:
+    """Which points ``(…, D)`` lie in a voxel of a grid; NaN does not."""
+    size = torch.tensor(tuple(shape), device=voxels.device)
+    within: Tensor = ((voxels >= -_HALF_VOXEL) & (voxels <= size - 1 + _HALF_VOXEL)).all(dim=-1)
+    return within
+
+
+def to_voxels(points: Tensor, affine: Tensor | None) -> Tensor:
+    """World coordinates ``(…, D)`` as voxels."""
+    if affine is None:
+        return points
+    inverse = torch.linalg.inv(affine)
+    voxels: Tensor = points @ inverse[:-1, :-1].T + inverse[:-1, -1]
+    return voxels
+
+
+def to_world(points: Tensor, affine: Tensor | None) -> Tensor:
+    """Voxels ``(…, D)`` as world coordinates."""
+    return points if affine is None else points @ affine[:-1, :-1].T + affine[:-1, -1]
+
+
+def _displacement(points: Tensor, ddf: Tensor) -> Tensor:
+    """The field at points ``(1, N, D)``; beyond the grid its border value."""
+    at = points.transpose(1, 2).reshape(1, ddf.shape[0], -1, *(1,) * (ddf.ndim - 2))
+    return sample(ddf[None].double(), at).flatten(2).transpose(1, 2)
+
+
+def _unit_faces(dims: int, count: int) -> Tensor:
+    """Points on the faces of the unit box, ``count`` along every side: ``(M, D)``."""
+    ticks = torch.linspace(0, 1, count, dtype=torch.float64)
+    points = torch.tensor(list(product(ticks.tolist(), repeat=dims)), dtype=torch.float64)
+    return points[((points == 0) | (points == 1)).any(dim=1)]

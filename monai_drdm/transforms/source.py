@@ -1,0 +1,113 @@
+"""Where a transform gets its network from: loaded at the first draw, once per process."""
+
+from __future__ import annotations
+
+import copy
+import multiprocessing
+import multiprocessing.context
+import os
+import threading
+from functools import lru_cache
+
+import torch
+
+from monai_drdm.networks import auto_network, load_network, network_card, RecResACNet, weights_folder
+
+
+class NetworkSource:
+    """A network by name, path or object, on whatever device it is asked for.
+
+    Args:
+        network: registry name, path of a safetensors file, loaded network, or ``"auto"``.
+
+    Raises:
+        TypeError: something else.
+        ValueError: an unknown name.
+    """
+
+    def __init__(self, network: str | os.PathLike[str] | RecResACNet) -> None:
+        if not isinstance(network, (str, os.PathLike, RecResACNet)):
+            raise TypeError(f"network must be a name, a path or a loaded network, got {type(network).__name__}.")
+        if not isinstance(network, RecResACNet):
+            name = os.fspath(network)
+            if name != "auto" and not name.endswith(".safetensors"):
+                network_card(name)
+        self.network = network
+        self._moved: dict[torch.device, RecResACNet] = {}
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the copies on other devices."""
+        return {**self.__dict__, "_moved": {}}
+
+    def load(self, dims: int, device: torch.device) -> RecResACNet:
+        """The network for images of ``dims`` spatial axes, on a device.
+
+        Raises:
+            RuntimeError: CUDA asked for in a forked process.
+            ValueError: a network of other dimensions or channels.
+        """
+        if device.type == "cuda":
+            _refuse_forked_cuda()
+        network = self._on_device(device) if isinstance(self.network, RecResACNet) else self._by_name(dims, device)
+        _check_dims(network, dims)
+        return network
+
+    def _by_name(self, dims: int, device: torch.device) -> RecResACNet:
+        assert not isinstance(self.network, RecResACNet)
+        name = auto_network(dims) if self.network == "auto" else os.fspath(self.network)
+        with _LOCK:  # threads that fire at once would otherwise load it twice
+            return _shared_network(name, str(device), str(weights_folder()))
+
+    def _on_device(self, device: torch.device) -> RecResACNet:
+        """The given network, or a copy on another device: the caller's own stays where it is."""
+        assert isinstance(self.network, RecResACNet)
+        if next(self.network.parameters()).device == device:
+            return self.network
+        if device not in self._moved:
+            self._moved[device] = copy.deepcopy(self.network).to(device)
+        return self._moved[device]
+
+
+_LOCK = threading.Lock()
+
+
+def _unlock_in_child() -> None:
+    """A fork may copy the lock while another thread holds it; nobody would ever release that copy."""
+    global _LOCK
+    _LOCK = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_unlock_in_child)
+
+
+@lru_cache(maxsize=8)
+def _shared_network(name: str, device: str, folder: str) -> RecResACNet:
+    """One network per process, name and device; ``folder``, where names are looked up, is part of the key."""
+    return load_network(name, device)
+
+
+def _refuse_forked_cuda() -> None:
+    """CUDA does not survive a fork: say so before the driver does, and say what to change."""
+    fork = getattr(multiprocessing.context, "ForkProcess", None)  # there is none on Windows
+    if fork is not None and isinstance(multiprocessing.current_process(), fork):
+        raise RuntimeError(
+            "RandDRDMDeform was asked for CUDA in a forked worker process, where CUDA cannot be used. Start the "
+            "DataLoader's workers with multiprocessing_context='spawn' or 'forkserver', use num_workers=0, or leave "
+            "the network on the CPU (device='cpu', images on the CPU)."
+        )
+
+
+def _check_dims(network: RecResACNet, dims: int) -> None:
+    card = network.card
+    if card.spatial_dims != dims:
+        raise ValueError(
+            f"network {card.name!r} deforms {card.spatial_dims}D images, got an image of {dims} spatial dimensions. "
+            + (
+                "Pass slice_axis= to move a whole stack by one in-plane field, deform 2D slices, or pass a 3D network."
+                if dims == 3
+                else "Pass a 2D network."
+            )
+        )
+    if card.in_channels != 1:
+        raise ValueError(f"network {card.name!r} must have one input channel, got {card.in_channels}.")

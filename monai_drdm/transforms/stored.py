@@ -1,0 +1,91 @@
+"""The form in which a record keeps a field: small, immutable, and exactly what was applied."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from monai_drdm.fields import invert, resize_ddf
+from monai_drdm.fields.invert import Inverse
+
+_INT16_BITS = 15
+
+
+@dataclass(frozen=True, eq=False)
+class StoredField:
+    """A field on the grid it was drawn on, in 16 bits on the CPU.
+
+    Fixed point rather than half precision: half precision moves in steps of 1/32 voxel at displacements of 32 voxels,
+    these steps are 1/1024 voxel up to there, so that a record replays to 1e-3 voxel wherever it is rounded.
+
+    The object is immutable and copies of it are itself, so records that share a field keep sharing it when tensors are
+    cloned.
+    """
+
+    values: Tensor
+    """``(D, *C)`` int16 multiples of ``step``, or floating voxels of a field that was given."""
+    step: float
+    """Voxels of the grid ``C`` per unit of ``values``: a power of two."""
+    shape: tuple[int, ...]
+    """Spatial shape that the field was applied to."""
+    slice_axis: int | None = None
+    """Spatial axis along which an in-plane field is repeated."""
+
+    @classmethod
+    def quantised(cls, ddf: Tensor, shape: tuple[int, ...], slice_axis: int | None = None) -> StoredField:
+        """Round a field ``(D, *C)`` in voxels of its grid, of a spatial shape ``S`` that may be finer."""
+        largest = float(ddf.abs().max())
+        step = 2.0 ** (math.frexp(largest)[1] - _INT16_BITS) if largest > 0 else 1.0
+        limit = 2**_INT16_BITS - 1  # the largest value may round up to a power of two
+        values = (ddf.detach() / step).round().clamp(-limit, limit).to(torch.int16).cpu()
+        return cls(values, step, tuple(shape), slice_axis)
+
+    @classmethod
+    def exact(cls, ddf: Tensor) -> StoredField:
+        """A copy of a given field ``(D, *S)`` in voxels."""
+        return cls(ddf.detach().cpu().clone(), 1.0, tuple(ddf.shape[1:]))
+
+    @classmethod
+    def identity(cls, shape: tuple[int, ...]) -> StoredField:
+        """The field of a call that moved nothing."""
+        return cls(torch.zeros((len(shape), *(1 for _ in shape)), dtype=torch.int16), 1.0, tuple(shape))
+
+    def ddf(self, device: torch.device | str = "cpu") -> Tensor:
+        """The applied field ``(D, *S)`` in voxels; across ``slice_axis`` it is a view that repeats one slice."""
+        return self._spread(self.planar(device))
+
+    def inverse(self, device: torch.device | str = "cpu") -> Inverse:
+        """The inverse ``(1, D, *S)`` of the applied field."""
+        found = invert(self.planar(device)[None])
+        return found._replace(ddf=self._spread(found.ddf[0])[None])
+
+    def planar(self, device: torch.device | str) -> Tensor:
+        """The field on the grid of the data, ``(2, *P)`` in-plane or ``(D, *S)``."""
+        values = self.values.to(device)
+        if values.is_floating_point():
+            return values
+        shape = [n for d, n in enumerate(self.shape) if d != self.slice_axis]
+        return resize_ddf(values[None].to(torch.float32) * self.step, shape)[0]
+
+    def _spread(self, ddf: Tensor) -> Tensor:
+        return ddf if self.slice_axis is None else spread_in_plane(ddf, self.slice_axis, self.shape)
+
+    def __copy__(self) -> StoredField:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> StoredField:
+        return self
+
+
+torch.serialization.add_safe_globals([StoredField])  # caches on disk are read with weights_only=True
+
+
+def spread_in_plane(ddf: Tensor, axis: int, shape: tuple[int, ...]) -> Tensor:
+    """An in-plane field ``(2, *S)`` as a field ``(3, *shape)`` that moves every slice alike and none across."""
+    planes = list(ddf)
+    planes.insert(axis, torch.zeros_like(planes[0]))
+    return torch.stack(planes).unsqueeze(axis + 1).expand(3, *shape)

@@ -1,0 +1,115 @@
+"""Records of what was applied, kept on the data, and how a transform finds its own again."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, ExitStack
+from typing import Any, TypeVar
+
+import torch
+from monai.config import NdarrayOrTensor
+from monai.data import MetaTensor
+from monai.transforms import InvertibleTransform
+from monai.utils import TraceKeys
+
+_OWNER = "owner"
+
+
+class TracedTransform(InvertibleTransform):
+    """Writes records to ``applied_operations`` and takes back its own ones only.
+
+    MONAI tells records apart by ``id()``, which changes when a transform travels to another process, and lets any
+    transform take a record whose id it has erased. Here every transform has an identity of its own that survives
+    pickling and copying, and stands in the record twice: as the id, and beside it for caches that erase ids.
+    """
+
+    def __init__(self) -> None:
+        self.owner = uuid.uuid4().hex
+
+    def get_transform_info(self) -> dict[str, Any]:
+        """MONAI's description of this transform, with an identity that survives pickling."""
+        info: dict[str, Any] = super().get_transform_info()
+        return {**info, TraceKeys.ID: self.owner}
+
+    def record(self, output: torch.Tensor, fired: bool, extra_info: Mapping[str, Any]) -> torch.Tensor:
+        """Put a record on an output that is this transform's own, where metadata and transforms are tracked."""
+        if not isinstance(output, MetaTensor):
+            return output
+        info = {**self.get_transform_info(), TraceKeys.DO_TRANSFORM: fired}
+        traced = self.track_transform_meta(output, transform_info=info, extra_info={_OWNER: self.owner, **extra_info})
+        return output.copy_meta_from(traced)  # type: ignore[no-any-return, no-untyped-call]
+
+    def take_record(self, data: NdarrayOrTensor, name: str) -> tuple[MetaTensor, dict[str, Any]]:
+        """The data without this transform's latest record, and the record. The argument is left as it is.
+
+        Raises:
+            TypeError: data that carry no records.
+            ValueError: no record of this transform, or lazy operations that wait on top of it.
+        """
+        kind = type(self).__name__
+        if not isinstance(data, MetaTensor):
+            raise TypeError(
+                f"{kind}.inverse: {name} must be a MetaTensor, which carries the record of what was applied, got "
+                f"{type(data).__name__}. Keep metadata tracked (monai.data.set_track_meta(True))."
+            )
+        if data.has_pending_operations:
+            raise ValueError(f"{kind}.inverse: {name} has pending lazy operations. Apply them or invert them first.")
+        operations = list(data.applied_operations)
+        index = self._find(operations)
+        if index is None:
+            present = [operation.get(TraceKeys.CLASS_NAME) for operation in operations]
+            raise ValueError(
+                f"{kind}.inverse: {name} carries no record of this transform (it has {present}). It was made by "
+                "another transform, with invertible=False, with tracing off, or is inverted already."
+            )
+        record = operations.pop(index)
+        rest = with_metadata_of(data, data.as_tensor())
+        assert isinstance(rest, MetaTensor)
+        rest.applied_operations = operations
+        return rest, record
+
+    def _find(self, operations: list[dict[str, Any]]) -> int | None:
+        """Index of the latest record of this transform; failing that, of one of its class whose id a cache erased."""
+        mine = [i for i, one in enumerate(operations) if one.get(TraceKeys.CLASS_NAME) == type(self).__name__]
+        for index in reversed(mine):
+            if operations[index].get(TraceKeys.EXTRA_INFO, {}).get(_OWNER) == self.owner:
+                return index
+        erased = [i for i in mine if operations[i].get(TraceKeys.ID) == TraceKeys.NONE]
+        return erased[-1] if erased else None
+
+
+def with_metadata_of(data: MetaTensor, tensor: torch.Tensor) -> MetaTensor:
+    """A new MetaTensor of values with a copy of the data's metadata: edits downstream must not reach the input."""
+    carrier = MetaTensor(tensor)
+    carrier.copy_meta_from(data)  # type: ignore[no-untyped-call]  # MONAI leaves it without types
+    carrier.meta = copy.deepcopy(data.meta)
+    return carrier
+
+
+_Function = TypeVar("_Function", bound=Callable[..., Any])
+
+
+def in_plain_mode(function: _Function) -> _Function:
+    """Run without the caller's autocast and inference mode: fields need full precision, outputs must be ordinary."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        with _plain_mode():
+            return function(*args, **kwargs)
+
+    return wrapped  # type: ignore[return-value]  # wraps keeps the signature
+
+
+@contextmanager
+def _plain_mode() -> Iterator[None]:
+    with ExitStack() as stack:
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+            stack.enter_context(torch.no_grad())  # leaving inference mode would turn gradients on
+        for device in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(device):
+                stack.enter_context(torch.autocast(device, enabled=False))
+        yield
