@@ -21,6 +21,7 @@ from monai_drdm.transforms.points import (
     move_boxes,
     move_points,
     PointSpace,
+    restore_boxes,
     restore_points,
     standard_mode,
     to_voxels,
@@ -126,15 +127,16 @@ class KeyedDeformation(TracedTransform, MapTransform):
             if key in data:
                 boxes, box_mode = _values(data[key], repr(key)), standard_mode(self.box_mode, len(shape))
                 out = boxes if ddf is None else move_boxes(boxes, ddf.to(boxes.device), box_mode).to(boxes.dtype)
-                info = {"kind": "boxes", "box_mode": box_mode, **shared}
+                info = {"kind": "boxes", "box_mode": box_mode, "before": boxes.clone(), **shared}
                 data[key] = self._recorded(like(data[key], out), fired, info)
 
     @in_plain_mode
     def inverse(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         """Take back what this transform did to the keys that the data hold.
 
-        Images and labels are warped by the inverse field, in the recorded modes; landmarks return exactly; boxes return
-        as the boxes that enclose what they held, which are larger. ``<key>_valid`` of landmarks stays.
+        Images and labels are warped by the inverse field, in the recorded modes; landmarks return exactly, and so do
+        boxes that are as this transform left them; other boxes return as those that enclose what they hold, which are
+        larger. ``<key>_valid`` of landmarks stays.
 
         Args:
             data: a dictionary with outputs of this transform, or what was computed from them, at the keys.
@@ -206,7 +208,7 @@ def take_back(transform: TracedTransform, data: NdarrayOrTensor, name: str, inve
         affine = torch.tensor(info["affine"], dtype=torch.float64, device=values.device) if info["affine"] else None
         return like(rest, restore_points(values, field.ddf(values.device), affine).to(values.dtype))
     if info["kind"] == "boxes":
-        boxes = move_boxes(values, field.ddf(values.device), info["box_mode"], back=True)
+        boxes = restore_boxes(values, info["before"].to(values.device), field.ddf(values.device), info["box_mode"])
         return like(rest, boxes.to(values.dtype))
     if tuple(values.shape[1:]) != field.shape:
         raise ValueError(

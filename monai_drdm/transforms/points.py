@@ -18,6 +18,7 @@ _CORNER_MODES = {2: ("xyxy", "xxyy"), 3: ("xyzxyz", "xxyyzz", "xyxyzz")}
 _MAX_SAMPLES = {2: 129, 3: 33}  # along a side of a box
 _HALF_VOXEL = 0.5
 _TOLERANCE_VOX = 1e-3
+_SAME_BOX = 1e-2  # voxels; single precision of coordinates up to 10^5
 
 
 def move_points(points: Tensor, ddf: Tensor, affine: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -79,6 +80,15 @@ def move_boxes(boxes: Tensor, ddf: Tensor, box_mode: str, *, back: bool = False)
     low, high = moved.amin(dim=1) + _HALF_VOXEL, moved.amax(dim=1) + _HALF_VOXEL
     enclosing: Tensor = mode.corners_to_boxes(torch.cat([low, high], dim=1)[..., None].unbind(1))
     return enclosing
+
+
+def restore_boxes(boxes: Tensor, before: Tensor, ddf: Tensor, box_mode: str) -> Tensor:
+    """Boxes ``(N, 2D)`` of the warped image in the image it was; those that come ``before`` it are known exactly."""
+    restored = move_boxes(boxes, ddf, box_mode, back=True)
+    if boxes.shape[0] and before.shape[0]:
+        missed, index = torch.cdist(boxes.double(), move_boxes(before, ddf, box_mode), p=torch.inf).min(dim=1)
+        restored = torch.where((missed < _SAME_BOX)[:, None], before.double()[index], restored)
+    return restored
 
 
 def check_points(points: Tensor, dims: int, name: str) -> None:
