@@ -12,15 +12,24 @@ from monai_drdm._version import __version__
 from monai_drdm.networks import convert_published, list_networks, network_card, pull_network, weights_folder
 from monai_drdm.networks.weights import read_network
 
+_SKIPPED = 3
+_INTERRUPTED = 130
+
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command line and return its exit code: 0 done, 1 an error that is explained, 2 a wrong call."""
+    """Run a command line and return its exit code.
+
+    0 done, 1 an error that is explained, 2 a wrong call, 3 done but for some cases, 130 interrupted.
+    """
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
     except (OSError, TypeError, ValueError) as error:
         print(f"monai-drdm: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print("monai-drdm: interrupted", file=sys.stderr)
+        return _INTERRUPTED
     return code
 
 
@@ -40,6 +49,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     demo.set_defaults(run=_demo)
 
+    _add_augment(commands.add_parser("augment", help="deform a data set on disk", description=_AUGMENT, epilog=_CODES))
+
     weights = commands.add_parser("weights", help="list, pull, convert and verify network weights")
     actions = weights.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="known networks and where their weights are").set_defaults(run=_list)
@@ -55,6 +66,68 @@ def _parser() -> argparse.ArgumentParser:
     verify.add_argument("network", nargs="+", help="network name or .safetensors file")
     verify.set_defaults(run=_verify)
     return parser
+
+
+_AUGMENT = (
+    "Draw fields for every case and level and write deformed images and labels, the fields, records that replay them, "
+    "and a MONAI datalist. Affines, orientation and data types are kept. An interrupted run goes on when it is called "
+    "again."
+)
+_CODES = (
+    "Exit codes: 0 all written, 1 an error that is explained, 2 a wrong call, 3 some cases skipped, 130 interrupted."
+)
+
+
+def _add_augment(parser: argparse.ArgumentParser) -> None:
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", type=Path, help="folder of images (NIfTI, .mha, .nrrd, .png)")
+    source.add_argument("--datalist", type=Path, help="MONAI datalist (JSON) instead of folders")
+    parser.add_argument("--labels", type=Path, help="folder of label maps with the file names of the images")
+    parser.add_argument("--section", default="training", help="section of the datalist (default: training)")
+    parser.add_argument("--out", type=Path, required=True, help="new folder, or one to go on in")
+    parser.add_argument("--network", default="auto", help="network name or .safetensors file (default: auto)")
+    parser.add_argument("--levels", type=float, nargs="+", default=[0.3, 0.5, 0.8], help="deformation levels in (0, 1]")
+    parser.add_argument("--draws", type=int, default=1, help="fields per case and level (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    parser.add_argument("--sampler", default="auto", help="sampler (default: the network's)")
+    parser.add_argument("--steps", type=int, help="recovery steps (default: the network's)")
+    parser.add_argument(
+        "--slice-axis", type=int, help="deform volumes by one in-plane field across this axis (0, 1, 2)"
+    )
+    parser.add_argument("--max-displacement-mm", type=float, help="scale fields down to this")
+    parser.add_argument(
+        "--label-mode", choices=("nearest", "label"), default="nearest", help="how labels are resampled"
+    )
+    parser.add_argument("--device", help="where the network runs (default: cpu)")
+    parser.add_argument("--force", action="store_true", help="draw everything again; replaces files of the same name")
+    parser.set_defaults(run=_augment)
+
+
+def _augment(options: argparse.Namespace) -> int:
+    from monai_drdm.augment import augment, AugmentSettings, find_cases, read_cases
+
+    if options.datalist is not None and options.labels is not None:
+        raise ValueError("--labels goes with --images; a datalist names its labels itself.")
+    cases = (
+        read_cases(options.datalist, options.section)
+        if options.datalist
+        else find_cases(options.images, options.labels)
+    )
+    settings = AugmentSettings(
+        network=options.network,
+        sampler=options.sampler,
+        steps=options.steps,
+        slice_axis=options.slice_axis,
+        max_displacement_mm=options.max_displacement_mm,
+        label_mode=options.label_mode,
+        levels=tuple(options.levels),
+        draws=options.draws,
+        seed=options.seed,
+    )
+    report = augment(cases, options.out, settings, force=options.force, device=options.device, progress=True)
+    print(f"{report.written} written, {report.kept} already there, {len(report.failed)} cases skipped")
+    print(report.datalist)
+    return _SKIPPED if report.failed else 0
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -41,6 +41,8 @@ def atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> 
     try:
         write(str(part))
         os.replace(part, path)
+    except OSError as error:
+        raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
     except RuntimeError as error:  # SimpleITK's word for a failed write
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[-1]}") from error
     finally:
