@@ -11,28 +11,22 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
-from monai.data import load_decathlon_datalist
+from torch import Tensor
 from tqdm import tqdm
 
 from monai_drdm._version import __version__
 from monai_drdm.fields.warp import Mode
-from monai_drdm.io import IMAGE_SUFFIXES, ImageFile, load_image, save_ddf, stem_of
+from monai_drdm.io import Case, ImageFile, load_image, save_ddf, stem_of
 from monai_drdm.io.files import atomically
 from monai_drdm.networks import load_network
 from monai_drdm.transforms import RandDRDMDeformd
+from monai_drdm.transforms.inputs import spacing_of
 
 _SETTINGS = "settings.json"
 _DATALIST = "datalist.json"
 _PART = ".part-*"
-
-
-class Case(NamedTuple):
-    """One image to augment, and its label map if it has one."""
-
-    name: str
-    image: Path
-    label: Path | None
 
 
 @dataclass(frozen=True)
@@ -91,49 +85,6 @@ class AugmentReport(NamedTuple):
     failed: dict[str, str]
     """Why a case was skipped, by its name."""
     datalist: Path
-
-
-def find_cases(images: str | os.PathLike[str], labels: str | os.PathLike[str] | None = None) -> list[Case]:
-    """Images of a folder, each with the label map of the same file name in another.
-
-    Raises:
-        FileNotFoundError: a folder is missing, or holds no image of a known format.
-    """
-    folders = [Path(images), *([] if labels is None else [Path(labels)])]
-    for folder in folders:
-        if not folder.is_dir():
-            raise FileNotFoundError(f"no folder {folder}.")
-    paths = [p for p in sorted(folders[0].iterdir()) if p.name.lower().endswith(IMAGE_SUFFIXES) and p.name[0] != "."]
-    if not paths:
-        raise FileNotFoundError(f"{images} holds no image; known formats are {', '.join(IMAGE_SUFFIXES)}.")
-    return _named([(path, None if labels is None else Path(labels) / path.name) for path in paths])
-
-
-def read_cases(datalist: str | os.PathLike[str], section: str = "training") -> list[Case]:
-    """Cases of a MONAI datalist: a JSON file with a list of ``{"image": …, "label": …}`` under a section's name.
-
-    Raises:
-        FileNotFoundError: no such file.
-        ValueError: not a datalist, no such section, or entries without one image.
-    """
-    path = Path(datalist)
-    if not path.is_file():
-        raise FileNotFoundError(f"no datalist {path}.")
-    try:
-        entries = load_decathlon_datalist(path, is_segmentation=True, data_list_key=section)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read as a datalist with a section {section!r}: {error}") from None
-    pairs = []
-    for number, entry in enumerate(entries):
-        image, label = (entry.get(key) if isinstance(entry, Mapping) else None for key in ("image", "label"))
-        if not isinstance(image, str) or not isinstance(label, (str, type(None))):
-            raise ValueError(
-                f"{path}: entry {number} of {section!r} must name one image and at most one label: {entry}."
-            )
-        pairs.append((Path(image), None if label is None else Path(label)))
-    if not pairs:
-        raise ValueError(f"{path}: section {section!r} is empty.")
-    return _named(pairs)
 
 
 def augment(
@@ -300,17 +251,49 @@ class _Run:
         return path
 
 
+def draw_overview(report: AugmentReport, count: int = 6) -> Path:
+    """Draw the first deformed cases of a run beside what they came from: ``overview.png`` in its folder.
+
+    Args:
+        report: of a run that finished at least one case.
+        count: at most this many.
+
+    Raises:
+        ValueError: nothing was finished.
+    """
+    from monai_drdm.viz import contact_sheet, SheetEntry  # matplotlib is an extra
+
+    folder = report.datalist.parent
+    entries = json.loads(report.datalist.read_text(encoding="utf-8"))["training"][:count]
+    if not entries:
+        raise ValueError(f"nothing to draw: no case of {folder} is finished.")
+    sheet = []
+    for entry in entries:
+        name = stem_of(entry["image"])
+        record = json.loads((folder / "records" / f"{name}.json").read_text(encoding="utf-8"))
+        axis, sources = record["params"]["slice_axis"], record["source"]
+        before, spacing = _plane(sources["image"], axis)
+        after = _plane(folder / entry["image"], axis)[0]
+        labels: list[Tensor | None] = [None, None]
+        if "label" in entry:
+            labels = [_plane(path, axis)[0] for path in (sources["label"], folder / entry["label"])]
+        sheet.append(SheetEntry(name, before, after, labels[0], labels[1], spacing))
+    path = folder / "overview.png"
+    figure = contact_sheet(sheet)
+    atomically(path, lambda part: figure.savefig(part, dpi=100, metadata={"Software": None}))
+    return path
+
+
+def _plane(path: str | os.PathLike[str], axis: int | None) -> tuple[Tensor, tuple[float, float]]:
+    """First channel of an image file, and spacing; of a volume its middle slice across ``axis`` or the coarsest."""
+    data = load_image(path).data
+    spacing, values = spacing_of(data, None, "image"), data.as_tensor()[0]
+    if values.ndim == 3:
+        axis = int(np.argmax(spacing)) if axis is None else axis
+        values = values.select(axis, values.shape[axis] // 2)
+        spacing = tuple(s for d, s in enumerate(spacing) if d != axis)
+    return values, (spacing[0], spacing[1])
+
+
 def _write_text(path: Path, text: str) -> None:
     atomically(path, lambda part: Path(part).write_text(text, encoding="utf-8"))
-
-
-def _named(pairs: Sequence[tuple[Path, Path | None]]) -> list[Case]:
-    """Cases by file name; where file names repeat, by their path below the common folder."""
-    names = [stem_of(image) for image, _ in pairs]
-    if len(set(names)) < len(names):
-        common = os.path.commonpath([image.absolute().parent for image, _ in pairs])
-        names = ["_".join((*image.absolute().parent.relative_to(common).parts, stem_of(image))) for image, _ in pairs]
-    repeated = sorted({name for name in names if names.count(name) > 1})
-    if repeated:
-        raise ValueError(f"several images would be called alike: {repeated[:5]}. Give their files different names.")
-    return [Case(name, image, label) for name, (image, label) in zip(names, pairs)]

@@ -99,12 +99,14 @@ def _add_augment(parser: argparse.ArgumentParser) -> None:
         "--label-mode", choices=("nearest", "label"), default="nearest", help="how labels are resampled"
     )
     parser.add_argument("--device", help="where the network runs (default: cpu)")
+    parser.add_argument("--figure", action="store_true", help="draw the first cases before and after: overview.png")
     parser.add_argument("--force", action="store_true", help="draw everything again; replaces files of the same name")
     parser.set_defaults(run=_augment)
 
 
 def _augment(options: argparse.Namespace) -> int:
-    from monai_drdm.augment import augment, AugmentSettings, find_cases, read_cases
+    from monai_drdm.augment import augment, AugmentSettings, draw_overview
+    from monai_drdm.io import find_cases, read_cases
 
     if options.datalist is not None and options.labels is not None:
         raise ValueError("--labels goes with --images; a datalist names its labels itself.")
@@ -127,6 +129,8 @@ def _augment(options: argparse.Namespace) -> int:
     report = augment(cases, options.out, settings, force=options.force, device=options.device, progress=True)
     print(f"{report.written} written, {report.kept} already there, {len(report.failed)} cases skipped")
     print(report.datalist)
+    if options.figure:
+        print(draw_overview(report))
     return _SKIPPED if report.failed else 0
 
 

@@ -64,25 +64,25 @@ def run_demo(
     planar = scan.ndim == 4 and loaded.card.spatial_dims == 2
     axis = int(np.argmax(spacing_of(scan, None, "image"))) if planar else None
 
-    seen = {"image": scan, "label": segmentation}
-    plane = seen if axis is None else {key: _middle_slice(volume, axis) for key, volume in seen.items()}
     transform = RandDRDMDeformd(
-        keys=["image", "label"], mode=["bilinear", "nearest"], prob=1.0, deformation_level=level, network=loaded
+        keys=["image", "label"],
+        mode=["bilinear", "nearest"],
+        prob=1.0,
+        deformation_level=level,
+        network=loaded,
+        slice_axis=axis,
     )
     transform.set_random_state(seed)
-    deformed = _tensors(transform(plane))
+    scans = {"image": scan, "label": segmentation}
+    deformed = _tensors(transform(scans))
     deformation = transform.last
     assert deformation is not None
-    field = deformation.ddf if axis is None else _lift(deformation.ddf, axis, tuple(scan.shape[1:]))
-    whole = deformed if axis is None else _tensors(transform(seen, field=field))
-    paths = _write(folder, whole, field, deformation, scan.affine.cpu().numpy())
-    _draw(_tensors(plane), deformed, deformation, loaded, folder / "figure.png")
+    paths = _write(folder, deformed, deformation, scan.affine.cpu().numpy())
+    _draw(_tensors(scans), deformed, deformation, loaded, folder / "figure.png")
     return [*paths, folder / "figure.png"]
 
 
-def _write(
-    folder: Path, sample: Mapping[str, Tensor], field: Tensor, deformation: Deformation, affine: ArrayLike
-) -> list[Path]:
+def _write(folder: Path, sample: Mapping[str, Tensor], deformation: Deformation, affine: ArrayLike) -> list[Path]:
     assert deformation.params is not None
     folder.mkdir(parents=True, exist_ok=True)
     image, label, ddf, record = (
@@ -90,7 +90,7 @@ def _write(
     )
     save_image(sample["image"][0], affine, image)
     save_image(sample["label"][0], affine, label)
-    save_ddf(field, affine, ddf)
+    save_ddf(deformation.ddf, affine, ddf)
     record.write_text(deformation.params.to_json() + "\n", encoding="utf-8")
     return [image, label, ddf, record]
 
@@ -112,20 +112,6 @@ def _foreground(scan: MetaTensor) -> MetaTensor:
     return _meta((scan > _FOREGROUND * bright).to(torch.uint8))
 
 
-def _middle_slice(volume: MetaTensor, axis: int) -> MetaTensor:
-    """The middle slice ``(C, *S)`` across a spatial axis, with an affine that keeps its in-plane spacing."""
-    spacing = [s for d, s in enumerate(spacing_of(volume, None, "image")) if d != axis]
-    plane = volume.as_tensor().select(axis + 1, volume.shape[axis + 1] // 2)
-    return MetaTensor(plane, affine=torch.diag(torch.tensor([*spacing, 1.0, 1.0], dtype=torch.float64)))
-
-
-def _lift(ddf: Tensor, axis: int, shape: tuple[int, ...]) -> Tensor:
-    """An in-plane field ``(2, *S)`` as a field ``(3, *shape)`` that moves every slice alike and none across."""
-    planes = list(ddf)
-    planes.insert(axis, torch.zeros_like(planes[0]))
-    return torch.stack(planes).unsqueeze(axis + 1).expand(3, *shape).contiguous()
-
-
 def _draw(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
@@ -137,20 +123,35 @@ def _draw(
 
     record, numbers = deformation.params, deformation.statistics
     assert record is not None
-    model = DRDM(network, record.sampler, record.steps)
+    planar = record.slice_axis is not None
+    across = record.slice_axis if planar else 2 if deformation.ddf.shape[0] == 3 else None
+    in_plane = [d for d in range(deformation.ddf.shape[0]) if d != across]
+    spacing = [deformation.spacing[d] for d in in_plane]
+
+    def plane(volume: Tensor) -> Tensor:
+        """The middle slice across the axis that the figure leaves out."""
+        return volume if across is None else volume.select(across + 1, volume.shape[across + 1] // 2)
+
     image = before["image"].float()
-    start = model.diffuse(image.shape[1:], record.deformation_level, [record.seed], deformation.spacing)
-    diffused = warp(image[None], start)[0]
-    panels = [image, diffused, after["image"], deformation.ddf, before["label"], after["label"]]
-    if image.ndim == 4:  # the middle slice across the last axis; of the field, its in-plane part
-        panels = [panel[..., panel.shape[-1] // 2] for panel in panels]
-    original, random, recovered, field, label, recovered_label = panels
+    seen = plane(image) if planar else image
+    model = DRDM(network, record.sampler, record.steps)
+    start = model.diffuse(
+        seen.shape[1:], record.deformation_level, [record.seed], spacing if planar else deformation.spacing
+    )
+    diffused = warp(seen[None], start)[0]
     title = (
         f"{record.network}, sampler {record.sampler}, level {record.deformation_level:.2f}: mean displacement "
         f"{numbers.mean_displacement_mm:.1f} mm, largest {numbers.max_displacement_mm:.1f} mm"
     )
     figure = deformation_figure(
-        original[0], random[0], recovered[0], field[:2], label[0], recovered_label[0], deformation.spacing[:2], title
+        plane(image)[0],
+        (diffused if planar else plane(diffused))[0],
+        plane(after["image"])[0],
+        plane(deformation.ddf)[in_plane],
+        plane(before["label"])[0],
+        plane(after["label"])[0],
+        spacing,
+        title,
     )
     figure.savefig(path, dpi=110)
 

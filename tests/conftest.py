@@ -1,5 +1,6 @@
 """Shared fixtures. Tests that need parity files or real scans skip, with the reason, where those are absent."""
 
+import dataclasses
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -59,6 +60,26 @@ def _filled_network(spatial_dims: int, in_channels: int = 1) -> RecResACNet:
         filled[name] = wave.float()
     network.load_state_dict(filled)
     return network.eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="session")
+def small_network():
+    """Factory of an untrained network on a small working grid, its weights fixed by a seed."""
+
+    def build(spatial_dims: int, working_size: int = 32, scale: float = 1.0) -> RecResACNet:
+        generator = torch.Generator().manual_seed(spatial_dims)
+        network = RecResACNet(spatial_dims).eval().requires_grad_(False)
+        for name, parameter in network.named_parameters():
+            if "time_embed" not in name:
+                noise = torch.randn(parameter.shape, generator=generator)
+                strength = 1e-4 * scale if name.startswith("conv_out") else 1.0
+                parameter.copy_(noise * (strength / max(parameter[0].numel(), 1) ** 0.5))
+        network.card = dataclasses.replace(
+            network.card, name=f"untrained-{spatial_dims}d", working_size=working_size, steps=2
+        )
+        return network
+
+    return build
 
 
 def _folder(variable: str) -> Path:

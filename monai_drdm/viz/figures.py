@@ -16,8 +16,8 @@ from torch import Tensor
 from monai_drdm.fields import fold_fraction, identity_grid, jacobian_determinant
 
 _INK = "#222222"
-_LABEL_BEFORE = "#ffb000"
-_LABEL_AFTER = "#00c8ff"
+LABEL_BEFORE = "#ffb000"
+LABEL_AFTER = "#00c8ff"
 
 
 def deformation_figure(
@@ -54,11 +54,11 @@ def deformation_figure(
         ("Recovered", recovered),
     )
     for axis, (name, image) in zip(axes, panels):
-        _show(axis, image, spacing, name, cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
-    _show(axes[3], recovered, spacing, "Labels: before and after", cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
-    for one, colour, name in ((label, _LABEL_BEFORE, "before"), (recovered_label, _LABEL_AFTER, "after")):
+        show(axis, image, spacing, name, cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+    show(axes[3], recovered, spacing, "Labels: before and after", cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+    for one, colour, name in ((label, LABEL_BEFORE, "before"), (recovered_label, LABEL_AFTER, "after")):
         if one is not None:
-            _outline(axes[3], one, colour)
+            outline(axes[3], one, colour)
             axes[3].plot([], [], color=colour, label=name)
     if label is not None:
         axes[3].legend(loc="lower right", fontsize=9, framealpha=0.85)
@@ -116,7 +116,8 @@ def draw_jacobian(axis: Axes, ddf: Tensor, spacing: Sequence[float] = (1.0, 1.0)
     return mappable
 
 
-def _show(axis: Axes, image: Tensor, spacing: Sequence[float], name: str, **style: Any) -> None:
+def show(axis: Axes, image: Tensor, spacing: Sequence[float], name: str, **style: Any) -> None:
+    """Show an image ``(H, W)`` in its proportions, the first axis to the right."""
     array = image.detach().cpu().float().numpy()
     _frame(axis, array.shape, spacing, name)
     axis.imshow(array.T, origin="lower", **style)
@@ -132,7 +133,8 @@ def _frame(axis: Axes, shape: Sequence[int], spacing: Sequence[float], name: str
     axis.set_aspect(spacing[1] / spacing[0])
 
 
-def _outline(axis: Axes, label: Tensor, colour: str) -> None:
+def outline(axis: Axes, label: Tensor, colour: str) -> None:
+    """Draw the outline of every class of a label map ``(H, W)``."""
     array = label.detach().cpu().numpy()
     for value in np.unique(array):
         if value != 0:

@@ -1,31 +1,7 @@
 from __future__ import annotations
 
-import dataclasses
-
 import pytest
 import torch
-
-from monai_drdm.networks import RecResACNet
-
-
-@pytest.fixture(scope="session")
-def small_network():
-    """Factory of an untrained network on a small working grid, its weights fixed by a seed."""
-
-    def build(spatial_dims: int, working_size: int = 32, scale: float = 1.0) -> RecResACNet:
-        generator = torch.Generator().manual_seed(spatial_dims)
-        network = RecResACNet(spatial_dims).eval().requires_grad_(False)
-        for name, parameter in network.named_parameters():
-            if "time_embed" not in name:
-                noise = torch.randn(parameter.shape, generator=generator)
-                strength = 1e-4 * scale if name.startswith("conv_out") else 1.0
-                parameter.copy_(noise * (strength / max(parameter[0].numel(), 1) ** 0.5))
-        network.card = dataclasses.replace(
-            network.card, name=f"untrained-{spatial_dims}d", working_size=working_size, steps=2
-        )
-        return network
-
-    return build
 
 
 @pytest.fixture

@@ -1,0 +1,76 @@
+"""Which images there are: folders of them, and MONAI datalists."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from monai.data import load_decathlon_datalist
+
+from monai_drdm.io.files import stem_of
+from monai_drdm.io.images import IMAGE_SUFFIXES
+
+
+class Case(NamedTuple):
+    """One image to augment, and its label map if it has one."""
+
+    name: str
+    image: Path
+    label: Path | None
+
+
+def find_cases(images: str | os.PathLike[str], labels: str | os.PathLike[str] | None = None) -> list[Case]:
+    """Images of a folder, each with the label map of the same file name in another.
+
+    Raises:
+        FileNotFoundError: a folder is missing, or holds no image of a known format.
+    """
+    folders = [Path(images), *([] if labels is None else [Path(labels)])]
+    for folder in folders:
+        if not folder.is_dir():
+            raise FileNotFoundError(f"no folder {folder}.")
+    paths = [p for p in sorted(folders[0].iterdir()) if p.name.lower().endswith(IMAGE_SUFFIXES) and p.name[0] != "."]
+    if not paths:
+        raise FileNotFoundError(f"{images} holds no image; known formats are {', '.join(IMAGE_SUFFIXES)}.")
+    return _named([(path, None if labels is None else Path(labels) / path.name) for path in paths])
+
+
+def read_cases(datalist: str | os.PathLike[str], section: str = "training") -> list[Case]:
+    """Cases of a MONAI datalist: a JSON file with a list of ``{"image": …, "label": …}`` under a section's name.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not a datalist, no such section, or entries without one image.
+    """
+    path = Path(datalist)
+    if not path.is_file():
+        raise FileNotFoundError(f"no datalist {path}.")
+    try:
+        entries = load_decathlon_datalist(path, is_segmentation=True, data_list_key=section)
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
+        raise ValueError(f"{path} cannot be read as a datalist with a section {section!r}: {error}") from None
+    pairs = []
+    for number, entry in enumerate(entries):
+        image, label = (entry.get(key) if isinstance(entry, Mapping) else None for key in ("image", "label"))
+        if not isinstance(image, str) or not isinstance(label, (str, type(None))):
+            raise ValueError(
+                f"{path}: entry {number} of {section!r} must name one image and at most one label: {entry}."
+            )
+        pairs.append((Path(image), None if label is None else Path(label)))
+    if not pairs:
+        raise ValueError(f"{path}: section {section!r} is empty.")
+    return _named(pairs)
+
+
+def _named(pairs: Sequence[tuple[Path, Path | None]]) -> list[Case]:
+    """Cases by file name; where file names repeat, by their path below the common folder."""
+    names = [stem_of(image) for image, _ in pairs]
+    if len(set(names)) < len(names):
+        common = os.path.commonpath([image.absolute().parent for image, _ in pairs])
+        names = ["_".join((*image.absolute().parent.relative_to(common).parts, stem_of(image))) for image, _ in pairs]
+    repeated = sorted({name for name in names if names.count(name) > 1})
+    if repeated:
+        raise ValueError(f"several images would be called alike: {repeated[:5]}. Give their files different names.")
+    return [Case(name, image, label) for name, (image, label) in zip(names, pairs)]

@@ -1,0 +1,55 @@
+"""Many deformations in one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from monai_drdm.viz.figures import LABEL_AFTER, LABEL_BEFORE, outline, show
+
+_MAX_COLUMNS = 6
+
+
+class SheetEntry(NamedTuple):
+    """An image before and after, ``(H, W)`` each, with labels ``(H, W)`` or None."""
+
+    name: str
+    before: Tensor
+    after: Tensor
+    label_before: Tensor | None = None
+    label_after: Tensor | None = None
+    spacing: tuple[float, float] = (1.0, 1.0)
+
+
+def contact_sheet(entries: Sequence[SheetEntry]) -> Figure:
+    """Originals above what they became, side by side, with label outlines.
+
+    Raises:
+        ValueError: no entries.
+    """
+    if not entries:
+        raise ValueError("contact_sheet: entries must hold at least one image, got none.")
+    columns = min(len(entries), _MAX_COLUMNS)
+    blocks = -(-len(entries) // columns)
+    figure = Figure(figsize=(2.6 * columns, 5.6 * blocks), layout="constrained", facecolor="white")
+    axes = figure.subplots(2 * blocks, columns, squeeze=False)
+    for axis in axes.ravel():
+        axis.set_axis_off()
+    for number, entry in enumerate(entries):
+        block, column = divmod(number, columns)
+        low, high = float(entry.before.min()), float(entry.before.float().quantile(0.998))
+        shown = (
+            (entry.before, entry.label_before, LABEL_BEFORE, entry.name),
+            (entry.after, entry.label_after, LABEL_AFTER, "deformed"),
+        )
+        for row, (image, label, colour, title) in enumerate(shown):
+            axis = axes[2 * block + row, column]
+            axis.set_axis_on()
+            show(axis, image, entry.spacing, title, cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+            axis.title.set_fontsize(8)
+            if label is not None:
+                outline(axis, label, colour)
+    return figure

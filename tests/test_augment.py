@@ -1,0 +1,303 @@
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+from monai.data import load_decathlon_datalist
+from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
+
+from monai_drdm import ApplyDDFd
+from monai_drdm.cli import main
+from monai_drdm.networks import save_network
+
+LEVELS = ("0.3", "0.6")
+OBLIQUE = np.array([[-0.9, 0.2, 0.0, 5.0], [0.15, 1.2, -0.3, -7.0], [0.1, 0.3, 2.9, 11.0], [0, 0, 0, 1.0]])
+
+
+@pytest.fixture
+def network_file(small_network, tmp_path):
+    path = tmp_path / "net.safetensors"
+    save_network(small_network(2), path)
+    return path
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Three volumes of different size and their labels, as an unscaled int16 and a uint8 NIfTI."""
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    for number, shape in enumerate([(30, 34, 5), (28, 28, 4), (26, 36, 6)]):
+        axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+        radius = np.sqrt(sum(axis**2 for axis in axes))
+        image = nib.Nifti1Image((900 * np.exp(-2 * radius**2) + 100 * axes[0]).astype(np.int16), OBLIQUE)
+        label = nib.Nifti1Image(((radius < 0.9) + 2 * (radius < 0.5)).astype(np.uint8), OBLIQUE)
+        image.header.set_xyzt_units("mm", "sec")
+        nib.save(image, tmp_path / "images" / f"case{number}.nii.gz")
+        nib.save(label, tmp_path / "labels" / f"case{number}.nii.gz")
+    return tmp_path
+
+
+@pytest.fixture
+def command(folders, network_file):
+    """The arguments of a run into a folder of a given name."""
+
+    def build(out="out", **changed):
+        options = {
+            "--images": folders / "images",
+            "--labels": folders / "labels",
+            "--out": folders / out,
+            "--network": network_file,
+            "--slice-axis": 2,
+            **{f"--{key}": value for key, value in changed.items()},
+        }
+        flat = [str(one) for pair in options.items() if pair[1] is not None for one in pair]
+        return ["augment", *flat, "--levels", *LEVELS]
+
+    return build
+
+
+def hashes(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def outputs(folder, kind="images"):
+    return sorted((folder / kind).iterdir())
+
+
+def test_every_case_level_and_draw_is_written_like_its_source(command, folders, capsys):
+    assert main(command(draws=2)) == 0
+    assert "12 written, 0 already there, 0 cases skipped" in capsys.readouterr().out
+    out = folders / "out"
+    listed = load_decathlon_datalist(out / "datalist.json", is_segmentation=True)
+    assert len(listed) == len(outputs(out)) == len(outputs(out, "fields")) == len(outputs(out, "records")) == 12
+    for entry in listed:
+        for key in ("image", "label"):
+            made = nib.load(entry[key])
+            case = os.path.basename(entry[key])[:5]
+            source = nib.load(folders / f"{key}s" / f"{case}.nii.gz")
+            assert made.shape == source.shape
+            assert made.get_data_dtype() == source.get_data_dtype()
+            np.testing.assert_array_equal(made.affine, source.affine)
+            assert made.header.get_xyzt_units() == source.header.get_xyzt_units()
+            assert int(made.header["sform_code"]) == int(source.header["sform_code"])
+            assert not np.array_equal(made.dataobj, source.dataobj)
+            if key == "label":
+                assert set(np.unique(made.dataobj)) <= set(np.unique(source.dataobj))
+    names = {path.name for path in outputs(out)}
+    assert len({hashlib.sha256((out / "images" / n).read_bytes()).hexdigest() for n in names}) == 12
+
+
+def test_image_label_and_field_belong_together(command, folders):
+    """The written field, read back and applied to the source in a MONAI pipeline, gives the written files."""
+    assert main(command()) == 0
+    out = folders / "out"
+    read = Compose([LoadImaged(["image", "label"]), EnsureChannelFirstd(["image", "label"])])
+    for path in outputs(out):
+        case = path.name[:5] + ".nii.gz"
+        source = read({"image": str(folders / "images" / case), "label": str(folders / "labels" / case)})
+        again = ApplyDDFd(["image", "label"], out / "fields" / path.name, mode=["bilinear", "nearest"])(source)
+        image = np.asarray(nib.load(path).dataobj, dtype=float)
+        label = np.asarray(nib.load(out / "labels" / path.name).dataobj)
+        assert np.abs(again["image"][0].numpy() - image).max() <= 1.0  # rounded to integers
+        assert (again["label"][0].numpy() != label).mean() < 1e-3
+
+
+def test_records_say_what_was_done(command, folders):
+    assert main(command(seed=5, **{"max-displacement-mm": 3.0})) == 0
+    levels = set()
+    for path in outputs(folders / "out", "records"):
+        record = json.loads(path.read_text())
+        levels.add(record["params"]["deformation_level"])
+        assert record["statistics"]["max_displacement_mm"] <= 3.0
+        assert record["params"]["slice_axis"] == 2
+        assert record["source"]["image"].endswith(f"{path.name[:5]}.nii.gz")
+    assert levels == {0.3, 0.6}
+
+
+def test_runs_go_on_and_end_alike(command, folders, capsys):
+    assert main(command("whole")) == 0
+    assert main(command("parts")) == 0
+    parts = folders / "parts"
+    for path in (outputs(parts, "records")[1], outputs(parts, "images")[3], outputs(parts, "fields")[4]):
+        path.unlink()
+    kept = outputs(parts)[0]
+    (parts / "images" / ".part-1-junk.nii.gz").write_bytes(b"unfinished")
+    before = kept.stat().st_mtime_ns
+    capsys.readouterr()
+    assert main(command("parts")) == 0
+    assert "3 written, 3 already there" in capsys.readouterr().out
+    assert hashes(parts) == hashes(folders / "whole")
+    assert kept.stat().st_mtime_ns == before
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGINT])
+def test_killed_runs_go_on(command, folders, kill):
+    assert main(command("whole")) == 0
+    process = subprocess.Popen(
+        [sys.executable, "-m", "monai_drdm.cli", *command("killed")], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    records = folders / "killed" / "records"
+    deadline = time.monotonic() + 120
+    while not (records.is_dir() and any(records.iterdir())) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(kill)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == (130 if kill == signal.SIGINT else -kill) or process.returncode == 0
+    if process.returncode == 130:
+        assert b"interrupted" in errors
+    assert main(command("killed")) == 0
+    assert hashes(folders / "killed") == hashes(folders / "whole")
+
+
+def test_nothing_is_overwritten_without_force(command, folders, capsys):
+    taken = folders / "out"
+    taken.mkdir()
+    (taken / "mine.txt").write_text("precious")
+    assert main(command()) == 1
+    assert "--force" in capsys.readouterr().err
+    assert [p.name for p in taken.iterdir()] == ["mine.txt"]
+    assert main([*command(), "--force"]) == 0
+    assert (taken / "mine.txt").read_text() == "precious"
+    first = hashes(taken)
+    assert main(command(seed=1)) == 1
+    assert "other settings" in capsys.readouterr().err
+    assert hashes(taken) == first
+    assert main([*command(seed=1), "--force"]) == 0
+    second = hashes(taken)
+    images = [name for name in first if name.startswith("images")]
+    assert all(first[name] != second[name] for name in images)
+
+
+def test_bad_cases_are_skipped_and_reported(command, folders, capsys):
+    whole = (folders / "images" / "case0.nii.gz").read_bytes()
+    (folders / "images" / "case0.nii.gz").write_bytes(whole[: len(whole) // 2])
+    (folders / "labels" / "case1.nii.gz").unlink()
+    nan = nib.Nifti1Image(np.full((20, 20, 3), np.nan, np.float32), np.eye(4))
+    nib.save(nan, folders / "images" / "nan.nii")
+    nib.save(nib.Nifti1Image(np.zeros((20, 20, 3), np.uint8), np.eye(4)), folders / "labels" / "nan.nii")
+    assert main(command()) == 3
+    out, errors = capsys.readouterr()
+    assert "2 written, 0 already there, 3 cases skipped" in out
+    for name, reason in (("case0", "cannot be read"), ("case1", "no file"), ("nan", "NaN")):
+        (line,) = [one for one in errors.replace("\r", "\n").splitlines() if f"skipped {name}:" in one]
+        assert reason in line
+    listed = load_decathlon_datalist(folders / "out" / "datalist.json", is_segmentation=True)
+    assert {os.path.basename(entry["image"])[:5] for entry in listed} == {"case2"}
+    (folders / "images" / "case0.nii.gz").write_bytes(whole)  # once mended, the case is added
+    assert main(command()) == 3
+    assert "2 written, 2 already there, 2 cases skipped" in capsys.readouterr().out
+
+
+def test_a_full_disk_stops_cleanly(command, folders):
+    """The operating system refuses files above a size, as it does when the disk is full."""
+    limit = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, {resource.RLIM_INFINITY}))"
+    code = f"{limit}; from monai_drdm.cli import main; sys.exit(main({command()!r}))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    message = done.stderr.strip().splitlines()[-1]
+    assert "cannot be written" in message
+    assert "goes on" in message
+    assert "Traceback" not in done.stderr
+    out = folders / "out"
+    assert not [path for path in out.rglob("*") if path.name.startswith(".part")]
+    assert main(command()) == 0
+    assert main(command("whole")) == 0
+    assert hashes(out) == hashes(folders / "whole")
+
+
+def test_datalists_and_other_formats(command, folders, network_file):
+    """A datalist of 2D files in two formats, one without a label, with file names that repeat."""
+    for name in ("a", "b"):
+        (folders / name).mkdir()
+    pixels = (np.random.RandomState(0).rand(24, 30) * 200).astype(np.uint8)
+    png = SimpleITK.GetImageFromArray(pixels)
+    SimpleITK.WriteImage(png, str(folders / "a" / "x.png"))
+    mha = SimpleITK.GetImageFromArray(pixels.astype(np.float32))
+    mha.SetSpacing((0.5, 2.0))
+    mha.SetOrigin((3.0, -4.0))
+    SimpleITK.WriteImage(mha, str(folders / "b" / "x.mha"))
+    SimpleITK.WriteImage(png > 100, str(folders / "b" / "y.png"))
+    entries = [{"image": "a/x.png"}, {"image": "b/x.mha", "label": "b/x_label.mha"}]
+    label = mha > 100
+    SimpleITK.WriteImage(label, str(folders / "b" / "x_label.mha"))
+    (folders / "list.json").write_text(json.dumps({"fold0": entries}))
+    arguments = ["--datalist", str(folders / "list.json"), "--section", "fold0", "--out", str(folders / "out")]
+    assert main(["augment", *arguments, "--network", str(network_file), "--levels", "0.4"]) == 0
+    made = SimpleITK.ReadImage(str(folders / "out" / "images" / "b_x_level0.4_draw0.mha"))
+    assert made.GetSpacing() == mha.GetSpacing()
+    assert made.GetOrigin() == mha.GetOrigin()
+    assert made.GetPixelID() == mha.GetPixelID()
+    assert (
+        SimpleITK.ReadImage(str(folders / "out" / "images" / "a_x_level0.4_draw0.png")).GetPixelID() == png.GetPixelID()
+    )
+    listed = json.loads((folders / "out" / "datalist.json").read_text())["training"]
+    assert [sorted(entry) for entry in listed] == [["image"], ["image", "label"]]
+
+
+def test_figure(command, folders):
+    assert main([*command(), "--figure"]) == 0
+    assert (folders / "out" / "overview.png").read_bytes()[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"images": "no/such/folder"}, "no folder"),
+        ({"draws": 0}, "draws must be 1 or more"),
+        ({"network": "nonsense"}, "nonsense"),
+        ({"network": "missing.safetensors"}, "missing.safetensors"),
+        ({"slice-axis": 3}, "slice_axis"),
+    ],
+)
+def test_wrong_calls_are_explained_before_anything_is_made(command, folders, changed, message, capsys):
+    assert main(command(**changed)) == 1
+    assert message in capsys.readouterr().err
+    assert not (folders / "out").exists()
+
+
+def test_wrong_levels_and_datalists(command, folders, capsys):
+    assert main([*command()[:-2], "1.5"]) == 1
+    assert "deformation_level" in capsys.readouterr().err
+    for text in ("nothing", "{}", '{"training": [{"label": "a"}]}', '{"training": []}'):
+        (folders / "list.json").write_text(text)
+        code = main(["augment", "--datalist", str(folders / "list.json"), "--out", str(folders / "out")])
+        assert code == 1
+        assert "list.json" in capsys.readouterr().err
+    assert not (folders / "out").exists()
+
+
+def test_hippocampus_volumes_interrupted_and_resumed(data, network_file, tmp_path):
+    """Ten real volumes: a run stopped after some draws and called again ends like one that was not."""
+    for kind in ("images", "labels"):
+        (tmp_path / kind).mkdir()
+        for path in sorted((data / "hippocampus" / kind).iterdir())[:10]:
+            (tmp_path / kind / path.name).symlink_to(path)
+    arguments = ["augment", "--images", str(tmp_path / "images"), "--labels", str(tmp_path / "labels")]
+    arguments += ["--network", str(network_file), "--slice-axis", "2", "--levels", "0.5", "--out"]
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    script = [sys.executable, "-m", "monai_drdm.cli", *arguments, str(tmp_path / "resumed")]
+    process = subprocess.Popen(script, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    records = tmp_path / "resumed" / "records"
+    while process.poll() is None and not (records.is_dir() and len(list(records.iterdir())) >= 3):
+        time.sleep(0.005)
+    process.kill()
+    process.wait()
+    assert len(list(records.iterdir())) >= 3
+    assert main([*arguments, str(tmp_path / "resumed")]) == 0
+    assert len(outputs(tmp_path / "resumed")) == 10
+    assert hashes(tmp_path / "resumed") == hashes(tmp_path / "whole")
+    assert len(hashes(tmp_path / "whole")) == 42
