@@ -67,11 +67,16 @@ class WorkingGrid:
 
     def ddf_to_full(self, ddf: Tensor) -> Tensor:
         """Bring a field ``(B, D, *S)`` in working voxels to the image's grid, in its voxels."""
-        return resize_ddf(ddf, self.full_shape)
+        return self._resized(ddf, self.full_shape)
 
     def ddf_to_compact(self, ddf: Tensor) -> Tensor:
         """Bring a field ``(B, D, *S)`` in working voxels to the coarser of both grids, axis by axis, in its voxels."""
-        return resize_ddf(ddf, [min(sizes) for sizes in zip(self.shape, self.full_shape)])
+        return self._resized(ddf, [min(sizes) for sizes in zip(self.shape, self.full_shape)])
+
+    def _resized(self, ddf: Tensor, shape: Sequence[int]) -> Tensor:
+        """The field on another grid; along an axis of one voxel nothing can move, so nothing does."""
+        moves = torch.tensor([n > 1 for n in self.full_shape], device=ddf.device)
+        return resize_ddf(ddf, shape) * moves.view(1, -1, *(1,) * len(shape))
 
 
 def _robust_range(image: Tensor) -> tuple[Tensor, Tensor]:

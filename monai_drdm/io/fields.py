@@ -14,7 +14,7 @@ from monai.data import MetaTensor
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
-from monai_drdm.io.files import atomically, suffix_of
+from monai_drdm.io.files import atomically, ITK_FORMATS, suffix_of
 
 Convention = Literal["nifti", "itk"]
 
@@ -42,10 +42,12 @@ def save_ddf(
 
     Raises:
         ValueError: not a field of 2 or 3 dimensions, another suffix or convention, an affine that is not ``(4, 4)``, or
-            a 2D ITK file of a slice that is not parallel to the world's x and y.
+            a 2D ITK file of a slice whose place in space it cannot hold; or values that are not finite.
     """
     if ddf.ndim not in (3, 4) or ddf.shape[0] != ddf.ndim - 1:
         raise ValueError(f"save_ddf: ddf must have shape (D, *S) with D = len(S) in {{2, 3}}, got {tuple(ddf.shape)}.")
+    if not bool(torch.isfinite(ddf).all()):
+        raise ValueError("save_ddf: ddf must be finite, got NaN or infinity.")
     matrix = _checked_affine(affine, "save_ddf")
     suffix = suffix_of(path, (".nii", ".nii.gz", *_ITK_SUFFIXES), "save_ddf")
     own: Convention = "itk" if suffix in _ITK_SUFFIXES else "nifti"
@@ -58,7 +60,7 @@ def save_ddf(
         world = world @ _LPS
     if own == "itk":
         image = _itk_image(world, matrix, ddf.shape[0])
-        atomically(path, lambda part: SimpleITK.WriteImage(image, part))
+        atomically(path, lambda part: SimpleITK.WriteImage(image, part, imageIO=ITK_FORMATS[suffix]))
         return
     file = nib.Nifti1Image(world.reshape(*_volume(ddf), 1, 3).astype(np.float32), matrix)
     intent = _DISPLACEMENT_INTENT if convention == "nifti" else _VECTOR_INTENT
@@ -85,9 +87,12 @@ def load_ddf(path: str | os.PathLike[str]) -> MetaTensor:
     suffix = suffix_of(path, (".nii", ".nii.gz", *_ITK_SUFFIXES), "load_ddf")
     if not Path(path).is_file():
         raise FileNotFoundError(f"load_ddf: no file {os.fspath(path)}.")
-    world, affine, dims = (_read_itk if suffix in _ITK_SUFFIXES else _read_nifti)(os.fspath(path))
+    name = os.fspath(path)
+    world, affine, dims = _read_itk(name, ITK_FORMATS[suffix]) if suffix in _ITK_SUFFIXES else _read_nifti(name)
     if not np.isfinite(world).all():
-        raise ValueError(f"load_ddf: {os.fspath(path)} holds NaN or infinity.")
+        raise ValueError(f"load_ddf: {name} holds NaN or infinity.")
+    if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :dims]) < dims:
+        raise ValueError(f"load_ddf: {name} must have an affine that can be inverted, got {affine.tolist()}.")
     to_voxels = np.linalg.pinv(affine[:3, :dims])  # the inverse in 3D; in 2D, what lies in the plane
     ddf = np.moveaxis(world @ to_voxels.T, -1, 0)
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(ddf, dtype=np.float32)), affine=torch.from_numpy(affine))
@@ -98,7 +103,7 @@ def _read_nifti(path: str) -> tuple[NDArray[Any], NDArray[Any], int]:
     try:
         file: Any = nib.load(path)
         vectors = np.asarray(file.dataobj, dtype=np.float64)
-    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
+    except Exception as error:  # a damaged file makes nibabel raise whatever its bytes lead to
         raise ValueError(f"load_ddf: {path} cannot be read as NIfTI: {error}") from None
     intent = int(file.header["intent_code"])
     if intent not in (_DISPLACEMENT_INTENT, _VECTOR_INTENT):
@@ -118,10 +123,10 @@ def _read_nifti(path: str) -> tuple[NDArray[Any], NDArray[Any], int]:
     return (world[:, :, 0], file.affine, 2) if planar else (world, file.affine, 3)
 
 
-def _read_itk(path: str) -> tuple[NDArray[Any], NDArray[Any], int]:
+def _read_itk(path: str, reader: str) -> tuple[NDArray[Any], NDArray[Any], int]:
     """World vectors ``(*S, 3)`` in RAS mm, affine and dimensions."""
     try:
-        image = SimpleITK.ReadImage(path)
+        image = SimpleITK.ReadImage(path, imageIO=reader)
     except RuntimeError as error:
         raise ValueError(f"load_ddf: {path} cannot be read: {str(error).splitlines()[-1]}") from None
     dims = image.GetDimension()
@@ -151,10 +156,10 @@ def itk_affine(image: SimpleITK.Image) -> NDArray[Any]:
 def _itk_image(world: NDArray[Any], affine: NDArray[Any], dims: int) -> SimpleITK.Image:
     """An ITK vector image of LPS vectors ``(*S, 3)`` on the grid of a RAS affine."""
     lps = _LPS @ affine[:3]
-    if dims == 2 and (lps[2, :2].any() or world[..., 2].any()):
+    if dims == 2 and not (np.array_equal(lps[2], [0.0, 0.0, 1.0, 0.0]) and not lps[:2, 2].any()):
         raise ValueError(
-            "save_ddf: a 2D ITK file can hold slices parallel to the world's x and y only, got the affine "
-            f"{affine.tolist()}. Write NIfTI instead."
+            "save_ddf: a 2D ITK file cannot say where its slice lies in space; the affine must leave the third axis as "
+            f"it is, got {affine.tolist()}. Write NIfTI instead."
         )
     spacing = np.linalg.norm(lps[:dims, :dims], axis=0)
     arranged = world[..., :dims].transpose(*range(dims - 1, -1, -1), dims)

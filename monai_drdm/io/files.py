@@ -6,6 +6,9 @@ import os
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+ITK_FORMATS = {".mha": "MetaImageIO", ".nrrd": "NrrdImageIO", ".png": "PNGImageIO"}
+"""ITK's readers and writers by suffix; left to itself, ITK does not know some suffixes in capitals."""
+
 
 def suffix_of(path: str | os.PathLike[str], known: Sequence[str], function: str) -> str:
     """The suffix of a file name in lower case, ``.nii.gz`` being one.
@@ -37,7 +40,7 @@ def atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> 
         OSError: what writing raised; nothing is left behind, and what was at ``path`` stays.
     """
     path = Path(path)
-    part = path.with_name(f".part-{os.getpid()}-{path.name}")
+    part = path.with_name(f".part-{os.getpid()}-{path.name}".lower())
     try:
         write(str(part))
         os.replace(part, path)

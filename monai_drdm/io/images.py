@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from monai_drdm.io.fields import itk_affine
-from monai_drdm.io.files import atomically, suffix_of
+from monai_drdm.io.files import atomically, ITK_FORMATS, suffix_of
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd", ".png")
 """Formats that can be read and written back."""
@@ -37,12 +37,14 @@ class ImageFile:
 
         Raises:
             OSError: the file cannot be written; nothing is left behind.
-            ValueError: another shape or suffix.
+            ValueError: another shape or suffix, or values that the data type cannot hold: NaN or infinity in a file of
+                integers, integers beyond its range.
         """
         if tuple(data.shape) != tuple(self.data.shape):
             raise ValueError(f"save_like: data must have shape {tuple(self.data.shape)}, got {tuple(data.shape)}.")
         suffix_of(path, (self.suffix,), "save_like")
-        values = data.detach().as_subclass(Tensor).cpu().numpy()
+        plain = data.detach().as_subclass(Tensor).cpu()
+        values = (plain.float() if plain.dtype in (torch.float16, torch.bfloat16) else plain).numpy()
         atomically(path, lambda part: self._write(values, part))
 
 
@@ -67,7 +69,7 @@ def _load_nifti(path: str, suffix: str, keep_slice: bool) -> ImageFile:
     try:
         file: Any = nib.load(path)
         values = np.asanyarray(file.dataobj)
-    except (OSError, EOFError, ValueError, nib.filebasedimages.ImageFileError) as error:
+    except Exception as error:  # a damaged file makes nibabel raise whatever its bytes lead to
         raise ValueError(f"{path} cannot be read as NIfTI: {error}") from None
     if values.dtype.kind not in "biuf" or not 2 <= values.ndim <= 5 or 0 in values.shape:
         raise ValueError(f"{path} must hold real numbers in 2 to 5 axes, got {values.dtype} of shape {values.shape}.")
@@ -92,7 +94,7 @@ def _load_nifti(path: str, suffix: str, keep_slice: bool) -> ImageFile:
 
 def _load_itk(path: str, suffix: str, keep_slice: bool) -> ImageFile:
     try:
-        image = SimpleITK.ReadImage(path)
+        image = SimpleITK.ReadImage(path, imageIO=ITK_FORMATS[suffix])
     except RuntimeError as error:
         raise ValueError(f"{path} cannot be read: {str(error).splitlines()[-1]}") from None
     values = SimpleITK.GetArrayFromImage(image)  # (…, y, x[, C])
@@ -114,7 +116,7 @@ def _load_itk(path: str, suffix: str, keep_slice: bool) -> ImageFile:
         copy.CopyInformation(image)
         for key in image.GetMetaDataKeys():
             copy.SetMetaData(key, image.GetMetaData(key))
-        SimpleITK.WriteImage(copy, part)
+        SimpleITK.WriteImage(copy, part, imageIO=ITK_FORMATS[suffix])
 
     return _image_file(np.ascontiguousarray(channels[..., 0] if single else channels), itk_affine(image), suffix, write)
 
@@ -127,8 +129,14 @@ def _image_file(
 
 
 def _as_dtype(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Values as a data type: integers rounded and kept within its range."""
-    if dtype.kind in "iu" and values.dtype.kind == "f":
-        limits = np.iinfo(dtype)
+    """Values as a data type: what was interpolated is rounded and kept within the range of integers."""
+    if dtype.kind not in "iu":
+        return values.astype(dtype)
+    limits = np.iinfo(dtype)
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise ValueError(f"save_like: a file of {dtype} cannot hold NaN or infinity.")
         values = np.clip(np.round(values.astype(np.float64)), limits.min, limits.max)
+    elif values.size and values.dtype.kind in "iu" and (values.min() < limits.min or values.max() > limits.max):
+        raise ValueError(f"save_like: a file of {dtype} cannot hold {values.min()} to {values.max()}.")
     return values.astype(dtype)

@@ -6,15 +6,16 @@ import os
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
-from monai.utils import convert_to_tensor, TransformBackends
+from monai.utils import TransformBackends
 from torch import Tensor
 
 from monai_drdm.fields.warp import Mode, PaddingMode
 from monai_drdm.io import load_ddf
-from monai_drdm.transforms.inputs import as_tensor, check_same_space, checked_field, flushed, spacing_of
+from monai_drdm.transforms.inputs import as_tensor, check_same_space, checked_field, flushed, numeric_tensor, spacing_of
 from monai_drdm.transforms.keyed import KeyedDeformation
 from monai_drdm.transforms.points import PointSpace
 from monai_drdm.transforms.record import Deformation
@@ -80,6 +81,7 @@ class ApplyDDFd(KeyedDeformation):
                 "ApplyDDFd: give either ddf= (one field for all) or ddf_key= (each sample brings its own)."
             )
         self.ddf = None if ddf is None else _field(ddf, "ddf")
+        self.from_file = isinstance(ddf, (str, os.PathLike))
         self.ddf_key = ddf_key
         self.last: Deformation | None = None
 
@@ -112,7 +114,8 @@ class ApplyDDFd(KeyedDeformation):
             check_same_space(image, result[key], name, repr(key))
         field = self.ddf if self.ddf_key is None else _field(result[self.ddf_key], repr(self.ddf_key))
         assert field is not None
-        if isinstance(field, MetaTensor) and not _is_identity(field.affine):
+        from_file = self.from_file if self.ddf_key is None else isinstance(result[self.ddf_key], (str, os.PathLike))
+        if isinstance(field, MetaTensor) and (from_file or not _is_identity(field.affine)):
             check_same_space(image, field, name, "the field")
         self.check_geometry(result, image.ndim - 1)
         self.last = Deformation(checked_field(field, tensors[0]), spacing_of(image, None, name))
@@ -131,10 +134,9 @@ ApplyDDFD = ApplyDDFDict = ApplyDDFd
 def _field(field: Field, name: str) -> Tensor:
     if isinstance(field, (str, os.PathLike)):
         return load_ddf(field)
-    if not isinstance(field, Tensor) and not hasattr(field, "dtype"):
+    if not isinstance(field, (np.ndarray, Tensor)):
         raise TypeError(f"ApplyDDFd: {name} must be a tensor (D, *S), an array or a path, got {type(field).__name__}.")
-    tensor: Tensor = field if isinstance(field, Tensor) else convert_to_tensor(field, track_meta=False)
-    return tensor
+    return field if isinstance(field, Tensor) else numeric_tensor(field, name)
 
 
 def _is_identity(affine: Tensor) -> bool:

@@ -23,7 +23,7 @@ from monai_drdm.transforms.stored import StoredField
 
 FOLD_POLICIES = ("rescale", "resample", "skip", "keep", "raise")
 _MAX_REDRAWS = 4
-_LIMIT_MARGIN = 1 - 2**-14  # rounding must not carry a field over the displacement limit
+_LIMIT_MARGIN = 1 - 2**-14  # rounding should not carry a field over the displacement limit again
 
 
 class _View(NamedTuple):
@@ -146,10 +146,9 @@ class FieldDrawer:
     def _draw_one(self, model: DRDM, view: _View, level: float, seed: int) -> _Draw:
         """One field, scaled down to the displacement limit."""
         draw = _scaled(_sample(model, view, level, seed), 1.0, view, seed)
-        if self.max_displacement_mm is not None:
-            largest = float(voxels_to_mm(draw.planar, view.spacing).norm(dim=1).max())
-            if largest > self.max_displacement_mm:
-                draw = _scaled(draw.drawn, self.max_displacement_mm / largest * _LIMIT_MARGIN, view, seed)
+        limit = math.inf if self.max_displacement_mm is None else self.max_displacement_mm
+        while (largest := float(voxels_to_mm(draw.planar, view.spacing).norm(dim=1).max())) > limit:
+            draw = _scaled(draw.drawn, draw.scale * limit / largest * _LIMIT_MARGIN, view, seed)
         return draw
 
     def _settle(self, draw: _Draw, view: _View, action: str) -> tuple[_Draw, str]:

@@ -27,18 +27,27 @@ def as_tensor(data: NdarrayOrTensor, name: str) -> Tensor:
         TypeError: neither array nor tensor, or not of a real numeric type.
         ValueError: another number of axes, or an empty one.
     """
-    if not isinstance(data, (np.ndarray, Tensor)):
-        raise TypeError(f"{name} must be a numpy array or tensor (C, *S), got {type(data).__name__}.")
-    if isinstance(data, np.ndarray) and data.dtype.kind not in "biuf":
-        raise TypeError(f"{name} must be of a real numeric type, got {data.dtype}.")
-    tensor: Tensor = convert_to_tensor(_native(data), track_meta=False)
-    if tensor.is_complex():
-        raise TypeError(f"{name} must be of a real numeric type, got {tensor.dtype}.")
+    tensor = numeric_tensor(data, name)
     if tensor.ndim not in (3, 4) or 0 in tensor.shape:
         raise ValueError(
             f"{name} must have shape (C, *S) with 2 or 3 non-empty spatial axes, got {tuple(tensor.shape)}. "
             "Use EnsureChannelFirst to add the channel axis."
         )
+    return tensor
+
+
+def numeric_tensor(data: NdarrayOrTensor, name: str) -> Tensor:
+    """A tensor of the data, of exactly their type and without metadata.
+
+    Raises:
+        TypeError: neither array nor tensor, or not of a real numeric type.
+    """
+    if not isinstance(data, (np.ndarray, Tensor)):
+        raise TypeError(f"{name} must be a numpy array or tensor, got {type(data).__name__}.")
+    real = data.dtype.kind in "biuf" if isinstance(data, np.ndarray) else not data.is_complex()
+    if not real:
+        raise TypeError(f"{name} must be of a real numeric type, got {data.dtype}.")
+    tensor: Tensor = convert_to_tensor(_native(data), track_meta=False)
     return tensor
 
 
@@ -166,13 +175,14 @@ def checked_field(field: Tensor, image: Tensor) -> Tensor:
         raise ValueError(f"field must have shape {(image.ndim - 1, *image.shape[1:])}, got {tuple(field.shape)}.")
     if not bool(torch.isfinite(field).all()):
         raise ValueError("field must be finite, got NaN or infinity.")
-    return field.detach().as_subclass(Tensor).to(image.device)
+    return field.detach().as_subclass(Tensor).to(image.device, copy=True)
 
 
 def flushed(data: NdarrayOrTensor) -> NdarrayOrTensor:
     """The data with pending lazy operations applied: fields are drawn on, and applied to, what is really there."""
     if isinstance(data, MetaTensor) and data.has_pending_operations:
-        return apply_pending(data)[0]  # type: ignore[no-any-return]  # MONAI leaves it without types
+        own = with_metadata_of(data, data.as_tensor())  # MONAI empties the list of what it is given
+        return apply_pending(own)[0]  # type: ignore[no-any-return]  # MONAI leaves it without types
     return data
 
 

@@ -7,12 +7,13 @@ from typing import Any, cast, TypeVar
 
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
+from monai.data import MetaTensor
 from monai.transforms import MapTransform
 from monai.utils import convert_to_tensor, ensure_tuple, TraceKeys
 from torch import Tensor
 
 from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
-from monai_drdm.transforms.inputs import idle, like, warp_like, world_affine
+from monai_drdm.transforms.inputs import idle, like, numeric_tensor, warp_like, world_affine
 from monai_drdm.transforms.points import (
     check_boxes,
     check_points,
@@ -116,19 +117,22 @@ class KeyedDeformation(TracedTransform, MapTransform):
         ddf = None if deformation is None or deformation.skipped else deformation.ddf
         fired = ddf is not None
         shared = field_info(deformation, shape) if self.invertible else {}
-        for key, mode, padding in self.present(data):
+        present = self.present(data)
+        known = [one.affine for one in (image, *(data[key] for key, *_ in present)) if isinstance(one, MetaTensor)]
+        for key, mode, padding in present:
             out = idle(data[key], mode) if ddf is None else warp_like(data[key], ddf, mode, padding, repr(key))
+            if known and isinstance(out, MetaTensor) and not isinstance(data[key], MetaTensor):
+                out.affine = known[0].clone()  # it lies on their grid, and must agree with them when it comes again
             data[key] = self._recorded(out, fired, {"kind": "image", "mode": mode, "padding_mode": padding, **shared})
-        affine = world_affine(image, name) if self.point_space == "world" and self.point_keys else None
-        for key in self.point_keys:
-            if key in data:
-                self._move_points(data, key, ddf, shape, affine, {"kind": "points", **shared})
-        for key in self.box_keys:
-            if key in data:
-                boxes, box_mode = _values(data[key], repr(key)), standard_mode(self.box_mode, len(shape))
-                out = boxes if ddf is None else move_boxes(boxes, ddf.to(boxes.device), box_mode).to(boxes.dtype)
-                info = {"kind": "boxes", "box_mode": box_mode, "before": boxes.clone(), **shared}
-                data[key] = self._recorded(like(data[key], out), fired, info)
+        points = [key for key in self.point_keys if key in data]
+        affine = world_affine(image, name) if self.point_space == "world" and points else None
+        for key in points:
+            self._move_points(data, key, ddf, shape, affine, {"kind": "points", **shared})
+        for key in (key for key in self.box_keys if key in data):
+            boxes, box_mode = _values(data[key], repr(key)), standard_mode(self.box_mode, len(shape))
+            out = boxes if ddf is None else move_boxes(boxes, ddf.to(boxes.device), box_mode).to(boxes.dtype)
+            info = {"kind": "boxes", "box_mode": box_mode, "before": boxes.clone(), **shared}
+            data[key] = self._recorded(like(data[key], out), fired, info)
 
     @in_plain_mode
     def inverse(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -223,11 +227,7 @@ def take_back(transform: TracedTransform, data: NdarrayOrTensor, name: str, inve
 
 def _values(data: NdarrayOrTensor, name: str) -> Tensor:
     """Points or boxes as a floating tensor without metadata."""
-    if not isinstance(data, Tensor) and not hasattr(data, "dtype"):
-        raise TypeError(f"{name} must be a numpy array or tensor, got {type(data).__name__}.")
-    tensor: Tensor = convert_to_tensor(data, track_meta=False)
-    if tensor.is_complex():
-        raise TypeError(f"{name} must be of a real numeric type, got {tensor.dtype}.")
+    tensor = numeric_tensor(data, name)
     return tensor if tensor.is_floating_point() else tensor.to(torch.float32)
 
 

@@ -86,7 +86,8 @@ def restore_boxes(boxes: Tensor, before: Tensor, ddf: Tensor, box_mode: str) -> 
     """Boxes ``(N, 2D)`` of the warped image in the image it was; those that come ``before`` it are known exactly."""
     restored = move_boxes(boxes, ddf, box_mode, back=True)
     if boxes.shape[0] and before.shape[0]:
-        missed, index = torch.cdist(boxes.double(), move_boxes(before, ddf, box_mode), p=torch.inf).min(dim=1)
+        moved = move_boxes(before, ddf, box_mode).to(boxes.dtype)
+        missed, index = torch.cdist(boxes.double(), moved.double(), p=torch.inf).min(dim=1)
         restored = torch.where((missed < _SAME_BOX)[:, None], before.double()[index], restored)
     return restored
 

@@ -6,6 +6,7 @@ import hashlib
 import os
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -20,7 +21,10 @@ def stable_hash(value: object) -> int:
 
 def _canonical(value: object) -> bytes:
     if isinstance(value, (np.ndarray, Tensor)) and value.ndim > 0:
-        array = np.ascontiguousarray(value.detach().cpu().numpy() if isinstance(value, Tensor) else value)
+        if isinstance(value, Tensor):
+            value = value.detach().cpu()
+            value = (value.float() if value.dtype == torch.bfloat16 else value).numpy()
+        array = np.ascontiguousarray(value)
         if array.dtype.kind not in "biuf":
             return _canonical(array.tolist())
         return (
@@ -30,11 +34,14 @@ def _canonical(value: object) -> bytes:
     if isinstance(value, (np.ndarray, np.generic, Tensor)):
         value = value.item()
     if isinstance(value, (str, os.PathLike)):
-        return b"text " + os.fsencode(value)
+        text = os.fspath(value)
+        return b"text " + (text if isinstance(text, bytes) else text.encode("utf-8", "surrogatepass"))
     if isinstance(value, bytes):
         return b"bytes " + value
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
     if isinstance(value, (int, float)):
-        return f"number {int(value) if float(value).is_integer() else value!r}".encode()
+        return f"number {value + 0!r}".encode()  # True is 1
     if isinstance(value, (tuple, list)):
         parts = [_canonical(one) for one in value]
         return b"sequence " + b"".join(f"{len(part)} ".encode() + part for part in parts)

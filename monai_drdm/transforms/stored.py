@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from monai.utils import TraceKeys
 from torch import Tensor
 
 from monai_drdm.fields import invert, resize_ddf
@@ -40,8 +41,9 @@ class StoredField:
         """Round a field ``(D, *C)`` in voxels of its grid, of a spatial shape ``S`` that may be finer."""
         largest = float(ddf.abs().max())
         step = 2.0 ** (math.frexp(largest)[1] - _INT16_BITS) if largest > 0 else 1.0
-        limit = 2**_INT16_BITS - 1  # the largest value may round up to a power of two
-        values = (ddf.detach() / step).round().clamp(-limit, limit).to(torch.int16).cpu()
+        if round(largest / step) == 2**_INT16_BITS:  # a hair below a power of two
+            step *= 2
+        values = (ddf.detach() / step).round().to(torch.int16).cpu()
         return cls(values, step, tuple(shape), slice_axis)
 
     @classmethod
@@ -81,7 +83,8 @@ class StoredField:
         return self
 
 
-torch.serialization.add_safe_globals([StoredField])  # caches on disk are read with weights_only=True
+# caches on disk are read with weights_only=True; MONAI's own names for the parts of a record are an enumeration
+torch.serialization.add_safe_globals([StoredField, TraceKeys])
 
 
 def spread_in_plane(ddf: Tensor, axis: int, shape: tuple[int, ...]) -> Tensor:

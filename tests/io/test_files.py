@@ -1,0 +1,140 @@
+import os
+
+import pytest
+
+from monai_drdm.io import stem_of
+from monai_drdm.io.files import atomically, suffix_of
+
+SUFFIXES = (".nii", ".nii.gz", ".mha")
+
+
+@pytest.mark.parametrize(
+    ("name", "suffix"),
+    [
+        ("a.nii", ".nii"),
+        ("a.nii.gz", ".nii.gz"),
+        ("A.NII.GZ", ".nii.gz"),
+        ("a.b.mha", ".mha"),
+        ("a.nii.mha", ".mha"),
+        ("folder.mha/a.nii", ".nii"),
+    ],
+)
+def test_suffix(tmp_path, name, suffix):
+    assert suffix_of(name, SUFFIXES, "f") == suffix
+    assert suffix_of(tmp_path / name, SUFFIXES, "f") == suffix
+    assert suffix_of(name, SUFFIXES[::-1], "f") == suffix
+
+
+@pytest.mark.parametrize("name", ["a", "a.gz", "a.nii.bz2", "nii", ".nii", ".nii.gz", "a.mhd", "a.nii/b", ""])
+def test_unknown_suffix(name):
+    with pytest.raises(ValueError, match=r"f: the file must end in one of .*\.mha"):
+        suffix_of(name, SUFFIXES, "f")
+
+
+@pytest.mark.parametrize(
+    ("path", "stem"),
+    [
+        ("a.nii", "a"),
+        ("/x/y.z/a.nii.gz", "a"),
+        ("a.b.nii.gz", "a.b"),
+        ("A.NII.GZ", "A"),
+        ("a.b.mha", "a.b"),
+        ("a.gz", "a"),
+        ("a", "a"),
+    ],
+)
+def test_stem(path, stem):
+    assert stem_of(path) == stem
+
+
+def write(text):
+    def to(part):
+        with open(part, "w") as file:
+            file.write(text)
+
+    return to
+
+
+@pytest.mark.parametrize("as_string", [True, False])
+def test_new_file_and_replacement(tmp_path, as_string):
+    path = tmp_path / "a.nii.gz"
+    for text in ("first, and longer", "second"):
+        atomically(str(path) if as_string else path, write(text))
+        assert path.read_text() == text
+        assert os.listdir(tmp_path) == ["a.nii.gz"]
+
+
+def test_part_has_the_suffix_and_the_folder(tmp_path):
+    seen = []
+    atomically(tmp_path / "a.nii.gz", lambda part: (seen.append(part), write("x")(part)))
+    assert seen[0].endswith(".nii.gz")
+    assert os.path.dirname(seen[0]) == str(tmp_path)  # else os.replace would cross file systems
+    assert os.path.basename(seen[0]) != "a.nii.gz"
+
+
+def test_old_file_is_whole_until_the_end(tmp_path):
+    path = tmp_path / "a.nii"
+    path.write_text("old")
+
+    def look(part):
+        write("new, half")(part)
+        assert path.read_text() == "old"
+
+    atomically(path, look)
+    assert path.read_text() == "new, half"
+
+
+@pytest.mark.parametrize(
+    ("raised", "expected"),
+    [
+        (OSError(28, "No space left on device"), OSError),
+        (RuntimeError("sitk\nfull"), OSError),
+        (KeyError("k"), KeyError),
+    ],
+)
+def test_failure_leaves_the_old_file_alone(tmp_path, raised, expected):
+    path = tmp_path / "a.nii"
+    path.write_text("old")
+
+    def fail(part):
+        write("half")(part)
+        raise raised
+
+    with pytest.raises(expected) as caught:
+        atomically(path, fail)
+    if expected is OSError:
+        assert str(path) in str(caught.value)
+        assert caught.value.errno == getattr(raised, "errno", None)
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.nii"]
+
+
+def test_failure_of_a_new_file_leaves_nothing(tmp_path):
+    def fail(part):
+        write("half")(part)
+        raise RuntimeError("no")
+
+    with pytest.raises(OSError, match="cannot be written"):
+        atomically(tmp_path / "a.nii", fail)
+    assert os.listdir(tmp_path) == []
+
+
+def test_target_is_a_folder(tmp_path):
+    target = tmp_path / "a.nii"
+    target.mkdir()
+    with pytest.raises(OSError, match="cannot be written"):
+        atomically(target, write("x"))
+    assert os.listdir(tmp_path) == ["a.nii"]
+    assert os.listdir(target) == []
+
+
+def test_missing_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match="cannot be written"):
+        atomically(tmp_path / "none" / "a.nii", write("x"))
+
+
+def test_nothing_was_written(tmp_path):
+    (tmp_path / "a.nii").write_text("old")
+    with pytest.raises(FileNotFoundError, match="cannot be written"):
+        atomically(tmp_path / "a.nii", lambda part: None)
+    assert (tmp_path / "a.nii").read_text() == "old"
