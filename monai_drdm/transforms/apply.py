@@ -118,8 +118,8 @@ class ApplyDDFd(KeyedDeformation):
         if isinstance(field, MetaTensor) and (from_file or not _is_identity(field.affine)):
             check_same_space(image, field, name, "the field")
         self.check_geometry(result, image.ndim - 1)
-        self.last = Deformation(checked_field(field, tensors[0]), spacing_of(image, None, name))
-        self.move(result, image, name, self.last)
+        self.last = deformation = Deformation(checked_field(field, tensors[0]), spacing_of(image, None, name))
+        self.move(result, image, name, deformation)  # threads may share this transform, and with it ``last``
         return result
 
     def __getstate__(self) -> dict[str, object]:

@@ -56,9 +56,12 @@ class DRDMRandomness(RandomizableTransform, TracedTransform):
         super().randomize(None)
         self._seed = int(self.R.randint(0, _SEEDS, dtype="uint64"))
         if data is not None:
-            state = np.random.RandomState(stable_hash(data))
-            self._do_transform = bool(state.rand() < self.prob)
-            self._seed = int(state.randint(0, _SEEDS, dtype="uint64"))
+            self._do_transform, self._seed = self._decided_by(data)
+
+    def _decided_by(self, value: object) -> tuple[bool, int]:
+        """Whether to fire, and the seed, of a value: no state of the transform's, so threads may share it."""
+        state = np.random.RandomState(stable_hash(value))
+        return bool(state.rand() < self.prob), int(state.randint(0, _SEEDS, dtype="uint64"))
 
     def deformation(
         self,
@@ -84,11 +87,14 @@ class DRDMRandomness(RandomizableTransform, TracedTransform):
             return self.drawer.draw(tensor, spacing, params=params)
         if randomize:
             self.randomize(seed_value)
-        if self._seed is None:
+        fires, seed = self._do_transform, self._seed
+        if randomize and seed_value is not None:
+            fires, seed = self._decided_by(seed_value)
+        if seed is None:
             raise ValueError(
                 "randomize=False replays the last draw, and there is none yet. Call once with randomize=True."
             )
-        return self.drawer.draw(tensor, spacing, seed=self._seed) if self._do_transform else None
+        return self.drawer.draw(tensor, spacing, seed=seed) if fires else None
 
     def __getstate__(self) -> dict[str, object]:
         """Everything but the last field, which may be large."""
@@ -197,17 +203,14 @@ class RandDRDMDeform(DRDMRandomness):
         img = flushed(img)
         as_tensor(img, "img")
         spacing = spacing_of(img, self.pixdim, "img")
-        self.last = self.deformation(img, spacing, "img", randomize, params, field)
+        self.last = deformation = self.deformation(img, spacing, "img", randomize, params, field)
         mode, padding_mode = mode or self.mode, padding_mode or self.padding_mode
-        fired = self.last is not None and not self.last.skipped
-        if self.last is None or not fired:
-            out = idle(img, mode)
-        else:
-            out = warp_like(img, self.last.ddf, mode, padding_mode, "img")
+        ddf = None if deformation is None or deformation.skipped else deformation.ddf
+        out = idle(img, mode) if ddf is None else warp_like(img, ddf, mode, padding_mode, "img")
         if not self.invertible:
             return out
         info = {"kind": "image", "mode": mode, "padding_mode": padding_mode}
-        return self.record(out, fired, info | field_info(self.last, tuple(img.shape[1:])))
+        return self.record(out, ddf is not None, info | field_info(deformation, tuple(img.shape[1:])))
 
     @in_plain_mode
     def inverse(self, data: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from monai_drdm.transforms.inputs import as_tensor, check_keys_agree, checked_pi
 from monai_drdm.transforms.keyed import KeyedDeformation
 from monai_drdm.transforms.points import PointSpace
 from monai_drdm.transforms.record import DeformationParams
+from monai_drdm.transforms.seeds import stable_hash
 from monai_drdm.transforms.trace import in_plain_mode
 
 
@@ -154,8 +155,10 @@ class RandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         self.check_geometry(result, image.ndim - 1)
         spacing = spacing_of(image, self.pixdim, name)
         seed_value = None if self.seed_key is None else result[self.seed_key]
-        self.last = self.deformation(image, spacing, name, randomize, params, field, seed_value)
-        self.move(result, image, name, self.last)
+        if self.seed_key is not None:
+            stable_hash(seed_value)  # refuses None, which would mean the random state
+        self.last = deformation = self.deformation(image, spacing, name, randomize, params, field, seed_value)
+        self.move(result, image, name, deformation)  # threads may share this transform, and with it ``last``
         return result
 
 

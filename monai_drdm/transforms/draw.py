@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
+import operator
 import os
 from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import NamedTuple
+from typing import NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -72,21 +73,21 @@ class FieldDrawer:
             raise ValueError(f"max_fold_fraction must be in [0, 1], got {max_fold_fraction}.")
         if max_displacement_mm is not None and not 0.0 < max_displacement_mm < math.inf:
             raise ValueError(f"max_displacement_mm must be positive or None, got {max_displacement_mm}.")
-        if slice_axis is not None and (isinstance(slice_axis, bool) or slice_axis not in (0, 1, 2)):
+        if _optional_index(slice_axis, "slice_axis") not in (None, 0, 1, 2):
             raise ValueError(f"slice_axis must be the spatial axis 0, 1 or 2 of a volume, or None, got {slice_axis!r}.")
         self.source = NetworkSource(network)
         self.levels = _level_range(deformation_level)
         self.sampler = sampler
-        self.steps = steps
-        self.image_channel = image_channel
+        self.steps = _optional_index(steps, "steps")
+        self.image_channel = _optional_index(image_channel, "image_channel")
         self.max_displacement_mm = max_displacement_mm
         self.on_fold = on_fold
         self.max_fold_fraction = max_fold_fraction
-        self.slice_axis = slice_axis
+        self.slice_axis = _optional_index(slice_axis, "slice_axis")
         self.device = device
         # wrong arguments fail here, not when the transform first fires
         if isinstance(network, RecResACNet):
-            DRDM(network, sampler, steps)
+            DRDM(network, sampler, self.steps)
             return
         known = sorted({one for samplers in SAMPLERS.values() for one in samplers})
         if sampler not in ("auto", *known):
@@ -120,9 +121,7 @@ class FieldDrawer:
         """
         settings = self if params is None else params
         view = _network_view(image, spacing, settings.image_channel, settings.slice_axis)
-        # an empty tensor knows the index that "cuda" stands for
-        device = torch.empty(0, device=image.device if self.device is None else self.device).device
-        network = self.source.load(view.image.ndim - 1, device)
+        network = self.source.load(view.image.ndim - 1, image.device if self.device is None else self.device)
         if params is not None:
             model = DRDM(network, params.sampler, params.steps)
             _check_record(params, model)
@@ -242,6 +241,12 @@ def _check_record(params: DeformationParams, model: DRDM) -> None:
             f"params were recorded with network {params.network!r} (sha256 {params.network_sha256[:12]}…), this "
             f"transform has {card.name!r} ({digest[:12]}…). Load that network to replay them."
         )
+
+
+def _optional_index(value: SupportsIndex | None, name: str) -> int | None:
+    if isinstance(value, (bool, np.bool_)) or not (value is None or hasattr(value, "__index__")):
+        raise TypeError(f"{name} must be an integer or None, got {value!r}.")
+    return None if value is None else operator.index(value)
 
 
 def _level_range(level: float | Sequence[float]) -> tuple[float, float]:

@@ -6,7 +6,6 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +33,24 @@ class DeformationParams:
     """Factor on the drawn field, from ``max_displacement_mm`` and the fold policy."""
     version: str
 
+    def _check(self) -> None:
+        """Raise unless every entry has its type and range: what was rounded on the way would be another field."""
+        integers = {"seed": self.seed, "steps": self.steps}
+        integers |= {
+            name: value
+            for name, value in (("image_channel", self.image_channel), ("slice_axis", self.slice_axis))
+            if value is not None
+        }
+        for name, value in integers.items():
+            if type(value) is not int:
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+        for name, number in (("deformation_level", self.deformation_level), ("scale", self.scale)):
+            if type(number) not in (int, float) or not 0.0 <= number <= 1.0:
+                raise ValueError(f"{name} must be a number in [0, 1], got {number!r}")
+        for name, text in (("network", self.network), ("sampler", self.sampler), ("version", self.version)):
+            if not isinstance(text, str):
+                raise TypeError(f"{name} must be a string, got {text!r}")
+
     def to_json(self) -> str:
         """The record as JSON."""
         return json.dumps(asdict(self), sort_keys=True)
@@ -50,24 +67,11 @@ class DeformationParams:
             names = {f.name for f in fields(cls)}
             if not isinstance(values, dict) or set(values) != names:
                 raise ValueError(f"expected exactly the entries {sorted(names)}")
-            return cls(
-                seed=int(values["seed"]),
-                deformation_level=float(values["deformation_level"]),
-                network=str(values["network"]),
-                network_sha256=str(values["network_sha256"]),
-                sampler=str(values["sampler"]),
-                steps=int(values["steps"]),
-                image_channel=_optional_int(values["image_channel"]),
-                slice_axis=_optional_int(values["slice_axis"]),
-                scale=float(values["scale"]),
-                version=str(values["version"]),
-            )
+            record = cls(**values)
+            record._check()
+            return record
         except (TypeError, ValueError) as error:
             raise ValueError(f"DeformationParams.from_json: not a record: {text[:80]!r} ({error}).") from None
-
-
-def _optional_int(value: Any) -> int | None:
-    return None if value is None else int(value)
 
 
 @dataclass(frozen=True)

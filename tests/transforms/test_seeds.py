@@ -326,7 +326,7 @@ def test_the_record_counts_not_this_transforms_limits(weights, scan, options):
 @pytest.mark.parametrize("policy", ["rescale", "resample", "skip", "keep"])
 def test_replay_of_what_a_fold_policy_left(small_network, scan, policy):
     sample = scan((40, 40))
-    rough = small_network(2, scale=300.0)
+    rough = small_network(2, working_size=16, scale=300.0)
     source = deform(rough, on_fold=policy, max_fold_fraction=0.0, deformation_level=1.0, sampler="reference")
     source.set_random_state(4)
     source(sample)
