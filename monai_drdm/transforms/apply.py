@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Hashable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,10 +15,19 @@ from torch import Tensor
 
 from monai_drdm.fields.warp import Mode, PaddingMode
 from monai_drdm.io import load_ddf
-from monai_drdm.transforms.inputs import as_tensor, check_same_space, checked_field, flushed, numeric_tensor, spacing_of
+from monai_drdm.transforms.inputs import (
+    as_tensor,
+    check_field,
+    check_field_fits,
+    check_same_space,
+    flushed,
+    numeric_tensor,
+    spacing_of,
+)
 from monai_drdm.transforms.keyed import KeyedDeformation
 from monai_drdm.transforms.points import PointSpace
 from monai_drdm.transforms.record import Deformation
+from monai_drdm.transforms.stored import StoredField
 from monai_drdm.transforms.trace import in_plain_mode
 
 Field = NdarrayOrTensor | str | os.PathLike[str]
@@ -80,8 +89,7 @@ class ApplyDDFd(KeyedDeformation):
             raise ValueError(
                 "ApplyDDFd: give either ddf= (one field for all) or ddf_key= (each sample brings its own)."
             )
-        self.ddf = None if ddf is None else _field(ddf, "ddf")
-        self.from_file = isinstance(ddf, (str, os.PathLike))
+        self.field = None if ddf is None else _Field.of(ddf, "ddf")
         self.ddf_key = ddf_key
         self.last: Deformation | None = None
 
@@ -112,13 +120,13 @@ class ApplyDDFd(KeyedDeformation):
         tensors = [as_tensor(result[key], repr(key)) for key in names]
         for key in names[1:]:
             check_same_space(image, result[key], name, repr(key))
-        field = self.ddf if self.ddf_key is None else _field(result[self.ddf_key], repr(self.ddf_key))
-        assert field is not None
-        from_file = self.from_file if self.ddf_key is None else isinstance(result[self.ddf_key], (str, os.PathLike))
-        if isinstance(field, MetaTensor) and (from_file or not _is_identity(field.affine)):
-            check_same_space(image, field, name, "the field")
+        field = self.field or _Field.of(result[self.ddf_key], repr(self.ddf_key))
+        if field.on_grid is not None:
+            check_same_space(image, field.on_grid, name, "the field")
+        check_field_fits(field.stored.values, tensors[0])
         self.check_geometry(result, image.ndim - 1)
-        self.last = deformation = Deformation(checked_field(field, tensors[0]), spacing_of(image, None, name))
+        ddf, spacing = field.stored.ddf(tensors[0].device), spacing_of(image, None, name)
+        self.last = deformation = Deformation(ddf, spacing, stored=field.stored)
         self.move(result, image, name, deformation)  # threads may share this transform, and with it ``last``
         return result
 
@@ -131,12 +139,27 @@ class ApplyDDFd(KeyedDeformation):
 ApplyDDFD = ApplyDDFDict = ApplyDDFd
 
 
-def _field(field: Field, name: str) -> Tensor:
-    if isinstance(field, (str, os.PathLike)):
-        return load_ddf(field)
-    if not isinstance(field, (np.ndarray, Tensor)):
-        raise TypeError(f"ApplyDDFd: {name} must be a tensor (D, *S), an array or a path, got {type(field).__name__}.")
-    return field if isinstance(field, Tensor) else numeric_tensor(field, name)
+class _Field(NamedTuple):
+    """A given field, in the form that all records of it share, and its grid if it has one."""
+
+    stored: StoredField
+    on_grid: MetaTensor | None
+    """Its values with their affine."""
+
+    @classmethod
+    def of(cls, given: Field, name: str) -> _Field:
+        """Copy a field, or read it from its file."""
+        from_file = isinstance(given, (str, os.PathLike))
+        values = load_ddf(given) if isinstance(given, (str, os.PathLike)) else given
+        if not isinstance(values, (np.ndarray, Tensor)):
+            kind = type(given).__name__
+            raise TypeError(f"ApplyDDFd: {name} must be a tensor (D, *S), an array or a path, got {kind}.")
+        tensor = values if isinstance(values, Tensor) else numeric_tensor(values, name)
+        check_field(tensor)
+        stored = StoredField.exact(tensor.as_subclass(Tensor))
+        if isinstance(values, MetaTensor) and (from_file or not _is_identity(values.affine)):
+            return cls(stored, MetaTensor(stored.values, affine=values.affine.clone()))
+        return cls(stored, None)
 
 
 def _is_identity(affine: Tensor) -> bool:

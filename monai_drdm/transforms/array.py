@@ -16,7 +16,16 @@ from torch import Tensor
 from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
 from monai_drdm.networks import RecResACNet
 from monai_drdm.transforms.draw import FieldDrawer
-from monai_drdm.transforms.inputs import as_tensor, checked_field, checked_pixdim, flushed, idle, spacing_of, warp_like
+from monai_drdm.transforms.inputs import (
+    as_tensor,
+    check_field,
+    check_field_fits,
+    checked_pixdim,
+    flushed,
+    idle,
+    spacing_of,
+    warp_like,
+)
 from monai_drdm.transforms.keyed import field_info, take_back
 from monai_drdm.transforms.record import Deformation, DeformationParams
 from monai_drdm.transforms.seeds import stable_hash
@@ -82,7 +91,10 @@ class DRDMRandomness(RandomizableTransform, TracedTransform):
             raise ValueError("give params= to replay a record or field= to apply a field, not both.")
         tensor = as_tensor(image, name)
         if field is not None:
-            return Deformation(checked_field(field, tensor), spacing)
+            check_field(field)
+            check_field_fits(field, tensor)
+            own = field.detach().as_subclass(Tensor).to(tensor.device, copy=True)
+            return Deformation(own, spacing)
         if params is not None:
             return self.drawer.draw(tensor, spacing, params=params)
         if randomize:
@@ -201,10 +213,10 @@ class RandDRDMDeform(DRDMRandomness):
             ValueError: anything that does not fit; see the table of inputs and answers in the README.
         """
         img = flushed(img)
-        as_tensor(img, "img")
+        mode, padding_mode = mode or self.mode, padding_mode or self.padding_mode
+        check_modes(mode, padding_mode, as_tensor(img, "img").ndim - 1, "RandDRDMDeform")
         spacing = spacing_of(img, self.pixdim, "img")
         self.last = deformation = self.deformation(img, spacing, "img", randomize, params, field)
-        mode, padding_mode = mode or self.mode, padding_mode or self.padding_mode
         ddf = None if deformation is None or deformation.skipped else deformation.ddf
         out = idle(img, mode) if ddf is None else warp_like(img, ddf, mode, padding_mode, "img")
         if not self.invertible:

@@ -84,7 +84,7 @@ class FieldDrawer:
         self.on_fold = on_fold
         self.max_fold_fraction = max_fold_fraction
         self.slice_axis = _optional_index(slice_axis, "slice_axis")
-        self.device = device
+        self.device = None if device is None else _device(device)
         # wrong arguments fail here, not when the transform first fires
         if isinstance(network, RecResACNet):
             DRDM(network, sampler, self.steps)
@@ -145,7 +145,9 @@ class FieldDrawer:
     def _draw_one(self, model: DRDM, view: _View, level: float, seed: int) -> _Draw:
         """One field, scaled down to the displacement limit."""
         draw = _scaled(_sample(model, view, level, seed), 1.0, view, seed)
-        limit = math.inf if self.max_displacement_mm is None else self.max_displacement_mm
+        if self.max_displacement_mm is None:
+            return draw
+        limit = self.max_displacement_mm
         while (largest := float(voxels_to_mm(draw.planar, view.spacing).norm(dim=1).max())) > limit:
             draw = _scaled(draw.drawn, draw.scale * limit / largest * _LIMIT_MARGIN, view, seed)
         return draw
@@ -247,6 +249,15 @@ def _optional_index(value: SupportsIndex | None, name: str) -> int | None:
     if isinstance(value, (bool, np.bool_)) or not (value is None or hasattr(value, "__index__")):
         raise TypeError(f"{name} must be an integer or None, got {value!r}.")
     return None if value is None else operator.index(value)
+
+
+def _device(device: torch.device | str) -> torch.device:
+    try:
+        return torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(
+            f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r} ({error})."
+        ) from None
 
 
 def _level_range(level: float | Sequence[float]) -> tuple[float, float]:

@@ -28,6 +28,8 @@ def as_tensor(data: NdarrayOrTensor, name: str) -> Tensor:
         ValueError: another number of axes, or an empty one.
     """
     tensor = numeric_tensor(data, name)
+    if isinstance(data, MetaTensor) and data.is_batch:
+        raise ValueError(f"{name} must be one sample, got a batch {tuple(data.shape)}. Use decollate_batch first.")
     if tensor.ndim not in (3, 4) or 0 in tensor.shape:
         raise ValueError(
             f"{name} must have shape (C, *S) with 2 or 3 non-empty spatial axes, got {tuple(tensor.shape)}. "
@@ -92,7 +94,7 @@ def check_keys_agree(data: Mapping[Hashable, NdarrayOrTensor], reference: Hashab
     Raises:
         ValueError: naming the keys and what differs.
     """
-    for key in keys:
+    for key in (key for key in keys if key != reference):
         check_same_space(data[reference], data[key], repr(reference), repr(key))
 
 
@@ -131,6 +133,11 @@ def world_affine(data: NdarrayOrTensor, name: str) -> Tensor:
     full = data.affine.detach().cpu().double()
     affine = torch.eye(dims + 1, dtype=torch.float64)
     affine[:dims, :dims], affine[:dims, -1] = full[:dims, :dims], full[:dims, -1]
+    if dims == 2 and len(full) == 4 and bool((full[2, :2].abs() > _AFFINE_TOLERANCE).any()):
+        raise ValueError(
+            f"point_space='world' of 2D images needs a slice parallel to the world's x and y, got the affine "
+            f"{full.tolist()} of {name}. Give points in voxels."
+        )
     if float(torch.linalg.det(affine).abs()) < 1e-12:
         raise ValueError(f"point_space='world': the affine of {name} cannot be inverted: {full.tolist()}.")
     return affine
@@ -160,22 +167,30 @@ def like(data: NdarrayOrTensor, values: Tensor) -> Tensor:
     return with_metadata_of(data, ordinary) if isinstance(data, MetaTensor) else MetaTensor(ordinary)
 
 
-def checked_field(field: Tensor, image: Tensor) -> Tensor:
-    """A field ``(D, *S)`` given for an image ``(C, *S)``, on its device.
+def check_field(field: object) -> None:
+    """Check that a given field is a finite floating tensor.
 
     Raises:
         TypeError: not a floating tensor.
-        ValueError: another shape, or not finite.
+        ValueError: not finite.
     """
     if not isinstance(field, Tensor) or not field.is_floating_point():
         raise TypeError(
             f"field must be a floating tensor (D, *S) in voxels, got {getattr(field, 'dtype', type(field))}."
         )
-    if tuple(field.shape) != (image.ndim - 1, *image.shape[1:]):
-        raise ValueError(f"field must have shape {(image.ndim - 1, *image.shape[1:])}, got {tuple(field.shape)}.")
     if not bool(torch.isfinite(field).all()):
         raise ValueError("field must be finite, got NaN or infinity.")
-    return field.detach().as_subclass(Tensor).to(image.device, copy=True)
+
+
+def check_field_fits(field: Tensor, image: Tensor) -> None:
+    """Check that a field is ``(D, *S)`` for an image ``(C, *S)``.
+
+    Raises:
+        ValueError: another shape.
+    """
+    expected = (image.ndim - 1, *image.shape[1:])
+    if tuple(field.shape) != expected:
+        raise ValueError(f"field must have shape {expected}, got {tuple(field.shape)}.")
 
 
 def flushed(data: NdarrayOrTensor) -> NdarrayOrTensor:
@@ -190,4 +205,5 @@ def _native(data: NdarrayOrTensor) -> Tensor:
     """A tensor of exactly the array's type; MONAI's own conversion would widen unsigned integers."""
     if isinstance(data, Tensor):
         return data
-    return torch.from_numpy(np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("=")))
+    native = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
+    return torch.from_numpy(native if native.flags.writeable else native.copy())

@@ -131,7 +131,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
         for key in (key for key in self.box_keys if key in data):
             boxes, box_mode = _values(data[key], repr(key)), standard_mode(self.box_mode, len(shape))
             out = boxes if ddf is None else move_boxes(boxes, ddf.to(boxes.device), box_mode).to(boxes.dtype)
-            info = {"kind": "boxes", "box_mode": box_mode, "before": boxes.clone(), **shared}
+            info = {"kind": "boxes", "box_mode": box_mode, "before": boxes.clone(), "after": out.clone(), **shared}
             data[key] = self._recorded(like(data[key], out), fired, info)
 
     @in_plain_mode
@@ -212,7 +212,8 @@ def take_back(transform: TracedTransform, data: NdarrayOrTensor, name: str, inve
         affine = torch.tensor(info["affine"], dtype=torch.float64, device=values.device) if info["affine"] else None
         return like(rest, restore_points(values, field.ddf(values.device), affine).to(values.dtype))
     if info["kind"] == "boxes":
-        boxes = restore_boxes(values, info["before"].to(values.device), field.ddf(values.device), info["box_mode"])
+        before, after = info["before"].to(values.device), info["after"].to(values.device)
+        boxes = restore_boxes(values, before, after, field.ddf(values.device), info["box_mode"])
         return like(rest, boxes.to(values.dtype))
     if tuple(values.shape[1:]) != field.shape:
         raise ValueError(

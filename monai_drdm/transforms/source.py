@@ -39,14 +39,14 @@ class NetworkSource:
         """Without the copies on other devices."""
         return {**self.__dict__, "_moved": {}}
 
-    def load(self, dims: int, device: torch.device | str) -> RecResACNet:
+    def load(self, dims: int, device: torch.device) -> RecResACNet:
         """The network for images of ``dims`` spatial axes, on a device.
 
         Raises:
             RuntimeError: CUDA asked for in a forked process.
             ValueError: a network of other dimensions or channels.
         """
-        if torch.device(device).type == "cuda":
+        if device.type == "cuda":
             _refuse_forked_cuda()
         device = torch.empty(0, device=device).device  # an empty tensor knows the index that "cuda" stands for
         network = self._on_device(device) if isinstance(self.network, RecResACNet) else self._by_name(dims, device)

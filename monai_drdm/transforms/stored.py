@@ -49,7 +49,8 @@ class StoredField:
     @classmethod
     def exact(cls, ddf: Tensor) -> StoredField:
         """A copy of a given field ``(D, *S)`` in voxels."""
-        return cls(ddf.detach().cpu().clone(), 1.0, tuple(ddf.shape[1:]))
+        with torch.inference_mode(False):
+            return cls(ddf.detach().cpu().clone(), 1.0, tuple(ddf.shape[1:]))
 
     @classmethod
     def identity(cls, shape: tuple[int, ...]) -> StoredField:

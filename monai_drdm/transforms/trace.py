@@ -84,9 +84,24 @@ class TracedTransform(InvertibleTransform):
 def with_metadata_of(data: MetaTensor, tensor: torch.Tensor) -> MetaTensor:
     """A new MetaTensor of values with a copy of the data's metadata: edits downstream must not reach the input."""
     carrier = MetaTensor(tensor)
-    carrier.copy_meta_from(data)  # type: ignore[no-untyped-call]  # MONAI leaves it without types
-    carrier.meta = copy.deepcopy(data.meta)
+    lists = [name for name in data.__dict__ if name != "_meta"]
+    carrier.copy_meta_from(data, keys=lists)  # type: ignore[no-untyped-call]  # MONAI leaves it without types
+    carrier.meta = _copied(data.meta)
     return carrier
+
+
+def _copied(meta: dict[Any, Any]) -> dict[Any, Any]:
+    try:
+        return copy.deepcopy(meta)
+    except Exception:  # locks, generators and the like cannot be copied; they are shared, the rest is not
+        return {key: _copied_value(value) for key, value in meta.items()}
+
+
+def _copied_value(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return value
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -284,6 +284,7 @@ def test_invertd_leaves_idle_data(small_network, scan):
 
 
 def loader_of(samples, chain, **options):
+    torch.manual_seed(1)  # MONAI's DataLoader seeds the transforms from it
     return DataLoader(Dataset([dict(one) for one in samples], chain), batch_size=len(samples), **options)
 
 
@@ -670,7 +671,7 @@ def test_modes_of_the_caller_survive_errors(small_network):
 @pytest.mark.parametrize("inference", [True, False])
 def test_a_training_step(small_network, scan, inference):
     samples = [scan((32, 32)) for _ in range(4)]
-    chain = Compose([EnsureTyped(KEYS), deform(small_network(2), prob=0.5)]).set_random_state(4)
+    chain = Compose([EnsureTyped(KEYS), deform(small_network(2), prob=0.5)])
     with torch.inference_mode(inference):
         batch = next(iter(loader_of(samples, chain)))
     fired = [operations[-1][TraceKeys.DO_TRANSFORM] for operations in batch["image"].applied_operations]
