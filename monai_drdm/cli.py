@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     try:
         code: int = options.run(options)
-    except (OSError, TypeError, ValueError) as error:
+    except (OSError, RuntimeError, TypeError, ValueError) as error:
         print(f"monai-drdm: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -108,6 +109,8 @@ def _augment(options: argparse.Namespace) -> int:
     from monai_drdm.augment import augment, AugmentSettings, draw_overview
     from monai_drdm.io import find_cases, read_cases
 
+    if options.figure:
+        _require_matplotlib()
     if options.datalist is not None and options.labels is not None:
         raise ValueError("--labels goes with --images; a datalist names its labels itself.")
     cases = (
@@ -129,9 +132,14 @@ def _augment(options: argparse.Namespace) -> int:
     report = augment(cases, options.out, settings, force=options.force, device=options.device, progress=True)
     print(f"{report.written} written, {report.kept} already there, {len(report.failed)} cases skipped")
     print(report.datalist)
-    if options.figure:
+    if options.figure and report.written + report.kept:
         print(draw_overview(report))
     return _SKIPPED if report.failed else 0
+
+
+def _require_matplotlib() -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ValueError("--figure needs matplotlib: pip install 'monai-drdm[viz]'.")
 
 
 def _demo(options: argparse.Namespace) -> int:

@@ -301,3 +301,117 @@ def test_hippocampus_volumes_interrupted_and_resumed(data, network_file, tmp_pat
     assert len(outputs(tmp_path / "resumed")) == 10
     assert hashes(tmp_path / "resumed") == hashes(tmp_path / "whole")
     assert len(hashes(tmp_path / "whole")) == 42
+
+
+def test_draws_from_other_files_are_not_taken_for_these(command, folders, capsys):
+    """Another image, or a label that was not there before, under the same name."""
+    without = command(labels=None)
+    assert main(without) == 0
+    before = hashes(folders / "out")
+    assert main(command()) == 1
+    assert "made from other files" in capsys.readouterr().err
+    source = nib.load(folders / "images" / "case0.nii.gz")
+    nib.save(nib.Nifti1Image(np.asarray(source.dataobj) + np.int16(1), OBLIQUE), folders / "images" / "case0.nii.gz")
+    assert main(without) == 1
+    assert "case0_level0.3_draw0" in capsys.readouterr().err
+    assert hashes(folders / "out") == before
+    assert main([*command(), "--force"]) == 0
+    listed = json.loads((folders / "out" / "datalist.json").read_text())["training"]
+    assert len(listed) == 6
+    assert all("label" in entry for entry in listed)
+
+
+def test_forced_runs_that_are_interrupted_go_on(command, folders, network_file):
+    """What was there before a forced run is not taken for its work."""
+    assert main(command()) == 0
+    (folders / "out" / "images" / "case0_level0.3_draw0.nii.gz").write_bytes(b"edited")
+    limit = f"import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (9000, {resource.RLIM_INFINITY}))"
+    code = f"{limit}; from monai_drdm.cli import main; sys.exit(main({[*command(), '--force']!r}))"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, check=False).returncode == 1
+    assert main(command()) == 0
+    assert main(command("whole")) == 0
+    assert hashes(folders / "out") == hashes(folders / "whole")
+
+
+def test_weights_are_known_by_what_they_hold(command, folders, network_file, small_network, capsys):
+    assert main(command()) == 0
+    moved = folders / "renamed.safetensors"
+    moved.write_bytes(network_file.read_bytes())
+    assert main(command(network=moved)) == 0
+    assert "0 written, 6 already there" in capsys.readouterr().out
+    moved.unlink()
+    save_network(small_network(2, scale=2.0), moved)
+    assert main(command(network=moved)) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_one_run_at_a_time(command, folders, capsys):
+    fcntl = pytest.importorskip("fcntl", reason="there are no such locks here")
+    (folders / "out").mkdir()
+    handle = os.open(folders / "out", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        assert main(command()) == 1
+        assert "another run" in capsys.readouterr().err
+        assert list((folders / "out").iterdir()) == []
+    finally:
+        os.close(handle)
+    assert main(command()) == 0
+
+
+def test_fewer_cases_leave_the_others_listed(command, folders):
+    assert main(command()) == 0
+    for name in ("images", "labels"):
+        (folders / name / "case2.nii.gz").unlink()
+    assert main(command()) == 0
+    listed = json.loads((folders / "out" / "datalist.json").read_text())["training"]
+    assert len(listed) == 6
+
+
+def test_a_folder_made_by_hand_or_by_a_run_killed_at_once(command, folders):
+    (folders / "out").mkdir()
+    (folders / "out" / ".part-0-settings.json").write_text("{")
+    assert main(command()) == 1  # not ours to say what this is
+    (folders / "out" / ".part-0-settings.json").unlink()
+    assert main(command()) == 0
+
+
+@pytest.mark.parametrize("device", ["nonsense", "cuda:99"])
+def test_devices_that_are_not_there(command, folders, device, capsys):
+    assert main(command(device=device)) == 1
+    assert device in capsys.readouterr().err
+    assert not (folders / "out").exists()
+
+
+def test_levels_that_look_alike(command, folders, capsys):
+    assert main([*command()[:-2], "0.5", "0.5000001"]) == 1
+    assert "levels" in capsys.readouterr().err
+
+
+def test_masks_that_would_lose_their_classes_are_skipped(folders, network_file, capsys):
+    """A PNG of 1 bit, which readers turn into 0 and 255."""
+    from PIL import Image
+
+    for name in ("p", "q"):
+        (folders / name).mkdir()
+    grey = np.linspace(0, 255, 30 * 24).reshape(30, 24).astype(np.uint8)
+    for number, mask in enumerate((Image.fromarray(grey > 100), Image.fromarray(grey // 100).convert("P"))):
+        Image.fromarray(grey).save(folders / "p" / f"{number}.png")
+        mask.save(folders / "q" / f"{number}.png")
+    arguments = ["--images", str(folders / "p"), "--labels", str(folders / "q"), "--out", str(folders / "out")]
+    assert main(["augment", *arguments, "--network", str(network_file), "--levels", "0.4"]) == 3
+    assert capsys.readouterr().err.count("Convert palettes and 1-bit masks") == 2
+
+
+def test_a_field_of_a_png_lies_on_it_as_monai_loads_it(folders, network_file):
+    (folders / "p").mkdir()
+    pixels = (np.random.RandomState(0).rand(24, 30) * 200).astype(np.uint8)
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(pixels), str(folders / "p" / "x.png"))
+    arguments = ["--images", str(folders / "p"), "--out", str(folders / "out"), "--levels", "0.4"]
+    assert main(["augment", *arguments, "--network", str(network_file)]) == 0
+    name = "x_level0.4_draw0"
+    field = folders / "out" / "fields" / f"{name}.nii.gz"
+    read = Compose([LoadImaged("image", ensure_channel_first=True), ApplyDDFd("image", field)])
+    ours = read({"image": str(folders / "p" / "x.png")})["image"][0].numpy()
+    theirs = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folders / "out" / "images" / f"{name}.png"))).T
+    assert np.abs(ours - theirs).max() <= 0.51

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -40,7 +41,7 @@ def atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> 
         OSError: what writing raised; nothing is left behind, and what was at ``path`` stays.
     """
     path = Path(path)
-    part = path.with_name(f".part-{os.getpid()}-{path.name}".lower())
+    part = path.with_name(f".part-{uuid.uuid4().hex}-{path.name}".lower())
     try:
         write(str(part))
         os.replace(part, path)

@@ -22,13 +22,15 @@ from monai_drdm.io.files import atomically, ITK_FORMATS, suffix_of
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd", ".png")
 """Formats that can be read and written back."""
 
+_ITK_OWN_KEYS = ("ITK_", "NRRD_")  # ITK writes them itself
+
 
 @dataclass(frozen=True)
 class ImageFile:
     """An image, and all that is needed to write another one like it."""
 
     data: MetaTensor
-    """``(C, *S)`` with the affine of the file, voxel to RAS millimetres."""
+    """``(C, *S)`` with the affine of the file, voxel to RAS millimetres; the identity, as in MONAI, if it has none."""
     suffix: str
     _write: Callable[[NDArray[Any], str], object]
 
@@ -86,13 +88,21 @@ def _load_nifti(path: str, suffix: str, keep_slice: bool) -> ImageFile:
         copy = type(file)(_as_dtype(array, dtype), file.affine, file.header)
         copy.header.set_data_dtype(dtype)
         copy.header.set_slope_inter(slope, inter)
-        nib.save(copy, part)
+        try:
+            nib.save(copy, part)
+        except nib.spatialimages.HeaderDataError as error:
+            raise ValueError(f"{path}: its header cannot be written again: {error}") from error
 
     data = np.ascontiguousarray(np.moveaxis(channels, -1, 0))
     return _image_file(data, np.asarray(file.affine, dtype=float), suffix, write)
 
 
 def _load_itk(path: str, suffix: str, keep_slice: bool) -> ImageFile:
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    if suffix == ".png":
+        _check_png(head, path)
+    compressed = b"CompressedData = True" in head or b"encoding: gz" in head
     try:
         image = SimpleITK.ReadImage(path, imageIO=ITK_FORMATS[suffix])
     except RuntimeError as error:
@@ -115,10 +125,22 @@ def _load_itk(path: str, suffix: str, keep_slice: bool) -> ImageFile:
         )
         copy.CopyInformation(image)
         for key in image.GetMetaDataKeys():
-            copy.SetMetaData(key, image.GetMetaData(key))
-        SimpleITK.WriteImage(copy, part, imageIO=ITK_FORMATS[suffix])
+            if not key.startswith(_ITK_OWN_KEYS):
+                copy.SetMetaData(key, image.GetMetaData(key))
+        SimpleITK.WriteImage(copy, part, useCompression=compressed or suffix == ".png", imageIO=ITK_FORMATS[suffix])
 
-    return _image_file(np.ascontiguousarray(channels[..., 0] if single else channels), itk_affine(image), suffix, write)
+    affine = np.eye(4) if suffix == ".png" else itk_affine(image)
+    return _image_file(np.ascontiguousarray(channels[..., 0] if single else channels), affine, suffix, write)
+
+
+def _check_png(head: bytes, path: str) -> None:
+    """Refuse what ITK would widen on reading: class numbers would not survive."""
+    depth, colour = head[24:25], head[25:26]
+    if head[12:16] == b"IHDR" and (colour not in (b"\0", b"\2", b"\6") or depth not in (b"\x08", b"\x10")):
+        raise ValueError(
+            f"{path} must be a grey, RGB or RGBA PNG of 8 or 16 bits, got colour type {colour[0]} of {depth[0]} bits. "
+            "Convert palettes and 1-bit masks to 8-bit grey first."
+        )
 
 
 def _image_file(
@@ -136,7 +158,9 @@ def _as_dtype(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
     if values.dtype.kind == "f":
         if not np.isfinite(values).all():
             raise ValueError(f"save_like: a file of {dtype} cannot hold NaN or infinity.")
-        values = np.clip(np.round(values.astype(np.float64)), limits.min, limits.max)
+        top = float(limits.max)
+        top = top if top <= limits.max else np.nextafter(top, 0)  # 2⁶³ - 1 is no double
+        values = np.clip(np.round(values.astype(np.float64)), limits.min, top)
     elif values.size and values.dtype.kind in "iu" and (values.min() < limits.min or values.max() > limits.max):
         raise ValueError(f"save_like: a file of {dtype} cannot hold {values.min()} to {values.max()}.")
     return values.astype(dtype)

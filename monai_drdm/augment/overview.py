@@ -1,0 +1,59 @@
+"""A look at what a run made."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+
+from monai_drdm.augment.run import AugmentReport
+from monai_drdm.io import load_image, stem_of
+from monai_drdm.io.files import atomically
+from monai_drdm.transforms.inputs import spacing_of
+
+
+def draw_overview(report: AugmentReport, count: int = 6) -> Path:
+    """Draw the first deformed cases of a run beside what they came from: ``overview.png`` in its folder.
+
+    Args:
+        report: of a run that finished at least one case.
+        count: at most this many.
+
+    Raises:
+        ValueError: nothing was finished.
+    """
+    from monai_drdm.viz import contact_sheet, SheetEntry  # matplotlib is an extra
+
+    folder = report.datalist.parent
+    entries = json.loads(report.datalist.read_text(encoding="utf-8"))["training"][:count]
+    if not entries:
+        raise ValueError(f"nothing to draw: no case of {folder} is finished.")
+    sheet = []
+    for entry in entries:
+        name = stem_of(entry["image"])
+        record = json.loads((folder / "records" / f"{name}.json").read_text(encoding="utf-8"))
+        axis, sources = record["params"]["slice_axis"], record["source"]
+        before, spacing = _plane(sources["image"], axis)
+        after = _plane(folder / entry["image"], axis)[0]
+        labels: list[Tensor | None] = [None, None]
+        if "label" in entry:
+            labels = [_plane(path, axis)[0] for path in (sources["label"], folder / entry["label"])]
+        sheet.append(SheetEntry(name, before, after, labels[0], labels[1], spacing))
+    path = folder / "overview.png"
+    figure = contact_sheet(sheet)
+    atomically(path, lambda part: figure.savefig(part, dpi=100, metadata={"Software": None}))
+    return path
+
+
+def _plane(path: str | os.PathLike[str], axis: int | None) -> tuple[Tensor, tuple[float, float]]:
+    """First channel of an image file, and spacing; of a volume its middle slice across ``axis`` or the coarsest."""
+    data = load_image(path).data
+    spacing, values = spacing_of(data, None, "image"), data.as_tensor()[0]
+    if values.ndim == 3:
+        axis = int(np.argmax(spacing)) if axis is None else axis
+        values = values.select(axis, values.shape[axis] // 2)
+        spacing = tuple(s for d, s in enumerate(spacing) if d != axis)
+    return values, (spacing[0], spacing[1])
