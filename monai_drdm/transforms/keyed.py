@@ -138,7 +138,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
     def inverse(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         """Take back what this transform did to the keys that the data hold.
 
-        Images and labels are warped by the inverse field, in the recorded modes; landmarks return to rounding, and so do
+        Images and labels are warped by the inverse field, in the recorded modes; landmarks return, and so do
         boxes that are as this transform left them; other boxes return as those that enclose what they hold, which are
         larger. ``<key>_valid`` of landmarks stays.
 
