@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 
 import torch
@@ -9,13 +10,15 @@ from torch import Tensor
 
 from monai_drdm.diffusion.diffuse import diffuse, diffuse_published
 from monai_drdm.diffusion.recover import Callback, recover_fast, recover_reference, strided_times
+from monai_drdm.diffusion.recover_velocity import recover_velocity
 from monai_drdm.diffusion.schedule import levels_of_batch, time_step
 from monai_drdm.diffusion.working_grid import WorkingGrid
 from monai_drdm.fields import crop, fractions_to_voxels, mend_folds
-from monai_drdm.networks import RecResACNet
+from monai_drdm.networks import RecoveryNetwork, RecResACNet, VelocityUNet
 from monai_drdm.networks.recresacnet import TIME_STEPS
+from monai_drdm.networks.velocity_unet import half_shape
 
-SAMPLERS = {"recresacnet": ("reference", "fast")}
+SAMPLERS = {"recresacnet": ("reference", "fast"), "velocity_unet": ("velocity",)}
 """Samplers that each kind of network knows."""
 
 
@@ -24,14 +27,15 @@ class DRDM:
 
     Args:
         network: a recovery network with its card.
-        sampler: ``reference`` (as released), ``fast``, or ``auto``: the card's.
+        sampler: ``reference`` (as released) or ``fast`` for published networks, ``velocity`` for ours, or ``auto``: the
+            card's.
         steps: recovery steps; None is the card's. ``reference`` always takes 80.
 
     Raises:
         ValueError: a sampler the network does not know, or a number of steps it cannot take.
     """
 
-    def __init__(self, network: RecResACNet, sampler: str = "auto", steps: int | None = None) -> None:
+    def __init__(self, network: RecoveryNetwork, sampler: str = "auto", steps: int | None = None) -> None:
         known = SAMPLERS[network.card.kind]
         if sampler not in ("auto", *known):
             raise ValueError(f"sampler must be 'auto' or one of {known} for {network.card.name!r}, got {sampler!r}.")
@@ -46,8 +50,11 @@ class DRDM:
                 )
             self.steps = TIME_STEPS
         else:
-            self.steps = network.card.steps if steps is None else steps
-            strided_times(self.steps)
+            self.steps = network.card.steps if steps is None else operator.index(steps)
+            if self.sampler == "fast":
+                strided_times(self.steps)
+            elif self.steps < 1:
+                raise ValueError(f"sampler 'velocity': steps must be 1 or more, got {self.steps}.")
 
     @torch.no_grad()
     def sample(
@@ -70,7 +77,7 @@ class DRDM:
             spacing: mm per voxel along each axis; None is isotropic.
             compact: return the field on the coarser of working grid and image grid, axis by axis, which holds all
                 there is to know; ``fields.resize_ddf`` brings it to the image's.
-            callback: called after each recovery step, with fields on the working grid.
+            callback: called after each recovery step, with fields on the grid that the sampler works on.
             progress: show a progress bar.
 
         Returns:
@@ -85,10 +92,7 @@ class DRDM:
         with torch.autocast(self.device.type, enabled=False):
             working = grid.image_to_working(images.to(self.device), self.network.card.input_range)
             ddf = self._diffuse(grid, level, seeds, images.shape[0])
-            if self.sampler == "reference":
-                ddf = recover_reference(self.network, working, ddf, callback=callback, progress=progress)
-            else:
-                ddf = recover_fast(self.network, working, ddf, steps=self.steps, callback=callback, progress=progress)
+            ddf = self._recover(working, ddf, levels_of_batch(level, images.shape[0], "DRDM"), callback, progress)
             ddf = grid.ddf_to_compact(ddf) if compact else grid.ddf_to_full(ddf)
             # a coarser grid can fold where the working grid does not
             return ddf if self.sampler == "reference" else mend_folds(ddf)
@@ -119,6 +123,19 @@ class DRDM:
         with torch.autocast(self.device.type, enabled=False):
             return grid.ddf_to_full(self._diffuse(grid, level, seeds, len(seeds)))
 
+    def _recover(
+        self, working: Tensor, ddf: Tensor, levels: list[float], callback: Callback | None, progress: bool
+    ) -> Tensor:
+        network = self.network
+        if isinstance(network, VelocityUNet):
+            return recover_velocity(
+                network, working, ddf, levels, steps=self.steps, callback=callback, progress=progress
+            )
+        assert isinstance(network, RecResACNet)
+        if self.sampler == "reference":
+            return recover_reference(network, working, ddf, callback=callback, progress=progress)
+        return recover_fast(network, working, ddf, steps=self.steps, callback=callback, progress=progress)
+
     @property
     def device(self) -> torch.device:
         """Where the network is."""
@@ -126,14 +143,18 @@ class DRDM:
 
     def _grid(self, shape: Sequence[int], spacing: Sequence[float] | None) -> WorkingGrid:
         spacing = (1.0,) * len(shape) if spacing is None else spacing
-        return WorkingGrid.of(shape, spacing, self.network.card.working_size)
+        return WorkingGrid.of(shape, spacing, self.network.card.working_size, odd=self.sampler == "velocity")
 
     def _diffuse(self, grid: WorkingGrid, level: float | Sequence[float], seeds: Sequence[int], batch: int) -> Tensor:
         levels = levels_of_batch(level, batch, "DRDM")
         if len(seeds) != batch:
             raise ValueError(f"DRDM: need one seed per image, got {len(seeds)} for {batch}.")
         generators = [torch.Generator().manual_seed(int(seed)) for seed in seeds]
-        if self.sampler != "reference":
+        if self.sampler == "velocity":
+            shape = half_shape(grid.shape)
+            spacing = [2 * s if n > 1 else s for n, s in zip(grid.shape, grid.spacing)]
+            return diffuse(generators, shape, levels, spacing, device=self.device)
+        if self.sampler == "fast":
             return diffuse(generators, grid.shape, levels, grid.spacing, device=self.device)
         size, dims = max(grid.shape), len(grid.shape)
         fields = [

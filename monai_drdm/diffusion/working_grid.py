@@ -29,13 +29,14 @@ class WorkingGrid:
     """Spacing of the working grid, in the units of the image's."""
 
     @classmethod
-    def of(cls, shape: Sequence[int], spacing: Sequence[float], working_size: int) -> WorkingGrid:
+    def of(cls, shape: Sequence[int], spacing: Sequence[float], working_size: int, *, odd: bool = False) -> WorkingGrid:
         """The working grid of an image.
 
         Args:
             shape: spatial shape of the image.
             spacing: mm per voxel along each axis.
             working_size: voxels along the longest physical side.
+            odd: make all sizes odd, for networks that halve the grid with both ends in place.
 
         Raises:
             ValueError: shape and spacing do not fit, or are not positive.
@@ -48,7 +49,8 @@ class WorkingGrid:
         # from centre to centre, as fields and images are mapped, so that working voxels are isotropic on thin axes too
         extent = [(n - 1) * s for n, s in zip(shape, spacing)]
         step = max(extent) / max(working_size - 1, 1)
-        work = tuple(max(round(e / step) + 1, 2) if n > 1 else 1 for n, e in zip(shape, extent))
+        every = 2 if odd else 1
+        work = tuple(every * max(round(e / step / every), 1) + 1 if n > 1 else 1 for n, e in zip(shape, extent))
         work_spacing = tuple(e / (w - 1) if n > 1 else s for n, s, e, w in zip(shape, spacing, extent, work))
         return cls(shape, work, work_spacing)
 
@@ -66,12 +68,12 @@ class WorkingGrid:
         return unit * (input_range[1] - input_range[0]) + input_range[0]
 
     def ddf_to_full(self, ddf: Tensor) -> Tensor:
-        """Bring a field ``(B, D, *S)`` in working voxels to the image's grid, in its voxels."""
+        """Bring a field ``(B, D, *G)`` over the same extent, in its voxels, to the image's grid, in its voxels."""
         return self._resized(ddf, self.full_shape)
 
     def ddf_to_compact(self, ddf: Tensor) -> Tensor:
-        """Bring a field ``(B, D, *S)`` in working voxels to the coarser of both grids, axis by axis, in its voxels."""
-        return self._resized(ddf, [min(sizes) for sizes in zip(self.shape, self.full_shape)])
+        """Bring a field ``(B, D, *G)`` in its voxels to the coarser of its grid and the image's, axis by axis."""
+        return self._resized(ddf, [min(sizes) for sizes in zip(ddf.shape[2:], self.full_shape)])
 
     def _resized(self, ddf: Tensor, shape: Sequence[int]) -> Tensor:
         """The field on another grid; along an axis of one voxel nothing can move, so nothing does."""

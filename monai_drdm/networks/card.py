@@ -16,12 +16,14 @@ class NetworkCard:
     name: str
     """Registry name, or a name of the user's own."""
     kind: str
-    """Architecture: ``recresacnet``."""
+    """Architecture: ``recresacnet`` or ``velocity_unet``."""
     spatial_dims: int
     """2 or 3."""
     working_size: int
     """Voxels along the longest side of the grid the network was trained on."""
     in_channels: int = 1
+    channels: tuple[int, ...] = ()
+    """Features on each grid, of architectures that leave the choice."""
     input_range: tuple[float, float] = (0.0, 1.0)
     """Intensity range the network expects."""
     sampler: str = "fast"
@@ -59,6 +61,8 @@ class NetworkCard:
                 if name in values:
                     low, high = values[name]
                     values[name] = (float(low), float(high))
+            if "channels" in values:
+                values["channels"] = tuple(values["channels"])
             card = cls(**{**values, "sha256": sha256})
         except (TypeError, ValueError) as error:
             raise ValueError(
@@ -76,6 +80,13 @@ class NetworkCard:
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
                 raise ValueError(f"NetworkCard: {name} must be an integer from 1 to {limit}, got {value!r}.")
+        channels = self.channels
+        if (
+            not isinstance(channels, tuple)
+            or len(channels) > 8
+            or not all(type(value) is int and 1 <= value <= 512 for value in channels)
+        ):
+            raise ValueError(f"NetworkCard: channels must be at most 8 integers from 1 to 512, got {channels!r}.")
         if self.spatial_dims == 1:
             raise ValueError("NetworkCard: spatial_dims must be 2 or 3, got 1.")
         for name, (low, high) in (("input_range", self.input_range), ("level", self.level)):

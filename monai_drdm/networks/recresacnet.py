@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from monai_drdm.fields import crop, fractions_to_voxels, warp
+from monai_drdm.networks.base import RecoveryNetwork
 from monai_drdm.networks.card import NetworkCard
 
 TIME_STEPS = 80
@@ -43,7 +44,7 @@ class AtrousBlock(nn.Module):
         return _activate(out + x)
 
 
-class RecResACNet(nn.Module):
+class RecResACNet(RecoveryNetwork):
     """Recursive residual atrous-convolution U-Net: from an image and a time step to a small recovering displacement.
 
     Displacements in and out are in the published units: fractions of the image size, which on non-square images means
@@ -58,22 +59,21 @@ class RecResACNet(nn.Module):
     """
 
     def __init__(self, spatial_dims: int, in_channels: int = 1) -> None:
-        super().__init__()
         if spatial_dims not in (2, 3) or in_channels < 1:
             raise ValueError(
                 "RecResACNet: spatial_dims must be 2 or 3 and in_channels 1 or more, "
                 f"got {spatial_dims} and {in_channels}."
             )
-        conv, conv_transpose = _CONV[spatial_dims], _CONV_TRANSPOSE[spatial_dims]
-        self.spatial_dims = spatial_dims
-        self.in_channels = in_channels
-        self.card = NetworkCard(
-            name=f"recresacnet-{spatial_dims}d-untrained",
-            kind="recresacnet",
-            spatial_dims=spatial_dims,
-            in_channels=in_channels,
-            working_size=_WORKING_SIZE[spatial_dims],
+        super().__init__(
+            NetworkCard(
+                name=f"recresacnet-{spatial_dims}d-untrained",
+                kind="recresacnet",
+                spatial_dims=spatial_dims,
+                in_channels=in_channels,
+                working_size=_WORKING_SIZE[spatial_dims],
+            )
         )
+        conv, conv_transpose = _CONV[spatial_dims], _CONV_TRANSPOSE[spatial_dims]
         self.time_embed = nn.Embedding(TIME_STEPS, _EMBEDDING, _weight=_time_table(), _freeze=True)
         self.te1 = _time_mlp(in_channels)
         self.b1 = self._level(in_channels, 10, 10, 10)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -12,14 +13,19 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 
+from monai_drdm.networks.base import RecoveryNetwork
 from monai_drdm.networks.card import NetworkCard
 from monai_drdm.networks.recresacnet import RecResACNet
 from monai_drdm.networks.registry import network_card
+from monai_drdm.networks.velocity_unet import VelocityUNet
 
 _METADATA_KEY = "monai_drdm"
 _MAX_BYTES = 1 << 30
 _PICKLE_PROTOCOL = 5
-_KINDS = {"recresacnet": RecResACNet}
+_KINDS: dict[str, Callable[[NetworkCard], RecoveryNetwork]] = {
+    "recresacnet": lambda card: RecResACNet(card.spatial_dims, card.in_channels),
+    "velocity_unet": lambda card: VelocityUNet(card.spatial_dims, card.in_channels, card.channels),
+}
 
 
 def weights_folder() -> Path:
@@ -29,7 +35,7 @@ def weights_folder() -> Path:
     return Path(chosen) if chosen else Path(cache) / "monai_drdm"
 
 
-def load_network(name: str | os.PathLike[str], device: torch.device | str | None = None) -> RecResACNet:
+def load_network(name: str | os.PathLike[str], device: torch.device | str | None = None) -> RecoveryNetwork:
     """Load a network for inference by registry name or from a safetensors file.
 
     A name is looked up in ``weights_folder()``; if it is not there, it is pulled from the authors' repository, hash
@@ -56,7 +62,7 @@ def load_network(name: str | os.PathLike[str], device: torch.device | str | None
     return network.to(device) if device is not None else network
 
 
-def read_network(path: Path, sha256: str | None = None) -> RecResACNet:
+def read_network(path: Path, sha256: str | None = None) -> RecoveryNetwork:
     """Read a safetensors file; ``sha256``, if given, must match before anything is parsed.
 
     Raises:
@@ -92,7 +98,7 @@ def read_network(path: Path, sha256: str | None = None) -> RecResACNet:
     return network.eval().requires_grad_(False)
 
 
-def build_network(card: NetworkCard) -> RecResACNet:
+def build_network(card: NetworkCard) -> RecoveryNetwork:
     """An untrained network of a card's kind.
 
     Raises:
@@ -100,12 +106,12 @@ def build_network(card: NetworkCard) -> RecResACNet:
     """
     if card.kind not in _KINDS:
         raise ValueError(f"network card {card.name!r}: kind must be one of {sorted(_KINDS)}, got {card.kind!r}.")
-    network = _KINDS[card.kind](card.spatial_dims, card.in_channels)
+    network = _KINDS[card.kind](card)
     network.card = card
     return network
 
 
-def save_network(network: RecResACNet, path: str | os.PathLike[str]) -> str:
+def save_network(network: RecoveryNetwork, path: str | os.PathLike[str]) -> str:
     """Write a network and its card as safetensors, never over an existing file.
 
     Args:
@@ -128,7 +134,7 @@ def save_network(network: RecResACNet, path: str | os.PathLike[str]) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def network_sha256(network: RecResACNet) -> str:
+def network_sha256(network: RecoveryNetwork) -> str:
     """What identifies a network in a record: the hash of its file or, for one in memory, of its safetensors form."""
     if network.card.sha256:
         return network.card.sha256
@@ -155,7 +161,7 @@ def write_once(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _load_known(card: NetworkCard) -> RecResACNet:
+def _load_known(card: NetworkCard) -> RecoveryNetwork:
     from monai_drdm.networks.published import pull_network
 
     path = weights_folder() / f"{card.name}.safetensors"
@@ -180,7 +186,7 @@ def _read_bytes(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def fill_network(network: RecResACNet, tensors: dict[str, torch.Tensor], origin: str) -> None:
+def fill_network(network: RecoveryNetwork, tensors: dict[str, torch.Tensor], origin: str) -> None:
     """Load tensors into a network after checking names, shapes, dtypes and values."""
     expected = network.state_dict()
     missing, foreign = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))

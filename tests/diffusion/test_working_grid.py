@@ -141,3 +141,81 @@ def test_affine_field_comes_to_the_full_grid_and_back(shape, spacing):
     full = grid.ddf_to_full(working)
     torch.testing.assert_close(full, affine(identity_grid(shape), scale)[None], rtol=1e-4, atol=1e-3)
     torch.testing.assert_close(resize_ddf(full, grid.shape), working, rtol=1e-4, atol=1e-3)
+
+
+# odd grids, and the half grids on them
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "size", "expected"),
+    [
+        ((256, 256), (1.0, 1.0), 161, (161, 161)),
+        ((300, 200), (1.0, 1.0), 151, (151, 101)),
+        ((100, 100), (1.0, 3.0), 97, (33, 97)),
+        ((512, 512, 40), (0.7, 0.7, 5.0), 129, (129, 129, 71)),
+        ((1, 512), (1.0, 1.0), 161, (1, 161)),
+        ((3, 512), (1.0, 0.001), 65, (65, 17)),
+        ((2, 512), (1.0, 1.0), 65, (3, 65)),
+        ((1, 1, 1), (1.0, 1.0, 1.0), 97, (1, 1, 1)),
+    ],
+)
+def test_odd_grids(shape, spacing, size, expected):
+    grid = WorkingGrid.of(shape, spacing, size, odd=True)
+    assert grid.shape == expected
+    assert grid.full_shape == shape
+    for n, s, w, ws in zip(shape, spacing, grid.shape, grid.spacing):
+        assert ws * (w - 1) == pytest.approx(s * (n - 1))
+        assert (w == 1) == (n == 1)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 8, 33, 64, 97])
+@pytest.mark.parametrize(
+    ("shape", "spacing"), [((90, 47), (1.0, 1.3)), ((31, 64, 7), (2.0, 1.0, 4.0)), ((5, 1), (1, 9))]
+)
+def test_odd_grids_are_next_to_the_others(shape, spacing, size):
+    grid, odd = WorkingGrid.of(shape, spacing, size), WorkingGrid.of(shape, spacing, size, odd=True)
+    assert all(n % 2 == 1 for n in odd.shape)
+    assert all(abs(a - b) <= 1 for a, b in zip(grid.shape, odd.shape))
+
+
+def carried(shape, extent):
+    """A field that is linear in millimetres, seen on a grid of any shape over the same extent, in its voxels."""
+    voxel = torch.tensor([e / max(n - 1, 1) for n, e in zip(shape, extent)]).view(-1, *(1,) * len(shape))
+    millimetres = identity_grid(shape) * voxel
+    matrix = 0.1 * torch.arange(1.0, len(shape) ** 2 + 1).reshape(len(shape), -1).cos()
+    moves = torch.tensor([float(e > 0) for e in extent]).view(-1, *(1,) * len(shape))
+    moved = torch.einsum("ij,j...->i...", matrix, millimetres) + 1.5
+    return (moved * moves / torch.where(voxel > 0, voxel, 1.0))[None]
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing", "coarser"),
+    [
+        ((90, 50), (1.0, 1.0), (17, 10)),
+        ((9, 80), (1.0, 1.0), (3, 17)),
+        ((5, 60), (10.0, 1.0), (5, 17)),
+        ((12, 13), (1.0, 1.0), (12, 13)),
+        ((1, 50), (1.0, 1.0), (1, 17)),
+        ((30, 20, 4), (1.0, 1.5, 9.0), (17, 17, 4)),
+    ],
+)
+def test_a_half_grid_comes_to_the_image_compact_or_in_full(shape, spacing, coarser):
+    """The coarser of half grid and image, axis by axis, loses nothing of a field that is linear."""
+    grid = WorkingGrid.of(shape, spacing, 33, odd=True)
+    extent = [(n - 1) * s for n, s in zip(shape, spacing)]
+    half = tuple((n + 1) // 2 for n in grid.shape)
+    ddf = carried(half, extent)
+    compact = grid.ddf_to_compact(ddf)
+    assert compact.shape[2:] == tuple(min(h, n) for h, n in zip(half, shape)) == coarser
+    torch.testing.assert_close(compact, carried(coarser, extent), rtol=1e-4, atol=1e-4)
+    expected = carried(shape, extent)
+    torch.testing.assert_close(grid.ddf_to_full(ddf), expected, rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(resize_ddf(compact, shape), expected, rtol=1e-4, atol=1e-3)
+
+
+def test_nothing_moves_along_one_voxel():
+    grid = WorkingGrid.of((1, 40), (3.0, 1.0), 33, odd=True)
+    ddf = torch.ones(1, 2, 1, 17)
+    for brought in (grid.ddf_to_compact(ddf), grid.ddf_to_full(ddf)):
+        assert bool((brought[:, 0] == 0).all())
+        assert bool((brought[:, 1] > 0).all())

@@ -93,3 +93,36 @@ def test_entries_of_a_wrong_type_or_size(name, value):
 def test_senseless_input_range(input_range):
     with pytest.raises(ValueError, match="input_range must"):
         replace(CARD, input_range=input_range).check()
+
+
+# channels, of architectures that leave the choice
+
+CHOSEN = replace(CARD, kind="velocity_unet", sampler="velocity", channels=(16, 32, 48))
+
+
+def test_channels_round_trip():
+    back = NetworkCard.from_json(CHOSEN.to_json())
+    assert back == CHOSEN
+    assert back.channels == (16, 32, 48)
+    assert hash(back.channels) == hash(CHOSEN.channels)
+    assert json.loads(CHOSEN.to_json())["channels"] == [16, 32, 48]
+
+
+def test_cards_without_channels_read_and_write_as_before():
+    assert "channels" not in json.loads(CARD.to_json())
+    assert NetworkCard.from_json(CARD.to_json()).channels == ()
+
+
+@pytest.mark.parametrize(
+    "value",
+    [16, None, True, "16,32", {"16": 32}, [16, 0], [16, -1], [16, 32.0], [16, True], [[16]], [16, 4097], [None]],
+)
+def test_damaged_channels(value):
+    with pytest.raises(ValueError, match=r"channels must|expected the JSON of a network card"):
+        NetworkCard.from_json(json.dumps({**json.loads(CHOSEN.to_json()), "channels": value}))
+
+
+@pytest.mark.parametrize("channels", [(0,), (16, -2), (16.0,), ("16",), (16, 5000), (True,)])
+def test_senseless_channels(channels):
+    with pytest.raises(ValueError, match="channels must be"):
+        replace(CHOSEN, channels=channels).check()

@@ -15,6 +15,7 @@ from monai_drdm.networks import (
     network_card,
     network_sha256,
     save_network,
+    VelocityUNet,
     weights,
     weights_folder,
 )
@@ -45,6 +46,23 @@ def test_round_trip(filled_network, tmp_path, dims, channels):
     assert loaded.card == replace(network.card, sha256=digest)
     assert loaded.state_dict().keys() == network.state_dict().keys()
     assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), network.state_dict().values()))
+
+
+@pytest.mark.parametrize(
+    ("dims", "channels", "features"), [(2, 1, (16, 32, 48, 64)), (2, 3, (4, 8)), (3, 1, (5, 6, 7))]
+)
+def test_round_trip_of_a_velocity_network(tmp_path, dims, channels, features):
+    network = VelocityUNet(dims, channels, features)
+    torch.nn.init.normal_(network.out.weight)
+    network.card = replace(network.card, name="mine", working_size=65, gates={"folds": 0.1})
+    digest = save_network(network, tmp_path / "mine.safetensors")
+    loaded = load_network(tmp_path / "mine.safetensors")
+    assert isinstance(loaded, VelocityUNet)
+    assert loaded.card == replace(network.card, sha256=digest)
+    assert loaded.state_dict().keys() == network.state_dict().keys()
+    assert all(torch.equal(a, b) for a, b in zip(loaded.state_dict().values(), network.state_dict().values()))
+    save_network(loaded, tmp_path / "again.safetensors")
+    assert (tmp_path / "again.safetensors").read_bytes() == (tmp_path / "mine.safetensors").read_bytes()
 
 
 def test_loaded_for_inference(filled_network, tmp_path):
@@ -203,7 +221,7 @@ def test_values_that_are_not_finite(filled_network, tmp_path, value):
         ({"monai_drdm": "not json"}, "expected the JSON of a network card"),
         (
             {"monai_drdm": '{"name":"a","kind":"unet","spatial_dims":2,"working_size":8}'},
-            r"kind must be one of \['recresacnet'\], got 'unet'",
+            r"kind must be one of \['recresacnet', 'velocity_unet'\], got 'unet'",
         ),
         (
             {"monai_drdm": '{"name":"a","kind":"recresacnet","spatial_dims":5,"working_size":8}'},

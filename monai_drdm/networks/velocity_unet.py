@@ -1,0 +1,155 @@
+"""VelocityUNet: from a deformed image and its deformation level to the stationary velocity that undoes it.
+
+One pass a step at half the image's resolution. What it predicts is a velocity, so whatever it says, the step made of it
+is a small diffeomorphism (as far as its discretisation goes). Every grid is centred where the next finer one has a
+voxel: sizes of 2n + 1 halve to n + 1 with both ends in place, which is how fields change their grid
+(``fields.resize_ddf``).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn, Tensor
+
+from monai_drdm.fields import crop
+from monai_drdm.networks.base import RecoveryNetwork
+from monai_drdm.networks.card import NetworkCard
+
+_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
+_LINEAR = {2: "bilinear", 3: "trilinear"}
+_WORKING_SIZE = {2: 161, 3: 97}
+_FREQUENCIES = 8
+_EMBEDDING = 64
+_GROUPS = 8
+
+
+class ResidualBlock(nn.Module):
+    """Convolution, group norm, shift and scale by the level, SiLU, dilated convolution, added to the input."""
+
+    def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, dilation: int) -> None:
+        super().__init__()
+        conv = _CONV[spatial_dims]
+        self.conv1 = conv(in_channels, out_channels, 3, padding=1)
+        self.norm = nn.GroupNorm(_groups(out_channels), out_channels)
+        self.level = nn.Linear(_EMBEDDING, 2 * out_channels)
+        self.conv2 = conv(out_channels, out_channels, 3, padding=dilation, dilation=dilation)
+        self.skip = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, embedding: Tensor) -> Tensor:
+        """``(B, in, *S)`` and ``(B, E)`` to ``(B, out, *S)``."""
+        shift, scale = self.level(embedding).view(x.shape[0], -1, *(1,) * (x.ndim - 2)).chunk(2, dim=1)
+        hidden = F.silu(self.norm(self.conv1(x)) * (1 + scale) + shift)
+        out: Tensor = self.skip(x) + self.conv2(hidden)
+        return out
+
+
+class VelocityUNet(RecoveryNetwork):
+    """U-Net of residual blocks that predicts a stationary velocity on the half grid.
+
+    Args:
+        spatial_dims: 2 or 3.
+        in_channels: channels of the image.
+        channels: features on each grid, the first one the half grid.
+
+    Raises:
+        ValueError: other numbers of dimensions or channels.
+    """
+
+    def __init__(self, spatial_dims: int, in_channels: int = 1, channels: Sequence[int] = (16, 32, 48, 64)) -> None:
+        channels = tuple(int(c) for c in channels)
+        if spatial_dims not in (2, 3) or in_channels < 1 or len(channels) < 2 or min(channels) < 2:
+            raise ValueError(
+                "VelocityUNet: spatial_dims must be 2 or 3, in_channels 1 or more and channels two or more "
+                f"numbers of 2 or more, got {spatial_dims}, {in_channels} and {channels}."
+            )
+        super().__init__(
+            NetworkCard(
+                name=f"velocity-unet-{spatial_dims}d-untrained",
+                kind="velocity_unet",
+                spatial_dims=spatial_dims,
+                in_channels=in_channels,
+                working_size=_WORKING_SIZE[spatial_dims],
+                sampler="velocity",
+                steps=8,
+                channels=channels,
+            )
+        )
+        conv = _CONV[spatial_dims]
+        pairs = list(pairwise(channels))
+        self.embed = nn.Sequential(
+            nn.Linear(2 * _FREQUENCIES, _EMBEDDING), nn.SiLU(), nn.Linear(_EMBEDDING, _EMBEDDING)
+        )
+        self.stem = conv(in_channels, channels[0], 5, stride=2, padding=2)
+        self.down_blocks = nn.ModuleList(ResidualBlock(spatial_dims, c, c, 2) for c in channels)
+        self.downs = nn.ModuleList(conv(a, b, 3, stride=2, padding=1) for a, b in pairs)
+        self.ups = nn.ModuleList(conv(b, a, 1) for a, b in reversed(pairs))
+        self.up_blocks = nn.ModuleList(ResidualBlock(spatial_dims, 2 * a, a, 2) for a, _ in reversed(pairs))
+        self.out = conv(channels[0], spatial_dims, 3, padding=1)
+        nn.init.zeros_(self.out.weight)
+        assert self.out.bias is not None
+        nn.init.zeros_(self.out.bias)
+
+    def forward(self, x: Tensor, level: Tensor) -> Tensor:
+        """Predict the velocity that undoes the deformation of an image, for unit integration time.
+
+        Args:
+            x: ``(B, in_channels, *S)`` image in [0, 1]; sizes odd, or 1.
+            level: ``(B,)`` or ``(1,)`` deformation levels in [0, 1].
+
+        Returns:
+            ``(B, D, *H)`` voxels of the half grid, ``H = (S + 1) / 2``.
+
+        Raises:
+            ValueError: shapes or levels do not fit.
+        """
+        self._check(x, level)
+        half = half_shape(x.shape[2:])
+        multiple = 2 ** len(self.downs)
+        padded = [2 * (-(-(h - 1) // multiple) * multiple) + 1 for h in half]
+        x = F.pad(x, [p for n, m in zip(x.shape[:1:-1], padded[::-1]) for p in (0, m - n)])
+        embedding = self.embed(_waves(level)).expand(x.shape[0], -1)
+        features = self.stem(x)
+        kept = []
+        for block, down in zip(self.down_blocks, [*self.downs, None]):
+            features = block(features, embedding)
+            if down is not None:
+                kept.append(features)
+                features = down(F.silu(features))
+        for up, block in zip(self.ups, self.up_blocks):
+            skip = kept.pop()
+            features = F.interpolate(up(features), skip.shape[2:], mode=_LINEAR[self.spatial_dims], align_corners=True)
+            features = block(torch.cat((skip, features), dim=1), embedding)
+        return crop(self.out(F.silu(features)).float(), half)
+
+    def _check(self, x: Tensor, level: Tensor) -> None:
+        shape = tuple(x.shape)
+        if x.ndim != self.spatial_dims + 2 or x.shape[1] != self.in_channels or any(n % 2 == 0 for n in shape[2:]):
+            raise ValueError(
+                f"VelocityUNet: x must have shape (B, {self.in_channels}, *S) with {self.spatial_dims} spatial axes of "
+                f"odd sizes, got {shape}."
+            )
+        if level.ndim != 1 or level.shape[0] not in (1, x.shape[0]) or not level.is_floating_point():
+            raise ValueError(f"VelocityUNet: level must be (B,) floating, got {level.dtype} {tuple(level.shape)}.")
+
+
+def half_shape(shape: Sequence[int]) -> tuple[int, ...]:
+    """The grid that has a voxel at every second one of a grid of odd sizes, both ends included."""
+    return tuple((n + 1) // 2 for n in shape)
+
+
+def _groups(channels: int) -> int:
+    """Groups of two features or more: one alone has no spread on a grid of one voxel."""
+    groups = math.gcd(_GROUPS, channels)
+    return groups if channels >= 2 * groups else max(groups // 2, 1)
+
+
+def _waves(level: Tensor) -> Tensor:
+    """``(B,)`` levels as sines and cosines of octaves: ``(B, 2 * 8)``."""
+    octaves = 2.0 ** torch.arange(_FREQUENCIES, device=level.device, dtype=torch.float32) * (math.pi / 2)
+    angle = level.float()[:, None] * octaves
+    return torch.cat((angle.sin(), angle.cos()), dim=1)

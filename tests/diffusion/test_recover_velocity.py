@@ -1,0 +1,478 @@
+import math
+import pickle
+from dataclasses import replace
+
+import pytest
+import torch
+
+from monai_drdm import RandDRDMDeform, RandDRDMDeformd
+from monai_drdm.diffusion import diffuse, DRDM, SAMPLERS
+from monai_drdm.diffusion.recover import RecoveryStep
+from monai_drdm.diffusion.recover_velocity import OVER_RELAXATION, recover_velocity
+from monai_drdm.diffusion.schedule import integration_time
+from monai_drdm.fields import fold_fraction, identity_grid, isotropic_velocity, mend_folds, resize_ddf
+from monai_drdm.networks import load_network, save_network, VelocityUNet
+from monai_drdm.networks.velocity_unet import half_shape
+
+SHAPES = [(49, 33), (33, 25, 29)]
+PERFECT_VOX = 0.05
+STRENGTH = 0.25
+
+
+def flow(shape, time, strength=STRENGTH):
+    """``exp(time · v)`` of ``v_d = strength · sin(π x_d / L)``, in closed form: ``tan(k y / 2) = tan(k x / 2) e^akt``.
+
+    ``v`` ends at the borders and depends, component by component, on that axis alone.
+    """
+    grid, moved = identity_grid(shape), []
+    for d, size in enumerate(shape):
+        k = math.pi / max(size - 1, 1)
+        half = k * grid[d] / 2
+        grown = math.exp(strength * k * time)
+        moved.append(2 / k * torch.atan2(half.sin() * grown, half.cos()) - grid[d])
+    return torch.stack(moved)[None]
+
+
+def velocity(shape, strength=STRENGTH):
+    grid = identity_grid(shape)
+    return torch.stack([strength * torch.sin(grid[d] * math.pi / max(n - 1, 1)) for d, n in enumerate(shape)])[None]
+
+
+class Oracle(VelocityUNet):
+    """Predicts a known velocity, whatever it sees, and keeps what it was given."""
+
+    def __init__(self, predicted):
+        super().__init__(predicted.shape[1], channels=(2, 2))
+        self.predicted = predicted
+        self.levels = []
+        self.images = []
+
+    def forward(self, x, level):
+        self.levels.append(level)
+        self.images.append(x)
+        return self.predicted.expand(x.shape[0], *self.predicted.shape[1:])
+
+
+class Start:
+    """A deformed image whose way back is known."""
+
+    def __init__(self, shape, levels, strength=STRENGTH):
+        half = half_shape(shape)
+        self.levels = levels
+        self.image = torch.rand(len(levels), 1, *shape, generator=torch.Generator().manual_seed(0))
+        self.times = [integration_time(level, len(shape)) for level in levels]
+        self.ddf = torch.cat([flow(half, time, strength) for time in self.times])
+        self.oracle = Oracle(-velocity(half, strength))
+
+    def recover(self, **options):
+        return recover_velocity(self.oracle, self.image, self.ddf, self.levels, **options)
+
+
+def mean_displacement(ddf):
+    return float(ddf.norm(dim=1).mean())
+
+
+def images(batch, *shape):
+    axes = torch.meshgrid(*(torch.arange(float(n)) for n in shape), indexing="ij")
+    return torch.stack([sum(torch.sin(a / (4 + d + b) + b) for d, a in enumerate(axes)) for b in range(batch)])[:, None]
+
+
+@pytest.fixture(scope="module")
+def network():
+    """Factory of small networks that predict something irregular, as strong as ``scale`` says."""
+
+    def make(dims, working_size=33, scale=0.02, **entries):
+        torch.manual_seed(dims)
+        made = VelocityUNet(dims, channels=(16, 16)).eval().requires_grad_(False)
+        made.out.weight.normal_(std=scale)
+        made.card = replace(made.card, name="nudged", working_size=working_size, steps=2, **entries)
+        return made
+
+    return make
+
+
+# the sampler with a network that knows
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("steps", [1, 2, 5])
+@pytest.mark.parametrize("level", [0.1, 0.25, 0.4])
+def test_a_perfect_network_recovers_the_identity(shape, steps, level):
+    start = Start(shape, [level])
+    assert float(start.ddf.abs().max()) > 3 * PERFECT_VOX
+    recovered = start.recover(steps=steps, over_relaxation=1.0)
+    assert recovered.shape == start.ddf.shape
+    assert float(recovered.abs().max()) < PERFECT_VOX
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_step_goes_as_far_as_its_level_says(shape):
+    start, seen = Start(shape, [0.3]), []
+    start.recover(steps=3, over_relaxation=1.0, callback=seen.append)
+    assert all(isinstance(step, RecoveryStep) for step in seen)
+    assert [(step.index, step.time) for step in seen] == [(0, 2), (1, 1), (2, 0)]
+    for step, left in zip(seen, (0.2, 0.1, None)):
+        time = 0.0 if left is None else integration_time(left, len(shape))
+        torch.testing.assert_close(step.ddf, flow(half_shape(shape), time), rtol=0, atol=PERFECT_VOX)
+
+
+@pytest.mark.parametrize("steps", [1, 2, 5, 8])
+def test_levels_given_to_the_network(steps):
+    start = Start((17, 13), [0.3, 0.8])
+    start.recover(steps=steps)
+    assert len(start.oracle.levels) == steps
+    for k, levels in enumerate(start.oracle.levels):
+        expected = torch.tensor([0.3 * (1 - k / steps), 0.8 * (1 - k / steps)])
+        torch.testing.assert_close(levels, expected, rtol=0, atol=1e-6)
+
+
+def test_the_network_sees_the_original_image_warped_by_the_field_so_far():
+    """A ramp shows its own coordinates: ``x + u(x)``, on the full grid in its own voxels."""
+    shape = (33, 25)
+    start, seen = Start(shape, [0.3]), []
+    for axis in range(2):
+        start.oracle.images.clear()
+        seen.clear()
+        start.image = identity_grid(shape)[axis][None, None]
+        start.recover(steps=2, over_relaxation=1.0, callback=seen.append)
+        for shown, time in zip(start.oracle.images, (start.times[0], integration_time(0.15, 2))):
+            expected = identity_grid(half_shape(shape))[axis] + flow(half_shape(shape), time)[0, axis]
+            torch.testing.assert_close(shown[0, 0, ::2, ::2], 2 * expected, rtol=0, atol=2 * PERFECT_VOX)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("factor", [0.0, 0.5, 1.0, 1.5, 2.0])
+def test_over_relaxation_scales_every_step(shape, factor):
+    start = Start(shape, [0.25])
+    for steps in (1, 3):
+        recovered = start.recover(steps=steps, over_relaxation=factor)
+        expected = flow(half_shape(shape), (1 - factor) * start.times[0])
+        torch.testing.assert_close(recovered, expected, rtol=0, atol=PERFECT_VOX)
+
+
+def test_steps_are_composed_within_the_field_so_far():
+    """``u(x + c) + c`` for ``u(x) = A x`` and a constant step ``c``; the other order would give ``A x + c``."""
+    matrix = torch.tensor([[0.2, -0.1], [0.15, 0.1]])
+    grid = identity_grid((25, 25))
+    predicted = torch.tensor([0.5, -0.8]).view(1, 2, 1, 1).expand(-1, -1, 25, 25)
+    step = integration_time(0.2, 2) * predicted[0]
+    linear = torch.einsum("ij,j...->i...", matrix, grid - 12)[None]
+    recovered = recover_velocity(
+        Oracle(predicted), torch.rand(1, 1, 49, 49), linear, [0.2], steps=1, over_relaxation=1.0
+    )
+    expected = (torch.einsum("ij,j...->i...", matrix, grid - 12 + step) + step)[None]
+    inside = (..., slice(4, -4), slice(4, -4))
+    torch.testing.assert_close(recovered[inside], expected[inside], rtol=0, atol=1e-3)
+
+
+def test_over_relaxed_unless_told_otherwise():
+    start = Start((33, 25), [0.3])
+    expected = flow((17, 13), (1 - OVER_RELAXATION) * start.times[0])
+    torch.testing.assert_close(start.recover(steps=2), expected, rtol=0, atol=PERFECT_VOX)
+    assert OVER_RELAXATION > 1
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_levels_of_each_sample(shape):
+    levels = [0.1, 0.4, 0.25]
+    together = Start(shape, levels)
+    recovered = together.recover(steps=3, over_relaxation=0.7)
+    for b, level in enumerate(levels):
+        expected = flow(half_shape(shape), 0.3 * together.times[b])
+        torch.testing.assert_close(recovered[b : b + 1], expected, rtol=0, atol=PERFECT_VOX)
+        alone = Start(shape, [level]).recover(steps=3, over_relaxation=0.7)
+        torch.testing.assert_close(recovered[b : b + 1], alone, rtol=0, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_sample_does_not_know_its_batch_when_the_network_looks(network):
+    made, levels = network(2), [0.1, 0.3, 0.2]
+    image = images(3, 33, 25)
+    ddf = diffuse([torch.Generator().manual_seed(s) for s in range(3)], (17, 13), levels)
+    together = recover_velocity(made, image, ddf, levels, steps=3)
+    for b in range(3):
+        one = slice(b, b + 1)
+        alone = recover_velocity(made, image[one], ddf[one], levels[one], steps=3)
+        torch.testing.assert_close(together[one], alone, rtol=0, atol=1e-3)
+    swapped = recover_velocity(made, image.flip(0), ddf, levels, steps=3)
+    assert not torch.allclose(swapped[0], together[0], atol=1e-3)  # it does look
+
+
+def test_no_folds_are_left():
+    """A narrow push folds a field; the sampler mends it although the network says nothing."""
+    grid = identity_grid((25, 25))
+    push = 3 * torch.exp(-((grid[0] - 12) ** 2 + (grid[1] - 12) ** 2) / 6)
+    ddf = torch.stack((-push * (grid[0] - 12), push * 0))[None]
+    assert float(fold_fraction(ddf)) > 0
+    recovered = recover_velocity(Oracle(torch.zeros(1, 2, 25, 25)), torch.rand(1, 1, 49, 49), ddf, [0.3], steps=2)
+    assert float(fold_fraction(recovered)) == 0
+    torch.testing.assert_close(recovered[..., :3, :], ddf[..., :3, :], rtol=0, atol=0.05)  # far from the fold
+
+
+def test_a_fold_made_on_the_way_is_mended():
+    grid = identity_grid((17, 17))
+    wild = torch.stack([4 * torch.sin(2 * grid[d] + grid[1 - d]) for d in (0, 1)])[None]
+    recovered = recover_velocity(Oracle(wild), torch.rand(1, 1, 33, 33), torch.zeros(1, 2, 17, 17), [0.3], steps=1)
+    assert bool(torch.isfinite(recovered).all())
+    assert float(fold_fraction(recovered)) == 0
+
+
+def test_fields_without_folds_are_not_mended():
+    start, seen = Start((33, 25), [0.3]), []
+    recovered = start.recover(steps=2, over_relaxation=0.5, callback=seen.append)
+    assert float(fold_fraction(seen[-1].ddf)) == 0
+    assert torch.equal(recovered, seen[-1].ddf)
+
+
+@pytest.mark.parametrize("steps", [0, -1])
+def test_too_few_steps(steps):
+    with pytest.raises(ValueError, match=f"steps must be 1 or more, got {steps}"):
+        Start((17, 13), [0.3]).recover(steps=steps)
+
+
+@pytest.mark.parametrize("level", [-0.3, 0.0, 1.01, 2.0])
+def test_levels_outside_their_range(level):
+    start = Start((17, 13), [0.3])
+    start.levels = [level]
+    with pytest.raises(ValueError, match=r"level must be in \(0, 1\]"):
+        start.recover(steps=2)
+
+
+def test_a_whole_level():
+    start = Start((65, 49), [1.0], strength=0.1)
+    assert float(start.ddf.abs().max()) > 2
+    assert float(start.recover(steps=4, over_relaxation=1.0).abs().max()) < PERFECT_VOX
+
+
+def test_inputs_are_not_modified():
+    start = Start((33, 25), [0.3])
+    copies = start.image.clone(), start.ddf.clone()
+    start.recover(steps=2)
+    assert torch.equal(start.image, copies[0])
+    assert torch.equal(start.ddf, copies[1])
+
+
+def test_no_gradients_and_a_progress_bar(capsys, network):
+    made = network(2).requires_grad_(True)
+    ddf = flow((17, 13), 1.0)
+    plain, shown = (recover_velocity(made, images(1, 33, 25), ddf, [0.2], steps=2, progress=p) for p in (False, True))
+    assert plain.grad_fn is None
+    assert torch.equal(plain, shown)
+    assert "recover" in capsys.readouterr().err
+
+
+# the model
+
+
+def test_sampler_is_the_cards(network):
+    made = network(2)
+    assert SAMPLERS["velocity_unet"] == ("velocity",)
+    for sampler in ("auto", "velocity"):
+        assert DRDM(made, sampler).sampler == "velocity"
+        assert DRDM(made, sampler).steps == 2
+    assert DRDM(made, steps=100).steps == 100
+
+
+@pytest.mark.parametrize("sampler", ["fast", "reference", "Velocity", ""])
+def test_samplers_of_other_networks_are_refused(network, sampler):
+    with pytest.raises(ValueError, match="sampler must be 'auto' or one of"):
+        DRDM(network(2), sampler)
+    if sampler:
+        with pytest.raises(ValueError, match="card of 'nudged': sampler must be"):
+            DRDM(network(2, sampler=sampler))
+
+
+def test_published_networks_do_not_know_velocities(filled_network):
+    with pytest.raises(ValueError, match="sampler must be 'auto' or one of"):
+        DRDM(filled_network(2), "velocity")
+
+
+@pytest.mark.parametrize("steps", [0, -2])
+def test_model_refuses_too_few_steps(network, steps):
+    with pytest.raises(ValueError, match="steps must be 1 or more"):
+        DRDM(network(2), steps=steps)
+
+
+MODEL_SHAPES = [
+    ((33, 33), None),
+    ((37, 52), None),
+    ((1, 64), None),
+    ((64, 1), (1.0, 5.0)),
+    ((2, 30), None),
+    ((5, 7), None),
+    ((1, 1), None),
+    ((60, 20), (1.0, 3.0)),
+    ((90, 30), (0.5, 0.7)),
+    ((17, 12, 9), None),
+    ((20, 16, 5), (1.0, 1.0, 4.0)),
+    ((1, 20, 3), None),
+    ((14, 1, 20), (2.0, 1.0, 0.5)),
+    ((1, 1, 1), None),
+]
+
+
+@pytest.mark.parametrize(("shape", "spacing"), MODEL_SHAPES)
+def test_any_shape_and_spacing(network, shape, spacing):
+    dims = len(shape)
+    model = DRDM(network(dims, 33 if dims == 2 else 17))
+    ddf = model.sample(images(2, *shape), [0.2, 0.3], [1, 2], spacing)
+    assert ddf.shape == (2, dims, *shape)
+    assert ddf.dtype == torch.float32
+    assert bool(torch.isfinite(ddf).all())
+    assert float(fold_fraction(ddf).max()) == 0
+    for d, size in enumerate(shape):
+        assert bool((ddf[:, d] == 0).all()) == (size == 1)  # along one voxel nothing can move
+    compact = model.sample(images(2, *shape), [0.2, 0.3], [1, 2], spacing, compact=True)
+    assert all(c <= min(n, 17) for c, n in zip(compact.shape[2:], shape))
+
+
+@pytest.mark.parametrize(("dims", "shape"), [(2, (37, 53)), (3, (18, 13, 10))])
+def test_reproducible_whatever_the_batch(network, dims, shape):
+    model, batch, levels = DRDM(network(dims, 33 if dims == 2 else 17)), images(3, *shape), [0.1, 0.3, 0.2]
+    together = model.sample(batch, levels, [1, 2, 3])
+    assert torch.equal(together, model.sample(batch, levels, [1, 2, 3]))
+    for b in range(3):
+        alone = model.sample(batch[b : b + 1], levels[b], [b + 1])
+        torch.testing.assert_close(together[b : b + 1], alone, rtol=0, atol=1e-3)
+    assert not torch.allclose(together[:1], model.sample(batch[:1], levels[0], [9]), atol=0.1)
+
+
+def test_caller_state_does_not_matter(network):
+    model, image = DRDM(network(2)), images(1, 37, 30)
+    plain = model.sample(image, 0.3, [3])
+    torch.manual_seed(99)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        inside = model.sample(image, 0.3, [3])
+    assert torch.equal(plain, inside)
+
+
+def test_recovery_by_hand(network):
+    """The model is: diffusion on the half grid, recovery there, the field brought to the image."""
+    made, image, level = network(2), images(1, 33, 33), 0.2
+    low, high = image.quantile(0.005), image.quantile(0.995)
+    unit = ((image - low) / (high - low)).clamp(0, 1)  # the working grid is the image's own
+    start = diffuse([torch.Generator().manual_seed(5)], (17, 17), level)
+    recovered = recover_velocity(made, unit, start, [level], steps=3)
+    by_hand = mend_folds(resize_ddf(recovered, (33, 33)))
+    torch.testing.assert_close(DRDM(made, steps=3).sample(image, level, [5]), by_hand, rtol=0, atol=1e-2)
+
+
+def test_a_perfect_network_undoes_the_diffusion_of_the_model():
+    """Its own level schedule and the fields it starts from belong together."""
+    model = DRDM(Oracle(torch.zeros(1, 2, 17, 17)), steps=4)
+    model.network.card = replace(model.network.card, working_size=33)
+    starts = model.diffuse((33, 33), 0.2, [0])
+    untouched = model.sample(images(1, 33, 33), 0.2, [0])
+    assert mean_displacement(untouched - starts) < 0.1 * mean_displacement(starts)
+    model.network.predicted = -isotropic_velocity([torch.Generator().manual_seed(0)], (17, 17)) / OVER_RELAXATION
+    recovered = model.sample(images(1, 33, 33), 0.2, [0])
+    assert mean_displacement(recovered) < 0.1 * mean_displacement(starts)
+
+
+@pytest.mark.parametrize("level", [0.1, 0.3])
+@pytest.mark.parametrize(
+    ("shape", "spacing", "size"), [((64, 48), None, 65), ((60, 40), (1.0, 2.0), 65), ((24, 20, 16), None, 33)]
+)
+def test_diffusion_is_as_strong_as_that_of_the_published_networks(network, filled_network, shape, spacing, size, level):
+    dims, seeds = len(shape), range(8)
+    published = filled_network(dims)
+    published.card = replace(published.card, working_size=size)
+    expected = mean_displacement(DRDM(published, "fast").diffuse(shape, level, seeds, spacing))
+    found = mean_displacement(DRDM(network(dims, size)).diffuse(shape, level, seeds, spacing))
+    assert found == pytest.approx(expected, rel=0.2)
+
+
+@pytest.mark.parametrize(
+    ("shape", "spacing"),
+    [((70, 45), None), ((60, 20), (1.0, 3.0)), ((9, 80), None), ((1, 50), None), ((24, 18, 5), (1.0, 1.0, 4.0))],
+)
+def test_compact_holds_all_there_is_to_know(network, shape, spacing):
+    model, image = DRDM(network(len(shape), 33 if len(shape) == 2 else 17)), images(1, *shape)
+    last = []
+    full = model.sample(image, 0.2, [4], spacing, callback=lambda step: last.append(step.ddf))
+    compact = model.sample(image, 0.2, [4], spacing, compact=True)
+    assert len(last) == 2
+    assert float(fold_fraction(last[-1])) == 0  # nothing was mended
+    assert compact.shape[2:] == tuple(min(n, m) for n, m in zip(last[-1].shape[2:], shape))
+    torch.testing.assert_close(resize_ddf(compact, shape), full, rtol=0, atol=0.05)
+
+
+@pytest.mark.parametrize("change", ["channels", "axes", "seeds", "levels", "nan"])
+def test_model_refuses(network, change):
+    image, seeds, level = images(2, 20, 20), [1, 2], 0.2
+    image = {"channels": image.expand(-1, 2, -1, -1), "axes": image[..., None]}.get(change, image).clone()
+    if change == "nan":
+        image[0, 0, 0, 0] = torch.nan
+    seeds = [1] if change == "seeds" else seeds
+    level = [0.1, 0.2, 0.3] if change == "levels" else level
+    with pytest.raises(
+        ValueError, match={"nan": "finite", "seeds": "one seed", "levels": "level"}.get(change, "shape")
+    ):
+        DRDM(network(2)).sample(image, level, seeds)
+
+
+# the transforms
+
+
+def scan(*shape):
+    axes = torch.meshgrid(*(torch.linspace(-1, 1, n) for n in shape), indexing="ij")
+    radius = torch.stack(axes).norm(dim=0)
+    return {"image": (torch.exp(-3 * radius**2))[None], "label": (radius < 0.6).to(torch.uint8)[None]}
+
+
+@pytest.mark.parametrize("shape", [(64, 56), (24, 28, 20)])
+def test_transform_there_and_back(network, shape):
+    made = network(len(shape), 33 if len(shape) == 2 else 17, scale=0.005)
+    sample = scan(*shape)
+    transform = RandDRDMDeformd(
+        ("image", "label"), network=made, prob=1.0, mode=("bilinear", "nearest"), deformation_level=0.2
+    ).set_random_state(1)
+    out = transform(sample)
+    assert transform.last.params.sampler == "velocity"
+    assert transform.last.params.steps == 2
+    assert transform.last.statistics.fold_fraction <= 1e-4
+    back = transform.inverse(out)
+    inside = (slice(None), *(slice(4, -4),) * len(shape))
+    moved = (out["image"] - sample["image"])[inside].abs().mean()
+    missed = (back["image"] - sample["image"])[inside].abs().mean()
+    assert float(moved) > 0.005
+    assert float(missed) < min(0.004, 0.25 * float(moved))  # two linear interpolations
+    assert float((back["label"] == sample["label"]).float().mean()) > 0.98
+    again = pickle.loads(pickle.dumps(transform))
+    torch.testing.assert_close(again.inverse(out)["image"].as_tensor(), back["image"].as_tensor(), rtol=0, atol=0)
+    replay = transform(sample)["image"].as_tensor()  # both go on from the same random state
+    assert torch.equal(again(sample)["image"].as_tensor(), replay)
+    assert not torch.equal(replay, out["image"].as_tensor())
+
+
+def test_transform_with_a_saved_file(network, tmp_path):
+    made = network(2)
+    path = tmp_path / "mine.safetensors"
+    digest = save_network(made, path)
+    image = scan(40, 33)["image"]
+    options = {"prob": 1.0, "deformation_level": (0.1, 0.3)}
+    loaded = RandDRDMDeform(path, **options, sampler="velocity").set_random_state(2)
+    in_memory = RandDRDMDeform(made, **options).set_random_state(2)
+    assert torch.equal(loaded(image).as_tensor(), in_memory(image).as_tensor())
+    assert loaded.last.params == in_memory.last.params
+    assert loaded.last.params.network_sha256 == digest
+    assert 0.1 <= loaded.last.params.deformation_level <= 0.3
+    assert torch.equal(DRDM(load_network(path)).diffuse((40, 33), 0.2, [1]), DRDM(made).diffuse((40, 33), 0.2, [1]))
+
+
+def test_transform_refuses_samplers_when_made(network):
+    with pytest.raises(ValueError, match="sampler must be"):
+        RandDRDMDeform(network(2), sampler="fast")
+    with pytest.raises(ValueError, match="sampler must be"):
+        RandDRDMDeform("auto", sampler="velocities")
+
+
+def test_transform_of_a_stack(network):
+    image = scan(30, 6, 24)["image"]
+    transform = RandDRDMDeform(network(2), prob=1.0, deformation_level=0.2, slice_axis=1).set_random_state(0)
+    assert transform(image).shape == image.shape
+    ddf = transform.last.ddf
+    assert ddf.shape == (3, 30, 6, 24)
+    assert bool((ddf[1] == 0).all())
+    assert float(ddf[0].abs().max()) > 0.1
+    assert torch.equal(ddf, ddf[:, :, :1].expand_as(ddf))
