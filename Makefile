@@ -15,7 +15,7 @@ export MONAI_DRDM_WEIGHTS ?= $(CURDIR)/$(WEIGHTS)
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,viz]'
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,train,viz]'
 	touch $@
 
 # A local copy of the authors' file, if there is one; otherwise the demo pulls it, hash checked.

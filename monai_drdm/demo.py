@@ -18,7 +18,7 @@ from torch import Tensor
 from monai_drdm.diffusion import DRDM
 from monai_drdm.fields import warp
 from monai_drdm.io import save_ddf, save_image
-from monai_drdm.networks import auto_network, load_network, RecResACNet
+from monai_drdm.networks import auto_network, load_network, RecoveryNetwork
 from monai_drdm.transforms import Deformation, RandDRDMDeformd
 from monai_drdm.transforms.inputs import spacing_of
 
@@ -116,7 +116,7 @@ def _draw(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     deformation: Deformation,
-    network: RecResACNet,
+    network: RecoveryNetwork,
     path: Path,
 ) -> None:
     from monai_drdm.viz import deformation_figure  # matplotlib is an extra

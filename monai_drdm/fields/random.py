@@ -1,8 +1,8 @@
 """Random multi-scale velocity fields (paper §3.2).
 
 Gaussian noise on lattices of doubling spacing, coarse ones stronger in proportion, interpolated linearly and summed.
-All numbers are drawn on the CPU from the given generators, one per sample, so a sample's field depends on its own seed
-only, never on its neighbours in a batch or on the device.
+All numbers are drawn from the given generators, one per sample, where these are: on the CPU, so that a sample's field
+depends on its own seed only and never on the device, or in training on the device that needs them.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def isotropic_velocity(
     """The same spectrum on nodes that are isotropic in millimetres, for any shape and spacing.
 
     Args:
-        generators: one CPU generator per sample.
+        generators: one per sample; the field is made on their device.
         shape: spatial shape ``S``.
         spacing: mm per voxel along each axis; None is isotropic.
         finest_node: node spacing of the finest lattice as a fraction of the longest physical side; the default is
@@ -74,22 +74,23 @@ def isotropic_velocity(
     if len(spacing) != dims or not all(0 < s < math.inf for s in spacing):
         raise ValueError(f"isotropic_velocity: spacing must be {dims} positive numbers in mm, got {tuple(spacing)}.")
     longest = max(n * s for n, s in zip(shape, spacing))
-    total = torch.zeros(len(generators), dims, *shape)
+    device = generators[0].device if generators else torch.device("cpu")
+    total = torch.zeros(len(generators), dims, *shape, device=device)
     for scale in range(scales):
         node = longest * finest_node * 2**scale
         matrices = [_interpolation_matrix(n, s / node) for n, s in zip(shape, spacing)]
         lattice = draw_normal((dims, *(m.shape[1] for m in matrices)), generators)
         for axis, matrix in enumerate(matrices):
-            with torch.autocast("cpu", enabled=False):
-                lattice = torch.movedim(torch.movedim(lattice, axis + 2, -1) @ matrix.T, -1, axis + 2)
+            with torch.autocast(device.type, enabled=False):
+                lattice = torch.movedim(torch.movedim(lattice, axis + 2, -1) @ matrix.T.to(device), -1, axis + 2)
         total += lattice * 2**scale
-    per_axis = torch.tensor([1e-3 * longest / s for s in spacing]).view(1, dims, *(1,) * dims)
+    per_axis = torch.tensor([1e-3 * longest / s for s in spacing], device=device).view(1, dims, *(1,) * dims)
     return total * per_axis
 
 
 def draw_normal(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
     """Standard normal numbers ``(B, *shape)``, sample ``b`` from ``generators[b]``."""
-    return torch.cat([torch.randn((1, *shape), generator=g) for g in generators])
+    return torch.cat([torch.randn((1, *shape), generator=g, device=g.device) for g in generators])
 
 
 def _interpolation_matrix(size: int, nodes_per_voxel: float) -> Tensor:

@@ -14,7 +14,7 @@ from monai.utils import TransformBackends
 from torch import Tensor
 
 from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
-from monai_drdm.networks import RecResACNet
+from monai_drdm.networks import RecoveryNetwork
 from monai_drdm.transforms.draw import FieldDrawer
 from monai_drdm.transforms.inputs import (
     as_tensor,
@@ -147,7 +147,7 @@ class RandDRDMDeform(DRDMRandomness):
 
     def __init__(
         self,
-        network: str | os.PathLike[str] | RecResACNet = "auto",
+        network: str | os.PathLike[str] | RecoveryNetwork = "auto",
         *,
         prob: float = 0.1,
         deformation_level: float | Sequence[float] = (0.3, 0.8),

@@ -11,7 +11,7 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from torch import Tensor
 
 from monai_drdm.fields.warp import Mode, PaddingMode
-from monai_drdm.networks import RecResACNet
+from monai_drdm.networks import RecoveryNetwork
 from monai_drdm.transforms.array import DRDMRandomness
 from monai_drdm.transforms.draw import FieldDrawer
 from monai_drdm.transforms.inputs import as_tensor, check_keys_agree, checked_pixdim, flushed, spacing_of
@@ -61,7 +61,7 @@ class RandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         self,
         keys: KeysCollection,
         *,
-        network: str | os.PathLike[str] | RecResACNet = "auto",
+        network: str | os.PathLike[str] | RecoveryNetwork = "auto",
         prob: float = 0.1,
         deformation_level: float | Sequence[float] = (0.3, 0.8),
         sampler: str = "auto",

@@ -17,7 +17,7 @@ from torch import Tensor
 from monai_drdm._version import __version__
 from monai_drdm.diffusion import DRDM, SAMPLERS
 from monai_drdm.fields import fold_fraction, shrink_to_fold_limit, voxels_to_mm
-from monai_drdm.networks import network_sha256, RecResACNet
+from monai_drdm.networks import network_sha256, RecoveryNetwork
 from monai_drdm.transforms.record import Deformation, DeformationParams
 from monai_drdm.transforms.source import NetworkSource
 from monai_drdm.transforms.stored import StoredField
@@ -56,7 +56,7 @@ class FieldDrawer:
     def __init__(
         self,
         *,
-        network: str | os.PathLike[str] | RecResACNet,
+        network: str | os.PathLike[str] | RecoveryNetwork,
         deformation_level: float | Sequence[float],
         sampler: str,
         steps: int | None,
@@ -86,7 +86,7 @@ class FieldDrawer:
         self.slice_axis = _optional_index(slice_axis, "slice_axis")
         self.device = None if device is None else _device(device)
         # wrong arguments fail here, not when the transform first fires
-        if isinstance(network, RecResACNet):
+        if isinstance(network, RecoveryNetwork):
             DRDM(network, sampler, self.steps)
             return
         known = sorted({one for samplers in SAMPLERS.values() for one in samplers})

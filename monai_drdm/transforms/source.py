@@ -11,7 +11,7 @@ from functools import lru_cache
 
 import torch
 
-from monai_drdm.networks import auto_network, load_network, network_card, RecResACNet, weights_folder
+from monai_drdm.networks import auto_network, load_network, network_card, RecoveryNetwork, weights_folder
 
 
 class NetworkSource:
@@ -25,21 +25,21 @@ class NetworkSource:
         ValueError: an unknown name.
     """
 
-    def __init__(self, network: str | os.PathLike[str] | RecResACNet) -> None:
-        if not isinstance(network, (str, os.PathLike, RecResACNet)):
+    def __init__(self, network: str | os.PathLike[str] | RecoveryNetwork) -> None:
+        if not isinstance(network, (str, os.PathLike, RecoveryNetwork)):
             raise TypeError(f"network must be a name, a path or a loaded network, got {type(network).__name__}.")
-        if not isinstance(network, RecResACNet):
+        if not isinstance(network, RecoveryNetwork):
             name = os.fspath(network)
             if name != "auto" and not name.endswith(".safetensors"):
                 network_card(name)
         self.network = network
-        self._moved: dict[torch.device, RecResACNet] = {}
+        self._moved: dict[torch.device, RecoveryNetwork] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """Without the copies on other devices."""
         return {**self.__dict__, "_moved": {}}
 
-    def load(self, dims: int, device: torch.device) -> RecResACNet:
+    def load(self, dims: int, device: torch.device) -> RecoveryNetwork:
         """The network for images of ``dims`` spatial axes, on a device.
 
         Raises:
@@ -49,19 +49,19 @@ class NetworkSource:
         if device.type == "cuda":
             _refuse_forked_cuda()
         device = torch.empty(0, device=device).device  # an empty tensor knows the index that "cuda" stands for
-        network = self._on_device(device) if isinstance(self.network, RecResACNet) else self._by_name(dims, device)
+        network = self._on_device(device) if isinstance(self.network, RecoveryNetwork) else self._by_name(dims, device)
         _check_dims(network, dims)
         return network
 
-    def _by_name(self, dims: int, device: torch.device) -> RecResACNet:
-        assert not isinstance(self.network, RecResACNet)
+    def _by_name(self, dims: int, device: torch.device) -> RecoveryNetwork:
+        assert not isinstance(self.network, RecoveryNetwork)
         name = auto_network(dims) if self.network == "auto" else os.fspath(self.network)
         with _LOCK:  # threads that fire at once would otherwise load it twice
             return _shared_network(name, str(device), str(weights_folder()))
 
-    def _on_device(self, device: torch.device) -> RecResACNet:
+    def _on_device(self, device: torch.device) -> RecoveryNetwork:
         """The given network, or a copy on another device: the caller's own stays where it is."""
-        assert isinstance(self.network, RecResACNet)
+        assert isinstance(self.network, RecoveryNetwork)
         if next(self.network.parameters()).device == device:
             return self.network
         if device not in self._moved:
@@ -83,7 +83,7 @@ if hasattr(os, "register_at_fork"):
 
 
 @lru_cache(maxsize=8)
-def _shared_network(name: str, device: str, folder: str) -> RecResACNet:
+def _shared_network(name: str, device: str, folder: str) -> RecoveryNetwork:
     """One network per process, name and device; ``folder``, where names are looked up, is part of the key."""
     return load_network(name, device)
 
@@ -99,7 +99,7 @@ def _refuse_forked_cuda() -> None:
         )
 
 
-def _check_dims(network: RecResACNet, dims: int) -> None:
+def _check_dims(network: RecoveryNetwork, dims: int) -> None:
     card = network.card
     if card.spatial_dims != dims:
         raise ValueError(

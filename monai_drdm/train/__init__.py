@@ -1,0 +1,1 @@
+"""Training recovery networks on one's own scans."""

@@ -1,0 +1,209 @@
+"""Unlabelled scans, brought to one grid and one range once, and kept in memory."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.data import load_decathlon_datalist, MetaTensor
+from monai.transforms import Compose, EnsureChannelFirst, LoadImage
+from torch import Tensor
+from tqdm import tqdm
+
+from monai_drdm.diffusion import WorkingGrid
+from monai_drdm.transforms.inputs import spacing_of
+
+_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy")
+_DICOM = (".dcm", ".ima")
+_MIN_SIZE = 8
+_EMPTY = 0.05  # a slice whose spread is less than this share of its volume's holds nothing to learn from
+
+
+@dataclass(frozen=True)
+class ScanBank:
+    """Images on one grid."""
+
+    images: Tensor
+    """``(N, 1, *S)`` uint8; 255 is the top of the intensity range."""
+    source: Tensor
+    """``(N,)`` index of the file each one is from."""
+    skipped: tuple[str, ...]
+    """What could not be used, and why."""
+
+    def __len__(self) -> int:
+        return self.images.shape[0]
+
+    def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
+        """Images ``(B, 1, *S)`` in [0, 1]."""
+        return self.images[indices].to(device, torch.float32) / 255
+
+    def split(self, share: float, seed: int) -> tuple[ScanBank, ScanBank]:
+        """Two banks that share no file: what is left, and about ``share`` of the files for validation.
+
+        A single file is in both.
+        """
+        files = torch.unique(self.source)
+        order = files[torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))]
+        count = min(max(round(share * len(files)), 1 if share > 0 else 0), len(files) - 1)
+        kept = torch.isin(self.source, order[:count])
+        if count == 0:
+            return self, self
+        return self._where(~kept), self._where(kept)
+
+    def _where(self, mask: Tensor) -> ScanBank:
+        return ScanBank(self.images[mask], self.source[mask], ())
+
+
+def find_scans(data: str | os.PathLike[str], section: str = "training") -> list[Path]:
+    """Image files and DICOM folders below a folder, or the images of a MONAI datalist.
+
+    Raises:
+        FileNotFoundError: nothing there, or no image in it.
+        ValueError: a file that is no datalist with that section.
+    """
+    path = Path(data)
+    if path.is_file():
+        try:
+            entries = load_decathlon_datalist(path, is_segmentation=True, data_list_key=section)
+            scans = [Path(entry["image"]) for entry in entries]
+        except (ValueError, TypeError, AttributeError, KeyError) as error:
+            raise ValueError(f"{path} cannot be read as a datalist with a section {section!r}: {error}") from None
+    elif path.is_dir():
+        scans = sorted(set(_walk(path)))
+    else:
+        raise FileNotFoundError(f"no folder or datalist {path}.")
+    if not scans:
+        raise FileNotFoundError(f"{path} holds no image; known formats are {', '.join((*_SUFFIXES, *_DICOM))}.")
+    return scans
+
+
+def load_bank(
+    scans: Sequence[Path],
+    *,
+    spatial_dims: int,
+    working_size: int,
+    slice_axis: int | None = None,
+    image_channel: int | None = None,
+    progress: bool = False,
+) -> ScanBank:
+    """Read scans and bring them to the grid and range that a network works in.
+
+    Every image, or slice, has its longest physical side on ``working_size`` voxels and is centred on a square or cube
+    of zeros. Its 0.5th to 99.5th percentile becomes [0, 1].
+
+    Args:
+        scans: image files or DICOM folders, all 2D or all 3D; volumes are sliced for 2D networks.
+        spatial_dims: 2 or 3.
+        working_size: odd.
+        slice_axis: the axis across which volumes are sliced; None: all three.
+        image_channel: which channel of images that have several.
+        progress: show a progress bar.
+
+    Returns:
+        The bank. Files that cannot be used are skipped and named in it.
+
+    Raises:
+        ValueError: nothing is left, images and volumes are mixed, or images have several channels and none was chosen.
+    """
+    images: list[Tensor] = []
+    source: list[int] = []
+    skipped: list[str] = []
+    dims: dict[int, Path] = {}
+    for number, path in enumerate(tqdm(scans, desc="read", unit="scan", disable=not progress)):
+        try:
+            scan = _read(path)
+        except _UnusableError as error:
+            skipped.append(f"{path}: {error}")
+            continue
+        dims.setdefault(scan.ndim - 1, path)
+        if len(dims) > 1:
+            raise ValueError(f"2D and 3D images are mixed: {dims[2]} and {dims[3]}. Train on one kind at a time.")
+        if spatial_dims == 3 and scan.ndim == 3:
+            raise ValueError(f"a 3D network needs volumes, got the 2D image {path}. Set spatial_dims=2.")
+        scan = _one_channel(scan, image_channel, path)
+        try:
+            fitted = [_fit(one, spacing, working_size) for one, spacing in _planes(scan, spatial_dims, slice_axis)]
+        except _UnusableError as error:
+            skipped.append(f"{path}: {error}")
+            continue
+        images += fitted
+        source += [number] * len(fitted)
+    if not images:
+        listed = "\n".join(skipped[:10])
+        raise ValueError(f"none of {len(scans)} scans can be used:\n{listed}")
+    return ScanBank(torch.stack(images), torch.tensor(source), tuple(skipped))
+
+
+class _UnusableError(Exception):
+    """A file that cannot be trained on; others can."""
+
+
+def _walk(folder: Path) -> Iterator[Path]:
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.name.startswith("."):
+            if path.name.lower().endswith(_DICOM):
+                yield path.parent  # a series is one scan
+            elif path.name.lower().endswith(_SUFFIXES):
+                yield path
+
+
+def _read(path: Path) -> MetaTensor:
+    """``(C, *S)`` float32 with its affine."""
+    try:
+        scan = Compose([LoadImage(image_only=True, dtype=np.float32), EnsureChannelFirst()])(os.fspath(path))
+    except Exception as error:  # readers raise whatever damaged bytes lead to
+        raise _UnusableError(f"cannot be read: {str(error.__cause__ or error).splitlines()[0]}") from error
+    if scan.ndim == 4 and scan.shape[-1] == 1:
+        scan = scan[..., 0]
+    if scan.ndim not in (3, 4):
+        raise _UnusableError(f"has {scan.ndim - 1} spatial axes, expected 2 or 3")
+    if not bool(torch.isfinite(scan).all()):
+        raise _UnusableError("holds NaN or infinity")
+    assert isinstance(scan, MetaTensor)
+    return scan
+
+
+def _one_channel(scan: MetaTensor, channel: int | None, path: Path) -> MetaTensor:
+    if channel is None and scan.shape[0] > 1:
+        raise ValueError(f"{path} has {scan.shape[0]} channels. Choose one with image_channel=.")
+    if channel is not None and channel >= scan.shape[0]:
+        raise ValueError(f"image_channel must be below {scan.shape[0]} for {path}, got {channel}.")
+    one: Any = scan[channel or 0][None]
+    return one  # type: ignore[no-any-return]  # MetaTensor keeps its affine when it is indexed
+
+
+def _planes(scan: MetaTensor, spatial_dims: int, slice_axis: int | None) -> Iterator[tuple[Tensor, tuple[float, ...]]]:
+    """The image itself, or the slices of a volume that hold something, with their spacing."""
+    spacing, values = spacing_of(scan, None, "scan"), scan.as_tensor()[0]
+    if values.ndim == spatial_dims:
+        if min(values.shape) < _MIN_SIZE:
+            raise _UnusableError(f"is smaller than {_MIN_SIZE} voxels: {tuple(values.shape)}")
+        yield values, spacing
+        return
+    spread = float(values.std())
+    found = False
+    for axis in range(3) if slice_axis is None else (slice_axis,):
+        in_plane = tuple(s for d, s in enumerate(spacing) if d != axis)
+        for plane in values.unbind(axis):
+            if min(plane.shape) >= _MIN_SIZE and float(plane.std()) > _EMPTY * spread:
+                found = True
+                yield plane, in_plane
+    if not found:
+        raise _UnusableError(f"has no slice of {_MIN_SIZE} voxels or more that is not empty")
+
+
+def _fit(image: Tensor, spacing: tuple[float, ...], working_size: int) -> Tensor:
+    """One image on the working grid, centred on a square or cube: ``(1, *S)`` uint8."""
+    if float(image.max()) <= float(image.min()):
+        raise _UnusableError("is constant")
+    grid = WorkingGrid.of(image.shape, spacing, working_size, odd=True)
+    unit = grid.image_to_working(image[None, None], (0.0, 1.0))[0]
+    room = [working_size - n for n in unit.shape[1:]]
+    padded = F.pad(unit, [p for r in reversed(room) for p in (r // 2, r - r // 2)])
+    return (padded * 255).round().to(torch.uint8)

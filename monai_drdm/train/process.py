@@ -1,0 +1,169 @@
+"""The training process on the device: images deformed by random fields of random levels (paper, Algorithm 1).
+
+Everything is drawn from one generator on the training device, so a batch is a function of that generator's seed.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from monai_drdm.diffusion.schedule import integration_time
+from monai_drdm.fields import exp_svf, gaussian_smooth, identity_grid, isotropic_velocity, resize_ddf, sample
+from monai_drdm.networks.velocity_unet import half_shape
+
+
+@dataclass(frozen=True)
+class Appearance:
+    """How much the look of images is changed, after they are deformed."""
+
+    gamma: float = 0.4
+    """Intensities are raised to ``exp(U(-gamma, gamma))``."""
+    contrast: float = 0.3
+    """Factor on intensities around their mean, ``1 ± contrast``."""
+    bias: float = 0.3
+    """Largest relative change by a smooth bias field."""
+    blur_vox: float = 0.8
+    """Largest standard deviation of a Gaussian blur."""
+    noise: float = 0.06
+    """Largest standard deviation of Gaussian noise, in units of the intensity range."""
+
+
+@dataclass(frozen=True)
+class Pose:
+    """How much images are moved as a whole, before they are deformed."""
+
+    flip: float = 0.5
+    """Chance of a flip along each axis."""
+    rotation_deg: float = 20.0
+    scale: float = 0.2
+    """Log of the largest magnification."""
+    shift_frac: float = 0.05
+    """Largest shift, as a fraction of the image along each axis."""
+
+
+@dataclass(frozen=True)
+class Deformed:
+    """A batch as the network sees it, and what it should say."""
+
+    image: Tensor
+    """``(B, C, *S)`` the posed and deformed images, their look changed."""
+    level: Tensor
+    """``(B,)`` deformation levels."""
+    velocity: Tensor
+    """``(B, D, *H)`` voxels of the half grid: the velocity that undoes the deformation in unit integration time."""
+    ddf: Tensor
+    """``(B, D, *H)`` voxels of the half grid: the deformation."""
+    posed: Tensor
+    """``(B, C, *S)`` the posed images as they were before, in their own look."""
+
+
+def deform_images(
+    images: Tensor,
+    generator: torch.Generator,
+    *,
+    levels: tuple[float, float] = (0.02, 1.0),
+    pose: Pose | None = None,
+    appearance: Appearance | None = None,
+) -> Deformed:
+    """Pose, deform and restyle a batch of images by what a generator draws.
+
+    Args:
+        images: ``(B, C, *S)`` in [0, 1], sizes odd (or 1), on the training device.
+        generator: on the same device.
+        levels: range of deformation levels, drawn uniformly.
+        pose: how images are moved as a whole; None: not at all.
+        appearance: how their look is changed; None: not at all.
+
+    Returns:
+        The batch; nothing in it carries gradients.
+    """
+    batch, dims = images.shape[0], images.ndim - 2
+    level = uniform(generator, (batch,), *levels)
+    times = torch.tensor([integration_time(one, dims) for one in level.tolist()], device=images.device)
+    shape = half_shape(images.shape[2:])
+    velocity = isotropic_velocity([generator] * batch, shape)
+    ddf = exp_svf(velocity * times.view(-1, *(1,) * (dims + 1)))
+    matrix, shift = random_pose(generator, batch, images.shape[2:], pose or _NO_POSE)
+    full = resize_ddf(ddf, images.shape[2:])
+    deformed = sample_posed(images, full, matrix, shift)
+    posed = sample_posed(images, torch.zeros_like(full), matrix, shift)
+    if appearance is not None:
+        deformed = change_appearance(deformed, generator, appearance)
+    return Deformed(deformed, level, -velocity, ddf, posed)
+
+
+def sample_posed(images: Tensor, ddf: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
+    """Images resampled once through a field and then a pose: ``image(c + M (x + ddf(x) - c) + shift)``.
+
+    Args:
+        images: ``(B, C, *S)``.
+        ddf: ``(B, D, *S)`` voxels.
+        matrix: ``(B, D, D)``.
+        shift: ``(B, D)`` voxels.
+    """
+    form = (-1, *(1,) * (images.ndim - 2))
+    grid = identity_grid(images.shape[2:], device=images.device, dtype=ddf.dtype)
+    centre = torch.tensor([(n - 1) / 2 for n in images.shape[2:]], device=images.device, dtype=ddf.dtype)
+    position = grid + ddf - centre.view(form)
+    turned = torch.einsum("bij,bj...->bi...", matrix, position)
+    return sample(images, turned + (centre + shift).view(*shift.shape, *form[1:]), "bilinear", "border")
+
+
+def random_pose(generator: torch.Generator, batch: int, shape: tuple[int, ...], pose: Pose) -> tuple[Tensor, Tensor]:
+    """Flips, rotation and magnification ``(B, D, D)``, and shift ``(B, D)`` in voxels."""
+    dims, device = len(shape), generator.device
+    scale = torch.exp(uniform(generator, (batch, dims), -pose.scale, pose.scale))
+    flips = torch.where(torch.rand((batch, dims), generator=generator, device=device) < pose.flip, -1.0, 1.0)
+    matrix = torch.diag_embed(scale * flips)
+    for i in range(dims):
+        for j in range(i + 1, dims):
+            angle = uniform(generator, (batch,), -pose.rotation_deg, pose.rotation_deg) * (math.pi / 180)
+            turn = torch.eye(dims, device=device).repeat(batch, 1, 1)
+            turn[:, i, i] = turn[:, j, j] = angle.cos()
+            turn[:, i, j], turn[:, j, i] = -angle.sin(), angle.sin()
+            matrix = turn @ matrix
+    sizes = torch.tensor(shape, device=device)
+    return matrix, uniform(generator, (batch, dims), -pose.shift_frac, pose.shift_frac) * sizes
+
+
+def change_appearance(images: Tensor, generator: torch.Generator, appearance: Appearance) -> Tensor:
+    """Gamma, contrast, bias field, blur and noise; the result is in [0, 1]. Blur is one for the batch."""
+    batch, form = images.shape[0], (-1, *(1,) * (images.ndim - 1))
+    gamma = torch.exp(uniform(generator, (batch,), -appearance.gamma, appearance.gamma)).view(form)
+    images = images.clamp(0, 1) ** gamma
+    mean = images.flatten(1).mean(dim=1).view(form)
+    images = mean + (images - mean) * uniform(
+        generator, (batch,), 1 - appearance.contrast, 1 + appearance.contrast
+    ).view(form)
+    images = images * (1 + appearance.bias * smooth_noise(generator, batch, 1, images.shape[2:], 4).clamp(-1, 1))
+    images = gaussian_smooth(images, float(uniform(generator, (1,), 0.0, appearance.blur_vox)))
+    strength = uniform(generator, (batch,), 0.0, appearance.noise).view(form)
+    return (images + strength * _normal(generator, tuple(images.shape))).clamp(0, 1)
+
+
+def smooth_noise(
+    generator: torch.Generator, batch: int, channels: int, shape: tuple[int, ...] | torch.Size, nodes: int
+) -> Tensor:
+    """Random fields of unit variance at their nodes: ``(B, C, *S)`` interpolated from about ``nodes`` a side."""
+    longest = max(shape)
+    lattice = [max(2, round(nodes * n / longest)) if n > 1 else 1 for n in shape]
+    noise = _normal(generator, (batch, channels, *lattice))
+    mode = "bicubic" if len(shape) == 2 else "trilinear"
+    return F.interpolate(noise, tuple(shape), mode=mode, align_corners=True)
+
+
+def uniform(generator: torch.Generator, shape: tuple[int, ...], low: float, high: float) -> Tensor:
+    """Uniform numbers in [low, high) on the generator's device."""
+    return low + (high - low) * torch.rand(shape, generator=generator, device=generator.device)
+
+
+def _normal(generator: torch.Generator, shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=generator, device=generator.device)
+
+
+_NO_POSE = Pose(flip=0.0, rotation_deg=0.0, scale=0.0, shift_frac=0.0)

@@ -1,0 +1,128 @@
+"""Endless anatomy: random smooth label maps with random contrast, made on the device.
+
+Organs that touch, shells around organs, vessels and membranes, bilateral symmetry, a body on a background. A network
+that has seen enough of it knows what every anatomy has in common – smooth boundaries, even walls, regular texture – and
+not the contrast of one modality (Hoffmann et al., IEEE TMI 2022, train registration in this way).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from monai_drdm.fields import gaussian_smooth, identity_grid
+from monai_drdm.train.process import smooth_noise, uniform
+
+_ORGANS = (6, 16)
+_ELLIPSES = 6
+_SYMMETRIC = 0.5
+_MAX_BLUR_VOX = 0.7
+
+
+def synthetic_images(generator: torch.Generator, batch: int, shape: Sequence[int]) -> Tensor:
+    """Random anatomies.
+
+    Args:
+        generator: on the device where the images are made; fixes them.
+        batch: how many.
+        shape: spatial shape ``S``, 2D or 3D.
+
+    Returns:
+        ``(B, 1, *S)`` in [0, 1].
+    """
+    size = tuple(int(n) for n in shape)
+    labels = synthetic_labels(generator, batch, size)
+    count = int(labels.max()) + 1
+    form = (batch, count, *(1,) * len(size))
+    means = uniform(generator, (batch, count), 0.05, 1.0)
+    dark = torch.rand(batch, generator=generator, device=generator.device) < 0.8
+    means[:, 0] = torch.where(dark, means[:, 0] * 0.1, means[:, 0])
+    texture = uniform(generator, (batch, count), 0.0, 0.12)
+    texture[:, 0] = torch.where(dark, texture[:, 0] * 0.1, texture[:, 0])
+    means, texture = means.view(form), texture.view(form)
+    fine = smooth_noise(generator, batch, 1, size, 40) + 0.5 * smooth_noise(generator, batch, 1, size, 80)
+    image = _look_up(means, labels)
+    image = image + _look_up(texture, labels) * fine
+    image = gaussian_smooth(image, float(uniform(generator, (1,), 0.3, _MAX_BLUR_VOX)))
+    return image.clamp(0, 1)
+
+
+def synthetic_labels(generator: torch.Generator, batch: int, shape: Sequence[int]) -> Tensor:
+    """Random label maps: 0 background, then organs, shells around some, ellipsoids with walls, and tubes.
+
+    Args:
+        generator: as in ``synthetic_images``.
+        batch: as in ``synthetic_images``.
+        shape: as in ``synthetic_images``.
+
+    Returns:
+        ``(B, 1, *S)`` int64.
+    """
+    size, device = tuple(int(n) for n in shape), generator.device
+    organs = int(torch.randint(*_ORGANS, (1,), generator=generator, device=device))
+    nodes = int(torch.randint(3, 8, (1,), generator=generator, device=device))
+    regions = smooth_noise(generator, batch, organs, size, nodes) + 0.4 * smooth_noise(
+        generator, batch, organs, size, 9
+    )
+    symmetric = (torch.rand(batch, generator=generator, device=device) < _SYMMETRIC).view(-1, *(1,) * (len(size) + 1))
+    regions = torch.where(symmetric, regions + regions.flip(2), regions)
+    best, index = regions.topk(2, dim=1)
+    labels = index[:, :1] + 1
+    edge = best[:, :1] - best[:, 1:]
+    labels, used = _shells(generator, labels, edge, organs + 1)
+    labels, used = _ellipsoids(generator, labels, used)
+    labels, used = _tubes(generator, labels, used)
+    return torch.where(_body(generator, batch, size), labels, torch.zeros_like(labels))
+
+
+def _shells(generator: torch.Generator, labels: Tensor, edge: Tensor, used: int) -> tuple[Tensor, int]:
+    """A wall of its own kind along the border of every other organ; ``edge`` is 0 there and grows inwards."""
+    width = uniform(generator, (labels.shape[0],), 0.05, 0.4).view(-1, *(1,) * (labels.ndim - 1))
+    walled = (labels % 2 == 0) & (edge < width)
+    return torch.where(walled, torch.full_like(labels, used), labels), used + 1
+
+
+def _ellipsoids(generator: torch.Generator, labels: Tensor, used: int) -> tuple[Tensor, int]:
+    """Bumpy ellipsoids, each with a wall: chambers, vessels across, bones, eyes."""
+    batch, size, dims = labels.shape[0], labels.shape[2:], labels.ndim - 2
+    grid = identity_grid(size, device=labels.device)[None]
+    longest, form = max(size), (-1, dims, *(1,) * dims)
+    scale = torch.tensor([(n - 1) / 2 for n in size], device=labels.device).view(form)
+    for _ in range(_ELLIPSES):
+        centre = scale * (1 + uniform(generator, (batch, dims), -0.7, 0.7).view(form))
+        radius = longest * uniform(generator, (batch, dims), 0.03, 0.2).view(form)
+        bumps = 0.15 * smooth_noise(generator, batch, 1, size, 6)
+        distance = ((grid - centre) / radius).square().sum(dim=1, keepdim=True).sqrt() + bumps
+        wall = 1 - uniform(generator, (batch,), 0.0, 0.5).view(-1, *(1,) * (dims + 1))
+        labels = torch.where(distance < 1, torch.full_like(labels, used), labels)
+        labels = torch.where(distance < wall, torch.full_like(labels, used + 1), labels)
+        used += 2
+    return labels, used
+
+
+def _tubes(generator: torch.Generator, labels: Tensor, used: int) -> tuple[Tensor, int]:
+    """Winding bands in 2D, vessels in 3D: where one, or two, smooth fields are near zero."""
+    batch, size, dims = labels.shape[0], labels.shape[2:], labels.ndim - 2
+    width = uniform(generator, (batch,), 0.02, 0.12).view(-1, *(1,) * (dims + 1)) * (dims - 1)
+    fields = smooth_noise(generator, batch, dims - 1, size, 4)
+    inside = (fields.abs() < width).all(dim=1, keepdim=True)
+    return torch.where(inside, torch.full_like(labels, used), labels), used + 1
+
+
+def _body(generator: torch.Generator, batch: int, size: tuple[int, ...]) -> Tensor:
+    """A bumpy ellipsoid that fills most of the image, or more than all of it: ``(B, 1, *S)`` bool."""
+    dims = len(size)
+    form = (-1, dims, *(1,) * dims)
+    grid = identity_grid(size, device=generator.device)[None]
+    centre = torch.tensor([(n - 1) / 2 for n in size], device=generator.device).view(form)
+    radius = centre.clamp(min=0.5) * uniform(generator, (batch, dims), 0.6, 1.6).view(form)
+    distance = ((grid - centre) / radius).square().sum(dim=1, keepdim=True).sqrt()
+    return distance + 0.08 * smooth_noise(generator, batch, 1, size, 8) < 1
+
+
+def _look_up(values: Tensor, labels: Tensor) -> Tensor:
+    """For every voxel the value ``(B, K, 1, …)`` of its label: ``(B, 1, *S)``."""
+    flat = values.flatten(1).gather(1, labels.flatten(1))
+    return flat.view(labels.shape)

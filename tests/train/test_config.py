@@ -1,0 +1,76 @@
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from monai_drdm.train.config import build_config, describe_settings, TrainConfig
+
+
+def test_later_sources_win(tmp_path):
+    (tmp_path / "run.yaml").write_text("batch_size: 4\nlearning_rate: 1e-3\nchannels: [8, 16]\nmax_minutes: 5\n")
+    config = build_config(tmp_path / "run.yaml", ["batch_size=8", "slice_axis=1"], seed=3, device=None)
+    assert (config.batch_size, config.channels, config.slice_axis, config.seed) == (8, (8, 16), 1, 3)
+    assert config.max_minutes == 5.0
+    assert isinstance(config.max_minutes, float)
+
+
+def test_json_round_trip(tmp_path):
+    config = build_config(settings=["noise=0.1", "data=scans"])
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert build_config(tmp_path / "config.json") == config
+    assert config.max_minutes == math.inf
+    assert json.loads(config.to_json())["noise"] == 0.1
+
+
+def test_settings_reach_pose_and_appearance():
+    config = build_config(settings=["rotation_deg=0", "gamma=0.1"])
+    assert config.pose.rotation_deg == 0.0
+    assert config.appearance.gamma == 0.1
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        (["batchsize=8"], ValueError, "unknown settings \\['batchsize'\\]"),
+        (["batch_size"], ValueError, "key=value"),
+        (["batch_size=0"], ValueError, "batch_size must be in"),
+        (["batch_size=2.5"], TypeError, "batch_size must be int"),
+        (["batch_size=true"], TypeError, "batch_size must be int"),
+        (["bfloat16=1"], TypeError, "bfloat16 must be bool"),
+        (["learning_rate=fast"], TypeError, "learning_rate must be float"),
+        (["learning_rate=.nan"], TypeError, "learning_rate must be float"),
+        (["kind=transformer"], ValueError, "kind must be one of"),
+        (["spatial_dims=4"], ValueError, "spatial_dims must be one of"),
+        (["channels=16"], TypeError, "channels must be a list"),
+        (["channels=[16]"], ValueError, "two or more"),
+        (["channels=[16, 1]"], ValueError, "channels must be in"),
+        (["working_size=160"], ValueError, "odd"),
+        (["level_low=0.9", "level_high=0.5"], ValueError, "level_low"),
+        (["spatial_dims=3", "slice_axis=0"], ValueError, "slice_axis"),
+        (["seed=[1"], ValueError, "cannot be read"),
+    ],
+)
+def test_wrong_settings_are_refused(settings, error, message):
+    with pytest.raises(error, match=message):
+        build_config(settings=settings)
+
+
+def test_wrong_files_are_refused(tmp_path):
+    with pytest.raises(FileNotFoundError, match="no settings file"):
+        build_config(tmp_path / "none.yaml")
+    (tmp_path / "list.yaml").write_text("- 1\n")
+    with pytest.raises(ValueError, match="mapping"):
+        build_config(tmp_path / "list.yaml")
+    (tmp_path / "object.yaml").write_text("seed: !!python/object/apply:os.getcwd []\n")
+    with pytest.raises(ValueError, match="cannot be read"):
+        build_config(tmp_path / "object.yaml")
+
+
+def test_every_setting_has_a_line_of_help():
+    lines = describe_settings().splitlines()
+    names = [one.name for one in dataclasses.fields(TrainConfig)]
+    assert [line.split(" = ")[0].strip() for line in lines] == names
+    assert all(len(line.split(": ", 1)[1]) > 5 for line in lines)
