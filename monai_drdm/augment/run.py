@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from monai_drdm.augment.settings import AugmentSettings
 from monai_drdm.io import Case, ImageFile, load_image, save_ddf
-from monai_drdm.io.files import atomically
+from monai_drdm.io.files import atomically, locked
 
 _SETTINGS = "settings.json"
 _DATALIST = "datalist.json"
@@ -132,7 +132,7 @@ class _Run:
                     "settings to go on, or use --force to draw everything again."
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _locked(self.folder):
+        with locked(self.folder):
             _write_text(there, self.described)
             for name in (".", "images", "labels", "fields", "records"):
                 (self.folder / name).mkdir(exist_ok=True)
@@ -245,30 +245,6 @@ def _hashes(case: Case) -> dict[str, str]:
         raise _BadCaseError(f"no file {error.filename}.") from error
     except OSError as error:
         raise _BadCaseError(str(error)) from error
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other runs out of a folder; the system lets go when the process ends, however it ends.
-
-    Raises:
-        FileExistsError: another run is at it.
-    """
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
-        yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise FileExistsError(f"another run is writing to {folder}. Wait for it, or choose another folder.") from None
-    try:
-        yield
-    finally:
-        os.close(handle)
 
 
 def _check_device(device: str | None) -> None:

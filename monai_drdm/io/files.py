@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 ITK_FORMATS = {".mha": "MetaImageIO", ".nrrd": "NrrdImageIO", ".png": "PNGImageIO"}
@@ -51,3 +52,27 @@ def atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> 
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[-1]}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(folder: Path) -> Iterator[None]:
+    """Keep other runs out of a folder; the system lets go when the process ends, however it ends.
+
+    Raises:
+        FileExistsError: another run is at it.
+    """
+    try:
+        import fcntl
+    except ImportError:  # Windows has no such lock
+        yield
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise FileExistsError(f"another run is writing to {folder}. Wait for it, or choose another folder.") from None
+    try:
+        yield
+    finally:
+        os.close(handle)

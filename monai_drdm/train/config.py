@@ -36,9 +36,8 @@ class TrainConfig:
         None, "axis across which volumes are sliced for 2D; none: all three", low=0, high=2
     )
     image_channel: int | None = _setting(None, "channel of images that have several", low=0)
-    kind: str = _setting("velocity_unet", "architecture", choices=("velocity_unet", "recresacnet"))
-    channels: tuple[int, ...] = _setting((16, 32, 48, 64), "features on each grid of velocity_unet", low=2, high=512)
-    working_size: int = _setting(161, "voxels along the longest side; odd for velocity_unet", low=17, high=1025)
+    channels: tuple[int, ...] = _setting((16, 32, 48, 64), "features on each grid", low=2, high=512)
+    working_size: int = _setting(161, "voxels along the longest side, odd", low=17, high=1025)
     batch_size: int = _setting(16, "images in a batch, on each process", low=1, high=4096)
     epoch_length: int = _setting(200, "steps between validations and checkpoints", low=1)
     max_epochs: int = _setting(1000, "epochs at most", low=1)
@@ -76,8 +75,8 @@ class TrainConfig:
             value = _checked_type(getattr(self, one.name), hints[one.name], one.name)
             object.__setattr__(self, one.name, value)
             _check_range(value, one.name, **{k: one.metadata[k] for k in ("low", "high", "choices")})
-        if self.kind == "velocity_unet" and self.working_size % 2 == 0:
-            raise ValueError(f"working_size must be odd for velocity_unet, got {self.working_size}.")
+        if self.working_size % 2 == 0:
+            raise ValueError(f"working_size must be odd, got {self.working_size}.")
         if len(self.channels) < 2:
             raise ValueError(f"channels must be two or more numbers, got {self.channels}.")
         if not 0 < self.level_low < self.level_high:

@@ -192,3 +192,38 @@ def test_a_shape_that_is_no_image_is_refused(size):
 def test_a_spacing_that_does_not_fit_is_refused(spacing):
     with pytest.raises(ValueError, match="isotropic_velocity: spacing must be 2 positive numbers in mm"):
         isotropic_velocity(generators(0), (8, 8), spacing)
+
+
+# one generator for a whole batch
+
+
+def test_samples_from_one_generator_follow_each_other():
+    """Lattice by lattice, sample by sample: the numbers are those the generator gives in that order."""
+    velocity = isotropic_velocity(generators(5) * 3, (8, 4), finest_node=1 / 4, scales=2)
+    source, expected = torch.Generator().manual_seed(5), np.zeros((3, 2, 8, 4))
+    for spacing, nodes in ((2, (6, 4)), (4, (4, 4))):
+        index = [(np.arange(n) - (n - 1) / 2) / spacing + (m - 1) / 2 for n, m in zip((8, 4), nodes)]
+        position = np.stack(np.meshgrid(*index, indexing="ij"))
+        for b in range(3):
+            lattice = torch.randn((1, 2, *nodes), generator=source)[0].numpy()
+            expected[b] += [ndimage.map_coordinates(c, position, order=1) * 8e-3 * spacing / 2 for c in lattice]
+    np.testing.assert_allclose(velocity.numpy(), expected, atol=1e-6)
+
+
+def test_samples_from_one_generator_are_independent_and_fixed_by_its_seed(shape):
+    velocity = isotropic_velocity(generators(4) * 40, shape)
+    assert torch.equal(velocity, isotropic_velocity(generators(4) * 40, shape))
+    assert not torch.equal(velocity, isotropic_velocity(generators(5) * 40, shape))
+    flat = velocity.double().flatten(1)
+    flat = flat / flat.norm(dim=1, keepdim=True)
+    cosine = (flat @ flat.T)[~torch.eye(40, dtype=torch.bool)]
+    assert cosine.max() < 0.95
+    assert cosine.mean().abs() < 0.05
+    apart = isotropic_velocity(generators(*range(40)), shape).double().square().mean()
+    assert velocity.double().square().mean().item() == pytest.approx(apart.item(), rel=0.25)
+
+
+def test_one_generator_goes_on_between_calls(shape):
+    (source,) = generators(4)
+    first, second = (isotropic_velocity([source] * 2, shape) for _ in range(2))
+    assert not torch.allclose(first, second)

@@ -42,7 +42,6 @@ def test_settings_reach_pose_and_appearance():
         (["bfloat16=1"], TypeError, "bfloat16 must be bool"),
         (["learning_rate=fast"], TypeError, "learning_rate must be float"),
         (["learning_rate=.nan"], TypeError, "learning_rate must be float"),
-        (["kind=transformer"], ValueError, "kind must be one of"),
         (["spatial_dims=4"], ValueError, "spatial_dims must be one of"),
         (["channels=16"], TypeError, "channels must be a list"),
         (["channels=[16]"], ValueError, "two or more"),

@@ -1,0 +1,66 @@
+"""The command ``python -m monai_drdm.train``."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from monai_drdm.train import build_config, fit
+from monai_drdm.train.config import describe_settings
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line and return its exit code.
+
+    0 done, 1 an error that is explained, 2 a wrong call, 128 + the signal's number if one ended the run: 130 after
+    Ctrl-C, 143 after SIGTERM. The run then is saved, and ``--resume`` goes on from there.
+    """
+    options = _parser().parse_args(arguments)
+    caught: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        caught.append(number)
+        signal.signal(number, signal.default_int_handler)  # a second one does not wait for the step
+
+    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        file = options.out / "config.json" if options.resume and options.config is None else options.config
+        config = build_config(file, options.set, data=options.data, max_minutes=options.max_minutes, init=options.init)
+        weights = fit(config, options.out, resume=options.resume, progress=True, should_stop=lambda: bool(caught))
+    except (OSError, TypeError, ValueError, FloatingPointError) as error:
+        print(f"monai_drdm.train: {error}", file=sys.stderr)
+        return 1
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if weights.is_file():
+        print(weights)
+        return 0
+    print(f"stopped; go on with --resume --out {options.out}", file=sys.stderr)
+    return 128 + caught[0] if caught else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m monai_drdm.train",
+        description="Train a deformation-recovery network on unlabelled scans.",
+        epilog="settings for --set and --config:\n" + describe_settings(),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data", help="folder of scans, MONAI datalist, or 'synthetic'")
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the run")
+    parser.add_argument("--config", type=Path, help="YAML or JSON file of settings")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated")
+    parser.add_argument("--max-minutes", type=float, help="minutes at most")
+    parser.add_argument("--init", help="network to start from: a name or a .safetensors file")
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main())

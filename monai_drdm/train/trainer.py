@@ -1,0 +1,320 @@
+"""The training run: MONAI's engine around one step, with everything needed to stop at any time and go on."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Events
+from ignite.handlers import Checkpoint, DiskSaver, ProgressBar
+from monai.engines import SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys
+from torch import nn, Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from monai_drdm.io.files import atomically, locked
+from monai_drdm.networks import load_network, RecoveryNetwork, save_network, VelocityUNet
+from monai_drdm.train.config import TrainConfig
+from monai_drdm.train.data import find_scans, load_bank, ScanBank
+from monai_drdm.train.parts import Bfloat16Inferer, Progress
+from monai_drdm.train.step import draw_batch, folding_of, recovery_loss, Target
+
+_CONFIG = "config.json"
+_METRICS = "metrics.jsonl"
+_WEIGHTS = "network.safetensors"
+_CHECKPOINTS = "checkpoints"
+_VALIDATION_BATCHES = 4
+_KEPT = 3
+
+
+def fit(
+    config: TrainConfig,
+    out: str | Path,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Path:
+    """Train a network (Algorithm 1) and write it with everything that says how it came about.
+
+    Args:
+        config: the settings.
+        out: a new or empty folder or, with ``resume``, that of a run with the same settings.
+        resume: go on from the latest intact checkpoint.
+        progress: show a progress bar.
+        should_stop: asked after every step; once it says yes, the run saves and returns.
+
+    Returns:
+        The weights file; it exists only if the run reached its end.
+
+    Raises:
+        FileExistsError: the folder is in use, or holds something and not ``resume``.
+        ValueError: ``resume`` with other settings, no usable scan, or ``init`` of another architecture.
+        FloatingPointError: a loss that is not finite; names the batch.
+    """
+    folder = Path(out)
+    _check_folder(folder, config, resume)
+    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    training, validation = _banks(config, progress)
+    (folder / _CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+    with locked(folder):
+        atomically(folder / _CONFIG, lambda part: Path(part).write_text(config.to_json(), encoding="utf-8"))
+        run = _Run(config, folder, device, training, validation, should_stop, progress)
+        if resume:
+            run.restore()
+        return run.train()
+
+
+class _Run:
+    """One training run in one folder."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        folder: Path,
+        device: torch.device,
+        training: ScanBank | None,
+        validation: ScanBank | None,
+        should_stop: Callable[[], bool],
+        progress: bool,
+    ) -> None:
+        torch.manual_seed(config.seed)
+        self.config, self.folder, self.device, self.should_stop = config, folder, device, should_stop
+        self.bank, self.validation = training, validation
+        self.network = _new_network(config).to(device)
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay
+        )
+        self.progress = Progress(config)
+        self.inferer = Bfloat16Inferer(config.bfloat16)
+        self.trainer = SupervisedTrainer(
+            device=device,
+            max_epochs=config.max_epochs,
+            train_data_loader=range(config.epoch_length),
+            epoch_length=config.epoch_length,
+            network=self.network,
+            optimizer=self.optimizer,
+            loss_function=self._loss,
+            prepare_batch=self._prepare,
+            inferer=self.inferer,
+            decollate=False,
+        )
+        self.averaged = AveragedModel(self.network, avg_fn=self._average)
+        self.checkpoint = Checkpoint(
+            self._state(),
+            DiskSaver(folder / _CHECKPOINTS, atomic=True, require_empty=False),
+            n_saved=_KEPT,
+            global_step_transform=lambda engine, _: engine.state.iteration,
+        )
+        self._attach(progress)
+
+    def train(self) -> Path:
+        """Run to the end, or until told to stop."""
+        self.progress.start()
+        self.trainer.run()
+        weights = self.folder / _WEIGHTS
+        if self.finished:
+            averaged = self.averaged.module
+            assert isinstance(averaged, RecoveryNetwork)
+            averaged.card = self._card()
+            atomically(weights, lambda part: save_network(averaged, part))
+        return weights
+
+    @property
+    def finished(self) -> bool:
+        """The run was not interrupted."""
+        state = self.trainer.state
+        done = state.iteration >= self.config.max_epochs * self.config.epoch_length
+        return done or self.progress.spent() >= 1 or self._patience_lost()
+
+    def restore(self) -> None:
+        """Go on from the latest checkpoint that is whole; without one, from the start."""
+        paths = sorted((self.folder / _CHECKPOINTS).glob("*.pt"), key=_iteration_of, reverse=True)
+        for path in paths:
+            try:
+                saved = torch.load(path, map_location=self.device, weights_only=True)
+                Checkpoint.load_objects(self._state(), saved)
+            except Exception as error:  # a torn file fails in as many ways as there are bytes
+                print(f"{path.name} is damaged ({str(error).splitlines()[0]}); falling back to the one before")
+                continue
+            self._forget_after(self.trainer.state.iteration)
+            return
+
+    def _state(self) -> dict[str, Any]:
+        return {
+            "trainer": self.trainer,
+            "network": self.network,
+            "optimizer": self.optimizer,
+            "averaged": self.averaged,
+            "progress": self.progress,
+        }
+
+    def _attach(self, progress: bool) -> None:
+        trainer = self.trainer
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.averaged.update_parameters(self.network))
+        trainer.add_event_handler(Events.ITERATION_STARTED, self._set_learning_rate)
+        trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._clip)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._log_step)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._validate)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self.checkpoint)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._stop_within_epoch)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._stop_if_asked)
+        if progress:
+            bar = ProgressBar(persist=True)
+            bar.attach(trainer, output_transform=lambda output: {"loss": float(output[CommonKeys.LOSS].detach())})
+
+    def _prepare(self, *_: Any) -> tuple[Tensor, Target, tuple[Tensor], dict[str, Any]]:
+        """Batch ``i`` is a function of seed and ``i``, whatever happened before."""
+        generator = self._generator("train", self.trainer.state.iteration)
+        network = self.inferer.bound(self.network)
+        with self._batch_named():
+            image, target = draw_batch(self.config, self.bank, network, generator)
+        return image, target, (target.level,), {}
+
+    def _loss(self, predicted: Tensor, target: Target) -> Tensor:
+        with self._batch_named():
+            loss = recovery_loss(predicted, target)
+            if self.config.folding_weight > 0:
+                loss = loss + self.config.folding_weight * folding_of(predicted, target)
+            if not bool(torch.isfinite(loss)):
+                raise ValueError(f"the loss is {float(loss)}")
+        return loss
+
+    @contextmanager
+    def _batch_named(self) -> Iterator[None]:
+        """Say which batch it was that brought numbers that are not finite."""
+        try:
+            yield
+        except ValueError as error:
+            raise FloatingPointError(
+                f"batch {self.trainer.state.iteration} (seed {self.config.seed}): {error}. The last checkpoint is "
+                "intact; start again with a lower learning_rate."
+            ) from error
+
+    def _generator(self, purpose: str, number: int) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.config.seed}/{purpose}/{number}".encode()).digest()
+        return torch.Generator(self.device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def _set_learning_rate(self) -> None:
+        config, done = self.config, self.trainer.state.iteration - 1
+        share = max(done / (config.max_epochs * config.epoch_length), self.progress.spent())
+        warm = min(1.0, (done + 1) / max(config.warmup_steps, 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+    def _average(self, average: Tensor, newest: Tensor, count: Tensor | int) -> Tensor:
+        """An exponential average that forgets its first, worst weights sooner."""
+        decay = min(self.config.ema_decay, float((1 + count) / (10 + count)))
+        return average + (1 - decay) * (newest - average)
+
+    def _clip(self) -> None:
+        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
+
+    def _log_step(self) -> None:
+        loss = float(self.trainer.state.output[CommonKeys.LOSS].detach())
+        self._write({"step": self.trainer.state.iteration, "loss": loss})
+
+    @torch.no_grad()
+    def _validate(self) -> None:
+        """Loss of the averaged network on batches that are the same every time."""
+        network = self.inferer.bound(self.averaged.module)
+        config = dataclasses.replace(self.config, roll_out=0.0)
+        losses = []
+        for number in range(_VALIDATION_BATCHES):
+            image, target = draw_batch(config, self.validation, network, self._generator("validate", number))
+            losses.append(float(recovery_loss(network(image, target.level), target)))
+        mean = sum(losses) / len(losses)
+        self.progress.validated(mean)
+        self._write({"step": self.trainer.state.iteration, "validation_loss": mean})
+
+    def _stop_within_epoch(self) -> None:
+        """After the last step of an epoch comes its validation first."""
+        if self.trainer.state.iteration % self.config.epoch_length:
+            self._stop_if_asked()
+
+    def _stop_if_asked(self) -> None:
+        if self.should_stop() or self.progress.spent() >= 1 or self._patience_lost():
+            self.checkpoint(self.trainer)
+            self.trainer.terminate()
+
+    def _patience_lost(self) -> bool:
+        return 0 < self.config.patience <= self.progress.stale
+
+    def _card(self) -> Any:
+        return dataclasses.replace(
+            self.network.card,
+            name=self.folder.resolve().name,
+            training_data=self.config.data,
+            source="trained with monai_drdm.train",
+        )
+
+    def _write(self, row: Mapping[str, Any]) -> None:
+        with (self.folder / _METRICS).open("a", encoding="utf-8") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def _forget_after(self, iteration: int) -> None:
+        """Drop the metrics of steps that are taken again."""
+        path = self.folder / _METRICS
+        if path.is_file():
+            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
+            kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= iteration)
+            atomically(path, lambda part: Path(part).write_text(kept, encoding="utf-8"))
+
+
+def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
+    there = folder / _CONFIG
+    if not resume:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another, or --resume.")
+        return
+    if not there.is_file():
+        raise FileNotFoundError(f"{folder} holds no run to resume.")
+    before = json.loads(there.read_text(encoding="utf-8"))
+    after = json.loads(config.to_json())
+    changed = sorted(key for key in after if before.get(key) != after[key])
+    if changed:
+        listed = ", ".join(f"{key}: {before.get(key)!r} before, {after[key]!r} now" for key in changed)
+        raise ValueError(f"{folder} was made with other settings ({listed}). Resume with the same ones.")
+
+
+def _banks(config: TrainConfig, progress: bool) -> tuple[ScanBank | None, ScanBank | None]:
+    if config.data == "synthetic":
+        return None, None
+    bank = load_bank(
+        find_scans(config.data, config.section),
+        spatial_dims=config.spatial_dims,
+        working_size=config.working_size,
+        slice_axis=config.slice_axis,
+        image_channel=config.image_channel,
+        progress=progress,
+    )
+    for line in bank.skipped:
+        print(f"skipped {line}")
+    return bank.split(config.validation_share, config.seed)
+
+
+def _new_network(config: TrainConfig) -> VelocityUNet:
+    if not config.init:
+        network = VelocityUNet(config.spatial_dims, 1, config.channels)
+        network.card = dataclasses.replace(network.card, working_size=config.working_size)
+        return network
+    start = load_network(config.init)
+    if not isinstance(start, VelocityUNet) or start.spatial_dims != config.spatial_dims:
+        raise ValueError(
+            f"init must be a {config.spatial_dims}D velocity_unet, got {start.card.name!r}: {start.spatial_dims}D "
+            f"{start.card.kind}."
+        )
+    return start.train().requires_grad_(True)
+
+
+def _iteration_of(path: Path) -> int:
+    digits = path.stem.rsplit("_", 1)[-1]
+    return int(digits) if digits.isdigit() else -1

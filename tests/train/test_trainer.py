@@ -1,0 +1,204 @@
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from monai_drdm import load_network, RandDRDMDeformd
+from monai_drdm.networks import RecResACNet, save_network
+from monai_drdm.train import build_config, fit
+from monai_drdm.train.__main__ import main
+
+SMALL = ["channels=[8, 16]", "working_size=33", "batch_size=2", "epoch_length=5", "max_epochs=3", "warmup_steps=2"]
+
+
+def small(*more, **known):
+    return build_config(settings=[*SMALL, *more], **known)
+
+
+def rows(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def stop_after(count):
+    calls = iter(range(1, 10**6))
+    return lambda: next(calls) == count
+
+
+def same_weights(a, b):
+    first, second = (load_network(folder / "network.safetensors").state_dict() for folder in (a, b))
+    return all(torch.equal(first[key], second[key]) for key in first)
+
+
+def close_weights(a, b):
+    first, second = (load_network(folder / "network.safetensors").state_dict() for folder in (a, b))
+    return all(torch.allclose(first[key], second[key], atol=1e-6) for key in first)
+
+
+@pytest.fixture
+def scans(tmp_path):
+    """Three volumes."""
+    folder = tmp_path / "scans"
+    folder.mkdir()
+    for number in range(3):
+        axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in (20, 24, 12 + number)), indexing="ij")
+        image = np.exp(-3 * sum((axis - 0.1 * number) ** 2 for axis in axes)) + 0.2 * np.sin(9 * axes[0])
+        nib.save(nib.Nifti1Image(image.astype(np.float32), np.eye(4)), folder / f"{number}.nii.gz")
+    return folder
+
+
+@pytest.mark.parametrize("spatial_dims", [2, 3])
+def test_a_run_leaves_a_network_that_deforms(tmp_path, scans, spatial_dims):
+    config = small(f"spatial_dims={spatial_dims}", "working_size=25", data=str(scans))
+    weights = fit(config, tmp_path / "run")
+    assert [path.name for path in (tmp_path / "run").rglob("*.safetensors")] == ["network.safetensors"]
+    network = load_network(weights)
+    assert (network.spatial_dims, network.card.working_size, network.card.name) == (spatial_dims, 25, "run")
+    steps = [row for row in rows(tmp_path / "run") if "loss" in row]
+    assert [row["step"] for row in steps] == list(range(1, 16))
+    assert all(math.isfinite(row["loss"]) for row in steps)
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == str(scans)
+    transform = RandDRDMDeformd(["image", "label"], network=weights, prob=1.0, mode=["bilinear", "nearest"])
+    image = torch.rand(1, *((30, 28) if spatial_dims == 2 else (20, 24, 18)))
+    out = transform({"image": image, "label": (image > 0.5).byte()})
+    assert torch.isfinite(out["image"]).all()
+    assert transform.last.params.sampler == "velocity"
+
+
+def test_training_beats_doing_nothing(tmp_path):
+    """Rings, deformed: a loss of 1 is that of a network that says nothing."""
+    y, x = np.mgrid[-1:1:64j, -1:1:64j]
+    radius = np.hypot(x, y)
+    (tmp_path / "rings").mkdir()
+    rings = (127 + 120 * np.sin(14 * radius) * np.exp(-radius)).astype(np.uint8)
+    Image.fromarray(rings).save(tmp_path / "rings" / "rings.png")
+    still = [
+        f"{name}=0" for name in ("flip", "rotation_deg", "scale", "shift_frac", "noise", "gamma", "bias", "roll_out")
+    ]
+    config = build_config(
+        settings=[*SMALL, *still, "channels=[16, 32, 32]", "working_size=49", "batch_size=8", "learning_rate=1e-3"],
+        data=str(tmp_path / "rings"),
+        level_low=0.1,
+        level_high=0.3,
+        epoch_length=80,
+    )
+    fit(config, tmp_path / "run")
+    validations = [row["validation_loss"] for row in rows(tmp_path / "run") if "validation_loss" in row]
+    assert validations[-1] < 0.85
+
+
+@pytest.mark.parametrize("stop", [1, 5, 8])
+def test_resumed_runs_take_the_same_steps(tmp_path, stop):
+    fit(small(), tmp_path / "whole")
+    assert not fit(small(), tmp_path / "parts", should_stop=stop_after(stop)).exists()
+    assert fit(small(), tmp_path / "parts", resume=True).exists()
+    assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
+    assert same_weights(tmp_path / "parts", tmp_path / "whole")
+
+
+def test_another_seed_is_another_run(tmp_path):
+    for seed in (0, 1):
+        fit(small("max_epochs=1", seed=seed), tmp_path / str(seed))
+    first, second = (rows(tmp_path / str(seed)) for seed in (0, 1))
+    assert [row.get("loss") for row in first] != [row.get("loss") for row in second]
+
+
+def test_a_torn_checkpoint_costs_one_interval(tmp_path, capsys):
+    fit(small(), tmp_path / "whole")
+    fit(small(), tmp_path / "run", should_stop=stop_after(12))
+    torn = tmp_path / "run" / "checkpoints" / "checkpoint_12.pt"
+    torn.write_bytes(torn.read_bytes()[:1000])
+    fit(small(), tmp_path / "run", resume=True)
+    assert "checkpoint_12.pt is damaged" in capsys.readouterr().out
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+    assert same_weights(tmp_path / "run", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_killed_runs_go_on(tmp_path, kill):
+    settings = [part for one in [*SMALL, "epoch_length=4", "max_epochs=6"] for part in ("--set", one)]
+    arguments = ["--data", "synthetic", *settings, "--out"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "monai_drdm.train", *arguments, str(tmp_path / "run")],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+    checkpoints = tmp_path / "run" / "checkpoints"
+    deadline = time.monotonic() + 120
+    while not (checkpoints.is_dir() and any(checkpoints.glob("*.pt"))) and time.monotonic() < deadline:
+        time.sleep(0.005)
+    process.send_signal(kill)
+    process.communicate(timeout=60)
+    expected = -kill if kill == signal.SIGKILL else 128 + kill
+    assert process.returncode in (expected, 0)  # a fast machine may be done already
+    assert main([*arguments, str(tmp_path / "run"), "--resume"]) == 0
+    assert main([*arguments, str(tmp_path / "whole")]) == 0
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
+def test_time_is_a_limit(tmp_path):
+    started = time.monotonic()
+    weights = fit(small("max_epochs=100000", max_minutes=0.05), tmp_path / "run")
+    assert weights.exists()
+    assert time.monotonic() - started < 30
+    assert rows(tmp_path / "run")[-1]["step"] < 10**5
+
+
+def test_patience(tmp_path):
+    config = small("epoch_length=1", "max_epochs=50", "patience=3", "learning_rate=0", "weight_decay=0")
+    fit(config, tmp_path / "run")
+    assert rows(tmp_path / "run")[-1]["step"] <= 6
+
+
+def test_a_loss_that_is_not_finite_names_its_batch(tmp_path):
+    with pytest.raises(FloatingPointError, match=r"batch \d+ \(seed 0\)"):
+        fit(small("learning_rate=1", "clip_norm=1e30", "max_epochs=20", "warmup_steps=0"), tmp_path / "run")
+
+
+def test_start_from_another_network(tmp_path, small_network):
+    first = fit(small("max_epochs=1"), tmp_path / "first")
+    fit(small("max_epochs=1", "learning_rate=0", "weight_decay=0", init=str(first)), tmp_path / "second")
+    assert close_weights(tmp_path / "first", tmp_path / "second")
+    with pytest.raises(ValueError, match="init must be a 3D velocity_unet"):
+        fit(small("spatial_dims=3", init=str(first)), tmp_path / "third")
+    save_network(RecResACNet(2), tmp_path / "published.safetensors")
+    with pytest.raises(ValueError, match="recresacnet"):
+        fit(small(init=str(tmp_path / "published.safetensors")), tmp_path / "fourth")
+
+
+def test_folders_are_respected(tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "mine.txt").write_text("precious")
+    with pytest.raises(FileExistsError, match="not an empty folder"):
+        fit(small(), tmp_path / "run")
+    with pytest.raises(FileNotFoundError, match="no run to resume"):
+        fit(small(), tmp_path / "none", resume=True)
+    fit(small(), tmp_path / "a", should_stop=stop_after(2))
+    with pytest.raises(ValueError, match="batch_size: 2 before, 3 now"):
+        fit(small("batch_size=3"), tmp_path / "a", resume=True)
+    fcntl = pytest.importorskip("fcntl", reason="there are no such locks here")
+    handle = os.open(tmp_path / "a", os.O_RDONLY)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    try:
+        with pytest.raises(FileExistsError, match="another run"):
+            fit(small(), tmp_path / "a", resume=True)
+    finally:
+        os.close(handle)
+
+
+def test_wrong_calls_are_explained(tmp_path, capsys):
+    assert main(["--out", str(tmp_path / "run"), "--set", "nonsense=1"]) == 1
+    assert "unknown settings ['nonsense']" in capsys.readouterr().err
+    assert main(["--out", str(tmp_path / "run"), "--data", str(tmp_path / "none")]) == 1
+    assert "no folder or datalist" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
