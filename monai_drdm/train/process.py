@@ -62,6 +62,7 @@ class Deformed:
     """``(B, C, *S)`` the posed images as they were before, in their own look."""
 
 
+@torch.no_grad()
 def deform_images(
     images: Tensor,
     generator: torch.Generator,
@@ -110,8 +111,9 @@ def sample_posed(images: Tensor, ddf: Tensor, matrix: Tensor, shift: Tensor) -> 
     grid = identity_grid(images.shape[2:], device=images.device, dtype=ddf.dtype)
     centre = torch.tensor([(n - 1) / 2 for n in images.shape[2:]], device=images.device, dtype=ddf.dtype)
     position = grid + ddf - centre.view(form)
-    turned = torch.einsum("bij,bj...->bi...", matrix, position)
-    return sample(images, turned + (centre + shift).view(*shift.shape, *form[1:]), "bilinear", "border")
+    with torch.autocast(images.device.type, enabled=False):  # bfloat16 would round coordinates to whole voxels
+        turned = torch.einsum("bij,bj...->bi...", matrix, position)
+        return sample(images, turned + (centre + shift).view(*shift.shape, *form[1:]), "bilinear", "border")
 
 
 def random_pose(generator: torch.Generator, batch: int, shape: tuple[int, ...], pose: Pose) -> tuple[Tensor, Tensor]:
