@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,10 +25,10 @@ from monai_drdm.networks import load_network, RecoveryNetwork, save_network, Vel
 from monai_drdm.train.config import TrainConfig
 from monai_drdm.train.data import find_scans, load_bank, ScanBank
 from monai_drdm.train.parts import Bfloat16Inferer, Progress
-from monai_drdm.train.step import draw_batch, folding_of, recovery_loss, Target
+from monai_drdm.train.reports import Reports
+from monai_drdm.train.step import draw_batch, draw_images, folding_of, recovery_loss, Target
 
 _CONFIG = "config.json"
-_METRICS = "metrics.jsonl"
 _WEIGHTS = "network.safetensors"
 _CHECKPOINTS = "checkpoints"
 _VALIDATION_BATCHES = 4
@@ -114,12 +114,16 @@ class _Run:
             n_saved=_KEPT,
             global_step_transform=lambda engine, _: engine.state.iteration,
         )
+        self.reports = Reports(folder)
         self._attach(progress)
 
     def train(self) -> Path:
         """Run to the end, or until told to stop."""
         self.progress.start()
-        self.trainer.run()
+        try:
+            self.trainer.run()
+        finally:
+            self.reports.close()
         weights = self.folder / _WEIGHTS
         if self.finished:
             averaged = self.averaged.module
@@ -145,7 +149,7 @@ class _Run:
             except Exception as error:  # a torn file fails in as many ways as there are bytes
                 print(f"{path.name} is damaged ({str(error).splitlines()[0]}); falling back to the one before")
                 continue
-            self._forget_after(self.trainer.state.iteration)
+            self.reports.forget_after(self.trainer.state.iteration)
             return
 
     def _state(self) -> dict[str, Any]:
@@ -220,7 +224,7 @@ class _Run:
 
     def _log_step(self) -> None:
         loss = float(self.trainer.state.output[CommonKeys.LOSS].detach())
-        self._write({"step": self.trainer.state.iteration, "loss": loss})
+        self.reports.write({"step": self.trainer.state.iteration, "loss": loss})
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -233,7 +237,9 @@ class _Run:
             losses.append(float(recovery_loss(network(image, target.level), target)))
         mean = sum(losses) / len(losses)
         self.progress.validated(mean)
-        self._write({"step": self.trainer.state.iteration, "validation_loss": mean})
+        self.reports.write({"step": self.trainer.state.iteration, "validation_loss": mean})
+        images = draw_images(self.config, self.validation, self._generator("sheet", 0))
+        self.reports.draw_sheet(self.averaged.module, images, self.trainer.state.iteration)
 
     def _stop_within_epoch(self) -> None:
         """After the last step of an epoch comes its validation first."""
@@ -255,18 +261,6 @@ class _Run:
             training_data=self.config.data,
             source="trained with monai_drdm.train",
         )
-
-    def _write(self, row: Mapping[str, Any]) -> None:
-        with (self.folder / _METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-
-    def _forget_after(self, iteration: int) -> None:
-        """Drop the metrics of steps that are taken again."""
-        path = self.folder / _METRICS
-        if path.is_file():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= iteration)
-            atomically(path, lambda part: Path(part).write_text(kept, encoding="utf-8"))
 
 
 def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
