@@ -38,11 +38,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if weights.is_file():
-        print(weights)
-        return 0
-    print(f"stopped; go on with --resume --out {options.out}", file=sys.stderr)
-    return 128 + caught[0] if caught else 1
+    if weights is None:
+        print(f"stopped; go on with --resume --out {options.out}", file=sys.stderr)
+        return 128 + (caught[0] if caught else signal.SIGTERM)  # another process may have been told
+    print(weights)
+    return 0
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -27,6 +27,7 @@ from monai_drdm.train.data import find_scans, load_bank, ScanBank
 from monai_drdm.train.parts import Bfloat16Inferer, Progress
 from monai_drdm.train.reports import Reports
 from monai_drdm.train.step import draw_batch, draw_images, folding_of, recovery_loss, Target
+from monai_drdm.train.team import Team
 
 _CONFIG = "config.json"
 _WEIGHTS = "network.safetensors"
@@ -42,7 +43,7 @@ def fit(
     resume: bool = False,
     progress: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
-) -> Path:
+) -> Path | None:
     """Train a network (Algorithm 1) and write it with everything that says how it came about.
 
     Args:
@@ -53,7 +54,7 @@ def fit(
         should_stop: asked after every step; once it says yes, the run saves and returns.
 
     Returns:
-        The weights file; it exists only if the run reached its end.
+        The weights file, or None if the run was told to stop before its end.
 
     Raises:
         FileExistsError: the folder is in use, or holds something and not ``resume``.
@@ -61,16 +62,21 @@ def fit(
         FloatingPointError: a loss that is not finite; names the batch.
     """
     folder = Path(out)
-    _check_folder(folder, config, resume)
-    device = torch.device(config.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    training, validation = _banks(config, progress)
-    (folder / _CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        atomically(folder / _CONFIG, lambda part: Path(part).write_text(config.to_json(), encoding="utf-8"))
-        run = _Run(config, folder, device, training, validation, should_stop, progress)
-        if resume:
-            run.restore()
-        return run.train()
+    team = Team(config.device)
+    try:
+        if team.leads:
+            _check_folder(folder, config, resume)
+        training, validation, skipped = _banks(config, progress and team.leads)
+        if not team.leads:
+            return _Run(config, folder, team, training, validation, should_stop, False).train(resume)
+        for line in skipped:
+            print(f"skipped {line}")
+        (folder / _CHECKPOINTS).mkdir(parents=True, exist_ok=True)
+        with locked(folder):
+            atomically(folder / _CONFIG, lambda part: Path(part).write_text(config.to_json(), encoding="utf-8"))
+            return _Run(config, folder, team, training, validation, should_stop, progress).train(resume)
+    finally:
+        team.leave()
 
 
 class _Run:
@@ -80,27 +86,28 @@ class _Run:
         self,
         config: TrainConfig,
         folder: Path,
-        device: torch.device,
+        team: Team,
         training: ScanBank | None,
         validation: ScanBank | None,
         should_stop: Callable[[], bool],
         progress: bool,
     ) -> None:
         torch.manual_seed(config.seed)
-        self.config, self.folder, self.device, self.should_stop = config, folder, device, should_stop
+        self.config, self.folder, self.team, self.should_stop = config, folder, team, should_stop
+        self.interrupted = False
         self.bank, self.validation = training, validation
-        self.network = _new_network(config).to(device)
+        self.network = _new_network(config).to(team.device)
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay
         )
         self.progress = Progress(config)
         self.inferer = Bfloat16Inferer(config.bfloat16)
         self.trainer = SupervisedTrainer(
-            device=device,
+            device=team.device,
             max_epochs=config.max_epochs,
             train_data_loader=range(config.epoch_length),
             epoch_length=config.epoch_length,
-            network=self.network,
+            network=team.wrap(self.network),
             optimizer=self.optimizer,
             loss_function=self._loss,
             prepare_batch=self._prepare,
@@ -114,42 +121,42 @@ class _Run:
             n_saved=_KEPT,
             global_step_transform=lambda engine, _: engine.state.iteration,
         )
-        self.reports = Reports(folder)
+        self.reports = Reports(folder) if team.leads else None
         self._attach(progress)
 
-    def train(self) -> Path:
+    def train(self, resume: bool) -> Path | None:
         """Run to the end, or until told to stop."""
+        if resume:
+            self.restore()
         self.progress.start()
         try:
             self.trainer.run()
         finally:
-            self.reports.close()
+            if self.reports is not None:
+                self.reports.close()
+        if self.interrupted:
+            return None
         weights = self.folder / _WEIGHTS
-        if self.finished:
+        if self.team.leads:
             averaged = self.averaged.module
             assert isinstance(averaged, RecoveryNetwork)
             averaged.card = self._card()
             atomically(weights, lambda part: save_network(averaged, part))
+        self.team.any(False)  # nobody leaves before it is written
         return weights
-
-    @property
-    def finished(self) -> bool:
-        """The run was not interrupted."""
-        state = self.trainer.state
-        done = state.iteration >= self.config.max_epochs * self.config.epoch_length
-        return done or self.progress.spent() >= 1 or self._patience_lost()
 
     def restore(self) -> None:
         """Go on from the latest checkpoint that is whole; without one, from the start."""
         paths = sorted((self.folder / _CHECKPOINTS).glob("*.pt"), key=_iteration_of, reverse=True)
         for path in paths:
             try:
-                saved = torch.load(path, map_location=self.device, weights_only=True)
+                saved = torch.load(path, map_location=self.team.device, weights_only=True)
                 Checkpoint.load_objects(self._state(), saved)
             except Exception as error:  # a torn file fails in as many ways as there are bytes
                 print(f"{path.name} is damaged ({str(error).splitlines()[0]}); falling back to the one before")
                 continue
-            self.reports.forget_after(self.trainer.state.iteration)
+            if self.reports is not None:
+                self.reports.forget_after(self.trainer.state.iteration)
             return
 
     def _state(self) -> dict[str, Any]:
@@ -177,7 +184,7 @@ class _Run:
 
     def _prepare(self, *_: Any) -> tuple[Tensor, Target, tuple[Tensor], dict[str, Any]]:
         """Batch ``i`` is a function of seed and ``i``, whatever happened before."""
-        generator = self._generator("train", self.trainer.state.iteration)
+        generator = self._generator(f"train/{self.team.rank}", self.trainer.state.iteration)
         network = self.inferer.bound(self.network)
         with self._batch_named():
             image, target = draw_batch(self.config, self.bank, network, generator)
@@ -205,11 +212,12 @@ class _Run:
 
     def _generator(self, purpose: str, number: int) -> torch.Generator:
         digest = hashlib.sha256(f"{self.config.seed}/{purpose}/{number}".encode()).digest()
-        return torch.Generator(self.device).manual_seed(int.from_bytes(digest[:7], "big"))
+        return torch.Generator(self.team.device).manual_seed(int.from_bytes(digest[:7], "big"))
 
     def _set_learning_rate(self) -> None:
         config, done = self.config, self.trainer.state.iteration - 1
-        share = max(done / (config.max_epochs * config.epoch_length), self.progress.spent())
+        spent = self.team.as_leader(self.progress.spent())
+        share = max(done / (config.max_epochs * config.epoch_length), spent)
         warm = min(1.0, (done + 1) / max(config.warmup_steps, 1))
         for group in self.optimizer.param_groups:
             group["lr"] = config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
@@ -223,8 +231,9 @@ class _Run:
         nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
 
     def _log_step(self) -> None:
-        loss = float(self.trainer.state.output[CommonKeys.LOSS].detach())
-        self.reports.write({"step": self.trainer.state.iteration, "loss": loss})
+        if self.reports is not None:
+            loss = float(self.trainer.state.output[CommonKeys.LOSS].detach())
+            self.reports.write({"step": self.trainer.state.iteration, "loss": loss})
 
     @torch.no_grad()
     def _validate(self) -> None:
@@ -237,9 +246,10 @@ class _Run:
             losses.append(float(recovery_loss(network(image, target.level), target)))
         mean = sum(losses) / len(losses)
         self.progress.validated(mean)
-        self.reports.write({"step": self.trainer.state.iteration, "validation_loss": mean})
-        images = draw_images(self.config, self.validation, self._generator("sheet", 0))
-        self.reports.draw_sheet(self.averaged.module, images, self.trainer.state.iteration)
+        if self.reports is not None:
+            self.reports.write({"step": self.trainer.state.iteration, "validation_loss": mean})
+            images = draw_images(self.config, self.validation, self._generator("sheet", 0))
+            self.reports.draw_sheet(self.averaged.module, images, self.trainer.state.iteration)
 
     def _stop_within_epoch(self) -> None:
         """After the last step of an epoch comes its validation first."""
@@ -247,7 +257,8 @@ class _Run:
             self._stop_if_asked()
 
     def _stop_if_asked(self) -> None:
-        if self.should_stop() or self.progress.spent() >= 1 or self._patience_lost():
+        self.interrupted = self.team.any(self.should_stop())
+        if self.interrupted or self.team.any(self.progress.spent() >= 1) or self._patience_lost():
             self.checkpoint(self.trainer)
             self.trainer.terminate()
 
@@ -279,9 +290,10 @@ def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
         raise ValueError(f"{folder} was made with other settings ({listed}). Resume with the same ones.")
 
 
-def _banks(config: TrainConfig, progress: bool) -> tuple[ScanBank | None, ScanBank | None]:
+def _banks(config: TrainConfig, progress: bool) -> tuple[ScanBank | None, ScanBank | None, tuple[str, ...]]:
+    """Scans to train on, scans to validate on, and what could not be used."""
     if config.data == "synthetic":
-        return None, None
+        return None, None, ()
     bank = load_bank(
         find_scans(config.data, config.section),
         spatial_dims=config.spatial_dims,
@@ -290,9 +302,7 @@ def _banks(config: TrainConfig, progress: bool) -> tuple[ScanBank | None, ScanBa
         image_channel=config.image_channel,
         progress=progress,
     )
-    for line in bank.skipped:
-        print(f"skipped {line}")
-    return bank.split(config.validation_share, config.seed)
+    return *bank.split(config.validation_share, config.seed), bank.skipped
 
 
 def _new_network(config: TrainConfig) -> VelocityUNet:

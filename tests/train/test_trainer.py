@@ -100,7 +100,8 @@ def test_training_beats_doing_nothing(tmp_path):
 @pytest.mark.parametrize("stop", [1, 5, 8])
 def test_resumed_runs_take_the_same_steps(tmp_path, stop):
     fit(small(), tmp_path / "whole")
-    assert not fit(small(), tmp_path / "parts", should_stop=stop_after(stop)).exists()
+    assert fit(small(), tmp_path / "parts", should_stop=stop_after(stop)) is None
+    assert not (tmp_path / "parts" / "network.safetensors").exists()
     assert fit(small(), tmp_path / "parts", resume=True).exists()
     assert rows(tmp_path / "parts") == rows(tmp_path / "whole")
     assert same_weights(tmp_path / "parts", tmp_path / "whole")
@@ -194,6 +195,22 @@ def test_folders_are_respected(tmp_path, capsys):
             fit(small(), tmp_path / "a", resume=True)
     finally:
         os.close(handle)
+
+
+def test_two_processes_train_one_network(tmp_path):
+    """Both see data of their own: the gradients are those of twice the batch, and the run is the same every time."""
+    settings = [part for one in [*SMALL, "max_epochs=2"] for part in ("--set", one)]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    for name in ("first", "second"):
+        arguments = ["-m", "monai_drdm.train", "--data", "synthetic", *settings, "--out", str(tmp_path / name)]
+        done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+    assert rows(tmp_path / "first") == rows(tmp_path / "second")
+    assert [row["step"] for row in rows(tmp_path / "first") if "loss" in row] == list(range(1, 11))
+    fit(small("max_epochs=2"), tmp_path / "alone")
+    alone, together = (load_network(tmp_path / name / "network.safetensors") for name in ("alone", "first"))
+    assert not torch.equal(alone.stem.weight, together.stem.weight)
 
 
 def test_wrong_calls_are_explained(tmp_path, capsys):
