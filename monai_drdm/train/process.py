@@ -82,7 +82,12 @@ def deform_images(
 
     Returns:
         The batch; nothing in it carries gradients.
+
+    Raises:
+        ValueError: an even size.
     """
+    if any(n % 2 == 0 for n in images.shape[2:]):
+        raise ValueError(f"deform_images: images must have odd sizes, got {tuple(images.shape)}.")
     batch, dims = images.shape[0], images.ndim - 2
     level = uniform(generator, (batch,), *levels)
     times = torch.tensor([integration_time(one, dims) for one in level.tolist()], device=images.device)
