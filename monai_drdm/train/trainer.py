@@ -130,7 +130,8 @@ class _Run:
             self.restore()
         self.progress.start()
         try:
-            self.trainer.run()
+            if not self._ended():  # the engine would take a finished run for a new one
+                self.trainer.run()
         finally:
             if self.reports is not None:
                 self.reports.close()
@@ -152,12 +153,11 @@ class _Run:
             try:
                 saved = torch.load(path, map_location=self.team.device, weights_only=True)
                 Checkpoint.load_objects(self._state(), saved)
+                break
             except Exception as error:  # a torn file fails in as many ways as there are bytes
                 print(f"{path.name} is damaged ({str(error).splitlines()[0]}); falling back to the one before")
-                continue
-            if self.reports is not None:
-                self.reports.forget_after(self.trainer.state.iteration)
-            return
+        if self.reports is not None:
+            self.reports.forget_after(self.trainer.state.iteration)
 
     def _state(self) -> dict[str, Any]:
         return {
@@ -258,12 +258,16 @@ class _Run:
 
     def _stop_if_asked(self) -> None:
         self.interrupted = self.team.any(self.should_stop())
-        if self.interrupted or self.team.any(self.progress.spent() >= 1) or self._patience_lost():
+        if self.interrupted or self._ended():
             self.checkpoint(self.trainer)
             self.trainer.terminate()
 
-    def _patience_lost(self) -> bool:
-        return 0 < self.config.patience <= self.progress.stale
+    def _ended(self) -> bool:
+        """All steps are taken, the time is spent, or patience is lost; all processes find the same."""
+        config = self.config
+        done = self.trainer.state.iteration >= config.max_epochs * config.epoch_length
+        lost = 0 < config.patience <= self.progress.stale
+        return self.team.any(done or lost or self.progress.spent() >= 1)
 
     def _card(self) -> Any:
         return dataclasses.replace(

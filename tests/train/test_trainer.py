@@ -107,6 +107,24 @@ def test_resumed_runs_take_the_same_steps(tmp_path, stop):
     assert same_weights(tmp_path / "parts", tmp_path / "whole")
 
 
+@pytest.mark.parametrize("limit", ["max_epochs=2", "max_minutes=0.02"])
+def test_a_finished_run_stays_as_it_is(tmp_path, limit):
+    weights = fit(small(limit), tmp_path / "run")
+    before, metrics = weights.read_bytes(), rows(tmp_path / "run")
+    assert fit(small(limit), tmp_path / "run", resume=True) == weights
+    assert weights.read_bytes() == before
+    assert rows(tmp_path / "run") == metrics
+
+
+def test_without_a_checkpoint_the_run_starts_again(tmp_path):
+    fit(small(), tmp_path / "whole")
+    fit(small(), tmp_path / "run", should_stop=stop_after(3))
+    for path in (tmp_path / "run" / "checkpoints").iterdir():
+        path.unlink()
+    fit(small(), tmp_path / "run", resume=True)
+    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
+
+
 def test_another_seed_is_another_run(tmp_path):
     for seed in (0, 1):
         fit(small("max_epochs=1", seed=seed), tmp_path / str(seed))
