@@ -11,7 +11,8 @@ from pathlib import Path
 
 from monai_drdm._version import __version__
 from monai_drdm.networks import convert_published, list_networks, network_card, pull_network, weights_folder
-from monai_drdm.networks.weights import read_network
+from monai_drdm.networks.registry import list_published
+from monai_drdm.networks.weights import known_file, read_network
 
 _SKIPPED = 3
 _INTERRUPTED = 130
@@ -56,7 +57,7 @@ def _parser() -> argparse.ArgumentParser:
     actions = weights.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="known networks and where their weights are").set_defaults(run=_list)
     pull = actions.add_parser("pull", help="download published weights at a pinned commit, hash checked")
-    pull.add_argument("name", choices=list_networks())
+    pull.add_argument("name", choices=list_published())
     pull.add_argument("--folder", type=Path, help="where to write (default: MONAI_DRDM_WEIGHTS or the user cache)")
     pull.set_defaults(run=_pull)
     convert = actions.add_parser("convert", help="convert a published .pth, recognised by its hash")
@@ -155,8 +156,8 @@ def _list(_: argparse.Namespace) -> int:
     print(f"weights folder: {folder}")
     for name in list_networks():
         card = network_card(name)
-        path = folder / f"{name}.safetensors"
-        state = "here" if path.is_file() else "not here"
+        path = known_file(name)
+        state = "not here" if not path.is_file() else "here" if path.parent == folder else "in the package"
         print(f"{name}  {card.spatial_dims}D  {card.kind}  working size {card.working_size}  {card.licence}  [{state}]")
     return 0
 
@@ -175,7 +176,7 @@ def _convert(options: argparse.Namespace) -> int:
 def _verify(options: argparse.Namespace) -> int:
     for name in options.network:
         known = name in list_networks()
-        path = weights_folder() / f"{name}.safetensors" if known else Path(name)
+        path = known_file(name) if known else Path(name)
         expected = network_card(name).sha256 if known else ""
         card = read_network(path, expected or None).card
         print(f"{name}  ok  {card.kind} {card.spatial_dims}D  sha256 {card.sha256}")

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from monai_drdm.networks.card import NetworkCard
-from monai_drdm.networks.registry import list_networks, network_card, published_file, PublishedFile
+from monai_drdm.networks.registry import list_published, network_card, published_file, PublishedFile
 from monai_drdm.networks.weights import build_network, fill_network, save_network, weights_folder
 
 _MAX_BYTES = 64 << 20
@@ -84,7 +84,7 @@ def _convert(data: bytes, origin: str, folder: str | os.PathLike[str] | None) ->
     if name is None:
         raise ValueError(
             f"weights convert: {origin} (sha256 {hashlib.sha256(data).hexdigest()}) is none of the published files "
-            f"{', '.join(list_networks())}. Only those are read from .pth; save your own networks with save_network."
+            f"{', '.join(list_published())}. Only those are read from .pth; save your own networks with save_network."
         )
     try:
         tensors = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
@@ -105,7 +105,7 @@ def _file_card(card: NetworkCard) -> NetworkCard:
 
 
 def _recognise(data: bytes) -> str | None:
-    return next((name for name in list_networks() if _is_published(data, published_file(name))), None)
+    return next((name for name in list_published() if _is_published(data, published_file(name))), None)
 
 
 def _is_published(data: bytes, published: PublishedFile) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from monai_drdm.networks.card import NetworkCard
 
@@ -60,6 +61,9 @@ _PUBLISHED = {
 _AUTO = {2: "zheng2026-cmr-2d"}
 
 
+_SHIPPED = Path(__file__).parent / "shipped"
+
+
 def list_networks() -> tuple[str, ...]:
     """Names that ``load_network`` and the transforms know, in alphabetical order."""
     return tuple(sorted(_CARDS))
@@ -78,10 +82,27 @@ def network_card(name: str) -> NetworkCard:
     return _CARDS[name]
 
 
+def list_published() -> tuple[str, ...]:
+    """Names of the networks that the authors publish, in alphabetical order."""
+    return tuple(sorted(_PUBLISHED))
+
+
 def published_file(name: str) -> PublishedFile:
-    """Where the authors publish a known network."""
+    """Where the authors publish a known network.
+
+    Raises:
+        ValueError: unknown name, or a network that comes with this package.
+    """
     network_card(name)
+    if name not in _PUBLISHED:
+        raise ValueError(f"network {name!r} comes with this package; published are {', '.join(list_published())}.")
     return _PUBLISHED[name]
+
+
+def shipped_file(name: str) -> Path | None:
+    """The weights of a known network inside this package; None for those that are published elsewhere."""
+    network_card(name)
+    return None if name in _PUBLISHED else _SHIPPED / f"{name}.safetensors"
 
 
 def auto_network(spatial_dims: int) -> str:

@@ -16,7 +16,7 @@ from safetensors.torch import save as to_safetensors
 from monai_drdm.networks.base import RecoveryNetwork
 from monai_drdm.networks.card import NetworkCard
 from monai_drdm.networks.recresacnet import RecResACNet
-from monai_drdm.networks.registry import network_card
+from monai_drdm.networks.registry import network_card, shipped_file
 from monai_drdm.networks.velocity_unet import VelocityUNet
 
 _METADATA_KEY = "monai_drdm"
@@ -38,9 +38,9 @@ def weights_folder() -> Path:
 def load_network(name: str | os.PathLike[str], device: torch.device | str | None = None) -> RecoveryNetwork:
     """Load a network for inference by registry name or from a safetensors file.
 
-    A name is looked up in ``weights_folder()``; if it is not there, it is pulled from the authors' repository, hash
-    checked, and kept. Its hash must be the registry's. A file of one's own is checked for names, shapes, dtypes and
-    finite values.
+    A name is looked up in ``weights_folder()``, then in this package; a published one that is not there is pulled from
+    the authors' repository, hash checked, and kept. Its hash must be the registry's. A file of one's own is checked for
+    names, shapes, dtypes and finite values.
 
     Args:
         name: one of ``list_networks()`` or a path.
@@ -164,7 +164,7 @@ def write_once(path: Path, data: bytes) -> None:
 def _load_known(card: NetworkCard) -> RecoveryNetwork:
     from monai_drdm.networks.published import pull_network
 
-    path = weights_folder() / f"{card.name}.safetensors"
+    path = known_file(card.name)
     if not card.sha256:
         raise ValueError(
             f"load_network: no verified hash of {card.name!r} is known yet, so it cannot be loaded by name. Convert "
@@ -175,6 +175,16 @@ def _load_known(card: NetworkCard) -> RecoveryNetwork:
     network = read_network(path, card.sha256)
     network.card = card
     return network
+
+
+def known_file(name: str) -> Path:
+    """Where the weights of a known network are, or would be: ``weights_folder()`` goes before this package.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    path, shipped = weights_folder() / f"{name}.safetensors", shipped_file(name)
+    return path if shipped is None or path.is_file() else shipped
 
 
 def _read_bytes(path: Path) -> bytes:

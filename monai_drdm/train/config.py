@@ -35,6 +35,7 @@ class TrainConfig:
     slice_axis: int | None = _setting(
         None, "axis across which volumes are sliced for 2D; none: all three", low=0, high=2
     )
+    mix_dimensions: bool = _setting(False, "take 2D images and slices of volumes together")
     image_channel: int | None = _setting(None, "channel of images that have several", low=0)
     channels: tuple[int, ...] = _setting((16, 32, 48, 64), "features on each grid", low=2, high=512)
     working_size: int = _setting(161, "voxels along the longest side, odd", low=17, high=1025)
@@ -54,8 +55,12 @@ class TrainConfig:
     roll_out: float = _setting(
         0.5, "share of steps trained on images that the network has recovered in part", low=0, high=1
     )
+    gradient_share: float = _setting(
+        0.5, "share of the loss on differences between neighbours, which keeps outlines smooth", low=0, high=1
+    )
     folding_weight: float = _setting(0.0, "weight of the folding penalty", low=0)
     flip: float = _setting(Pose.flip, "chance of a flip along each axis", low=0, high=1)
+    permute: float = _setting(Pose.permute, "chance that the axes change places", low=0, high=1)
     rotation_deg: float = _setting(Pose.rotation_deg, "largest rotation", low=0, high=180)
     scale: float = _setting(Pose.scale, "log of the largest magnification", low=0, high=1)
     shift_frac: float = _setting(Pose.shift_frac, "largest shift, as a fraction of the image", low=0, high=0.5)
@@ -89,7 +94,7 @@ class TrainConfig:
     @property
     def pose(self) -> Pose:
         """How images are moved as a whole."""
-        return Pose(self.flip, self.rotation_deg, self.scale, self.shift_frac)
+        return Pose(self.flip, self.permute, self.rotation_deg, self.scale, self.shift_frac)
 
     @property
     def appearance(self) -> Appearance:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,6 +26,14 @@ _MIN_SIZE = 8
 _EMPTY = 0.05  # a slice whose spread is less than this share of its volume's holds nothing to learn from
 
 
+class Scan(NamedTuple):
+    """A file to train on."""
+
+    path: Path
+    weight: float = 1.0
+    """How often it is drawn, relative to the others."""
+
+
 @dataclass(frozen=True)
 class ScanBank:
     """Images on one grid."""
@@ -33,15 +42,19 @@ class ScanBank:
     """``(N, 1, *S)`` uint8; 255 is the top of the intensity range."""
     source: Tensor
     """``(N,)`` index of the file each one is from."""
+    weight: Tensor
+    """``(N,)`` how often each is drawn, relative to the others: its file's weight, shared by the file's images."""
     skipped: tuple[str, ...]
     """What could not be used, and why."""
 
     def __len__(self) -> int:
         return self.images.shape[0]
 
-    def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
-        """Images ``(B, 1, *S)`` in [0, 1]."""
-        return self.images[indices].to(device, torch.float32) / 255
+    def draw(self, count: int, generator: torch.Generator) -> Tensor:
+        """``count`` random images ``(B, 1, *S)`` in [0, 1], drawn and returned on the generator's device."""
+        weight = self.weight.to(generator.device)
+        indices = torch.multinomial(weight, count, replacement=True, generator=generator)
+        return self.images[indices.cpu()].to(generator.device, torch.float32) / 255
 
     def split(self, share: float, seed: int) -> tuple[ScanBank, ScanBank]:
         """Two banks that share no file: what is left, and about ``share`` of the files for validation.
@@ -57,39 +70,45 @@ class ScanBank:
         return self._where(~kept), self._where(kept)
 
     def _where(self, mask: Tensor) -> ScanBank:
-        return ScanBank(self.images[mask], self.source[mask], ())
+        return ScanBank(self.images[mask], self.source[mask], self.weight[mask], ())
 
 
-def find_scans(data: str | os.PathLike[str], section: str = "training") -> list[Path]:
+def find_scans(data: str | os.PathLike[str], section: str = "training") -> list[Scan]:
     """Image files and DICOM folders below a folder, or the images of a MONAI datalist.
+
+    Entries of a datalist may have a ``weight``: how often a scan is drawn, relative to the others, 1 without.
 
     Raises:
         FileNotFoundError: nothing there, or no image in it.
-        ValueError: a file that is no datalist with that section.
+        ValueError: a file that is no datalist with that section, or a weight that is not a positive number.
     """
     path = Path(data)
     if path.is_file():
         try:
             entries = load_decathlon_datalist(path, is_segmentation=True, data_list_key=section)
-            scans = [Path(entry["image"]) for entry in entries]
+            scans = [Scan(Path(entry["image"]), float(entry.get("weight", 1.0))) for entry in entries]
         except (ValueError, TypeError, AttributeError, KeyError) as error:
             raise ValueError(f"{path} cannot be read as a datalist with a section {section!r}: {error}") from None
     elif path.is_dir():
-        scans = sorted(set(_walk(path)))
+        scans = [Scan(one) for one in sorted(set(_walk(path)))]
     else:
         raise FileNotFoundError(f"no folder or datalist {path}.")
     if not scans:
         raise FileNotFoundError(f"{path} holds no image; known formats are {', '.join((*_SUFFIXES, *_DICOM))}.")
+    for scan in scans:
+        if not 0 < scan.weight < math.inf:
+            raise ValueError(f"{path}: weight must be a positive number, got {scan.weight} for {scan.path}.")
     return scans
 
 
 def load_bank(
-    scans: Sequence[Path],
+    scans: Sequence[Scan],
     *,
     spatial_dims: int,
     working_size: int,
     slice_axis: int | None = None,
     image_channel: int | None = None,
+    mix_dimensions: bool = False,
     progress: bool = False,
 ) -> ScanBank:
     """Read scans and bring them to the grid and range that a network works in.
@@ -98,11 +117,12 @@ def load_bank(
     of zeros. Its 0.5th to 99.5th percentile becomes [0, 1].
 
     Args:
-        scans: image files or DICOM folders, all 2D or all 3D; volumes are sliced for 2D networks.
+        scans: image files or DICOM folders; volumes are sliced for 2D networks.
         spatial_dims: 2 or 3.
         working_size: odd.
         slice_axis: the axis across which volumes are sliced; None: all three.
         image_channel: which channel of images that have several.
+        mix_dimensions: take 2D images and slices of volumes together.
         progress: show a progress bar.
 
     Returns:
@@ -115,15 +135,18 @@ def load_bank(
     source: list[int] = []
     skipped: list[str] = []
     dims: dict[int, Path] = {}
-    for number, path in enumerate(tqdm(scans, desc="read", unit="scan", disable=not progress)):
+    for number, (path, _) in enumerate(tqdm(scans, desc="read", unit="scan", disable=not progress)):
         try:
             scan = _read(path)
         except _UnusableError as error:
             skipped.append(f"{path}: {error}")
             continue
         dims.setdefault(scan.ndim - 1, path)
-        if len(dims) > 1:
-            raise ValueError(f"2D and 3D images are mixed: {dims[2]} and {dims[3]}. Train on one kind at a time.")
+        if len(dims) > 1 and not mix_dimensions:
+            raise ValueError(
+                f"2D and 3D images are mixed: {dims[2]} and {dims[3]}. Train on one kind at a time, or, if a 2D "
+                "network shall see slices of the volumes beside the images, set mix_dimensions=true."
+            )
         if spatial_dims == 3 and scan.ndim == 3:
             raise ValueError(f"a 3D network needs volumes, got the 2D image {path}. Set spatial_dims=2.")
         scan = _one_channel(scan, image_channel, path)
@@ -137,7 +160,9 @@ def load_bank(
     if not images:
         listed = "\n".join(skipped[:10])
         raise ValueError(f"none of {len(scans)} scans can be used:\n{listed}")
-    return ScanBank(torch.stack(images), torch.tensor(source), tuple(skipped))
+    files, counts = torch.tensor(source), torch.bincount(torch.tensor(source), minlength=len(scans))
+    weight = torch.tensor([scan.weight for scan in scans]) / counts.clamp(min=1)
+    return ScanBank(torch.stack(images), files, weight[files], tuple(skipped))
 
 
 class _UnusableError(Exception):

@@ -61,19 +61,50 @@ def folding_loss(ddf: Tensor, margin: float = 0.1) -> Tensor:
     return F.relu(margin - jacobian_determinant(ddf)).mean()
 
 
-def velocity_loss(predicted: Tensor, velocity: Tensor) -> Tensor:
-    """Squared error of a velocity, relative to the mean square of what it should be.
+def velocity_loss(predicted: Tensor, velocity: Tensor, gradient_share: float = 0.0) -> Tensor:
+    """Error of a velocity, relative to what it should be.
 
     Args:
         predicted: ``(B, D, *S)``.
         velocity: ``(B, D, *S)``.
+        gradient_share: as in ``relative_energy``.
 
     Returns:
         A number; 1 for a prediction of nothing.
     """
-    dims = tuple(range(1, velocity.ndim))
-    missed = (predicted - velocity).square().mean(dim=dims)
-    return (missed / (velocity.square().mean(dim=dims) + _EPSILON)).mean()
+    return relative_energy(predicted - velocity, velocity, gradient_share, _EPSILON)
+
+
+def relative_energy(left: Tensor, start: Tensor, gradient_share: float = 0.0, epsilon: float = 1e-3) -> Tensor:
+    """Mean square of what is left of a field, and of its differences between neighbours, relative to its start.
+
+    The square of a multi-scale field is that of its coarsest part; of differences every scale has its part, and they
+    are what makes an outline rough.
+
+    Args:
+        left: ``(B, D, *S)``.
+        start: ``(B, D, *S)`` in the same units.
+        gradient_share: weight of the differences, in [0, 1]; the squares have the rest.
+        epsilon: added to the mean square of the start, and a tenth of it to that of its differences.
+
+    Returns:
+        A number, the mean over samples; 1 if nothing has changed.
+    """
+    dims = tuple(range(1, start.ndim))
+    ratio = left.square().mean(dim=dims) / (start.square().mean(dim=dims) + epsilon)
+    if gradient_share > 0:
+        rough = _roughness(left) / (_roughness(start) + 0.1 * epsilon)
+        ratio = (1 - gradient_share) * ratio + gradient_share * rough
+    return ratio.mean()
+
+
+def _roughness(field: Tensor) -> Tensor:
+    """Mean square of differences between neighbours, summed over axes: ``(B,)``."""
+    total = field.new_zeros(field.shape[0])
+    for d in range(2, field.ndim):
+        if field.shape[d] > 1:
+            total = total + field.diff(dim=d).square().flatten(1).mean(dim=1)
+    return total
 
 
 def sample_at(predicted: Tensor, ddf: Tensor) -> Tensor:

@@ -39,6 +39,8 @@ class Pose:
 
     flip: float = 0.5
     """Chance of a flip along each axis."""
+    permute: float = 0.0
+    """Chance that the axes change places, of images as long along all of them."""
     rotation_deg: float = 20.0
     scale: float = 0.2
     """Log of the largest magnification."""
@@ -127,6 +129,10 @@ def random_pose(generator: torch.Generator, batch: int, shape: tuple[int, ...], 
     scale = torch.exp(uniform(generator, (batch, dims), -pose.scale, pose.scale))
     flips = torch.where(torch.rand((batch, dims), generator=generator, device=device) < pose.flip, -1.0, 1.0)
     matrix = torch.diag_embed(scale * flips)
+    if len(set(shape)) == 1:
+        order = torch.rand((batch, dims), generator=generator, device=device).argsort(dim=1)
+        permuted = torch.rand(batch, generator=generator, device=device) < pose.permute
+        matrix = torch.where(permuted.view(-1, 1, 1), matrix.gather(1, order[:, :, None].expand_as(matrix)), matrix)
     for i in range(dims):
         for j in range(i + 1, dims):
             angle = uniform(generator, (batch,), -pose.rotation_deg, pose.rotation_deg) * (math.pi / 180)
@@ -156,12 +162,22 @@ def change_appearance(images: Tensor, generator: torch.Generator, appearance: Ap
 def smooth_noise(
     generator: torch.Generator, batch: int, channels: int, shape: tuple[int, ...] | torch.Size, nodes: int
 ) -> Tensor:
-    """Random fields of unit variance at their nodes: ``(B, C, *S)`` interpolated from about ``nodes`` a side."""
+    """Random fields of unit variance at their nodes: ``(B, C, *S)``, cubic, from about ``nodes`` a side."""
     longest = max(shape)
     lattice = [max(2, round(nodes * n / longest)) if n > 1 else 1 for n in shape]
     noise = _normal(generator, (batch, channels, *lattice))
-    mode = "bicubic" if len(shape) == 2 else "trilinear"
-    return F.interpolate(noise, tuple(shape), mode=mode, align_corners=True)
+    with torch.autocast(noise.device.type, enabled=False):
+        for axis in reversed(range(len(shape))):  # axis by axis: products of small matrices
+            weights = _cubic_weights(lattice[axis], shape[axis], noise.device)
+            done = noise.shape[axis + 3 :]
+            noise = (weights @ noise.reshape(*noise.shape[: axis + 3], -1)).reshape(*noise.shape[: axis + 2], -1, *done)
+    return noise
+
+
+def _cubic_weights(nodes: int, size: int, device: torch.device) -> Tensor:
+    """``(size, nodes)``: cubic interpolation from nodes to voxels over the same extent."""
+    unit = torch.eye(nodes, device=device)[None, None]
+    return F.interpolate(unit, (nodes, size), mode="bicubic", align_corners=True)[0, 0].T
 
 
 def uniform(generator: torch.Generator, shape: tuple[int, ...], low: float, high: float) -> Tensor:

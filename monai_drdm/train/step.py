@@ -13,7 +13,7 @@ from monai_drdm.diffusion.schedule import integration_time
 from monai_drdm.fields import compose, exp_svf, resize_ddf, warp
 from monai_drdm.train.config import TrainConfig
 from monai_drdm.train.data import ScanBank
-from monai_drdm.train.losses import folding_loss, velocity_loss
+from monai_drdm.train.losses import folding_loss, relative_energy, velocity_loss
 from monai_drdm.train.process import change_appearance, deform_images, Deformed, uniform
 from monai_drdm.train.synthetic import synthetic_images
 
@@ -35,8 +35,8 @@ class Target:
     """``(B, D, *H)`` the velocity that undoes the first deformation."""
     ddf: Tensor
     """``(B, D, *H)`` voxels of the half grid: the deformation that is left."""
-    scale: Tensor
-    """``(B,)`` mean square of the first deformation, in which what is left is measured."""
+    start: Tensor
+    """``(B, D, *H)`` voxels of the half grid: the first deformation, in which what is left is measured."""
     rolled_out: bool
     """The network has recovered a part already: what is left is no longer the flow of the velocity."""
 
@@ -67,12 +67,11 @@ def draw_batch(
         pose=config.pose,
         appearance=None if rolled else config.appearance,
     )
-    scale = batch.ddf.square().mean(dim=tuple(range(1, batch.ddf.ndim)))
     if not rolled:
-        return batch.image, Target(batch.level, batch.velocity, batch.ddf, scale, False)
+        return batch.image, Target(batch.level, batch.velocity, batch.ddf, batch.ddf, False)
     image, level, ddf = _roll_out(batch, network, generator)
     image = change_appearance(image, generator, config.appearance)
-    return image, Target(level, batch.velocity, ddf, scale, True)
+    return image, Target(level, batch.velocity, ddf, batch.ddf, True)
 
 
 def draw_images(config: TrainConfig, bank: ScanBank | None, generator: torch.Generator) -> Tensor:
@@ -81,18 +80,15 @@ def draw_images(config: TrainConfig, bank: ScanBank | None, generator: torch.Gen
     made = config.batch_size if bank is None else round(config.synthetic_share * config.batch_size)
     parts = [synthetic_images(generator, made, shape)] if made else []
     if bank is not None and made < config.batch_size:
-        indices = torch.randint(len(bank), (config.batch_size - made,), generator=generator, device=generator.device)
-        parts.append(bank.batch(indices.cpu(), generator.device))
+        parts.append(bank.draw(config.batch_size - made, generator))
     return torch.cat(parts)
 
 
-def recovery_loss(predicted: Tensor, target: Target) -> Tensor:
+def recovery_loss(predicted: Tensor, target: Target, gradient_share: float = 0.0) -> Tensor:
     """Error of the velocity; after a roll-out, what its flow would leave of the deformation. 1 for doing nothing."""
     if not target.rolled_out:
-        return velocity_loss(predicted, target.velocity)
-    left = compose(target.ddf, flow(predicted, target.level))
-    dims = tuple(range(1, left.ndim))
-    return (left.square().mean(dim=dims) / (target.scale + 1e-3)).mean()
+        return velocity_loss(predicted, target.velocity, gradient_share)
+    return relative_energy(compose(target.ddf, flow(predicted, target.level)), target.start, gradient_share)
 
 
 def flow(velocity: Tensor, level: Tensor) -> Tensor:

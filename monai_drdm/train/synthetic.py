@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from monai_drdm.fields import gaussian_smooth, identity_grid
+from monai_drdm.fields import gaussian_smooth
 from monai_drdm.train.process import smooth_noise, uniform
 
 _ORGANS = (6, 16)
@@ -87,14 +87,12 @@ def _shells(generator: torch.Generator, labels: Tensor, edge: Tensor, used: int)
 def _ellipsoids(generator: torch.Generator, labels: Tensor, used: int) -> tuple[Tensor, int]:
     """Bumpy ellipsoids, each with a wall: chambers, vessels across, bones, eyes."""
     batch, size, dims = labels.shape[0], labels.shape[2:], labels.ndim - 2
-    grid = identity_grid(size, device=labels.device)[None]
-    longest, form = max(size), (-1, dims, *(1,) * dims)
-    scale = torch.tensor([(n - 1) / 2 for n in size], device=labels.device).view(form)
+    scale = torch.tensor([(n - 1) / 2 for n in size], device=labels.device)
     for _ in range(_ELLIPSES):
-        centre = scale * (1 + uniform(generator, (batch, dims), -0.7, 0.7).view(form))
-        radius = longest * uniform(generator, (batch, dims), 0.03, 0.2).view(form)
+        centre = scale * (1 + uniform(generator, (batch, dims), -0.7, 0.7))
+        radius = max(size) * uniform(generator, (batch, dims), 0.03, 0.2)
         bumps = 0.15 * smooth_noise(generator, batch, 1, size, 6)
-        distance = ((grid - centre) / radius).square().sum(dim=1, keepdim=True).sqrt() + bumps
+        distance = _elliptic_distance(size, centre, radius) + bumps
         wall = 1 - uniform(generator, (batch,), 0.0, 0.5).view(-1, *(1,) * (dims + 1))
         labels = torch.where(distance < 1, torch.full_like(labels, used), labels)
         labels = torch.where(distance < wall, torch.full_like(labels, used + 1), labels)
@@ -113,13 +111,18 @@ def _tubes(generator: torch.Generator, labels: Tensor, used: int) -> tuple[Tenso
 
 def _body(generator: torch.Generator, batch: int, size: tuple[int, ...]) -> Tensor:
     """A bumpy ellipsoid that fills most of the image, or more than all of it: ``(B, 1, *S)`` bool."""
-    dims = len(size)
-    form = (-1, dims, *(1,) * dims)
-    grid = identity_grid(size, device=generator.device)[None]
-    centre = torch.tensor([(n - 1) / 2 for n in size], device=generator.device).view(form)
-    radius = centre.clamp(min=0.5) * uniform(generator, (batch, dims), 0.6, 1.6).view(form)
-    distance = ((grid - centre) / radius).square().sum(dim=1, keepdim=True).sqrt()
-    return distance + 0.08 * smooth_noise(generator, batch, 1, size, 8) < 1
+    centre = torch.tensor([(n - 1) / 2 for n in size], device=generator.device).expand(batch, -1)
+    radius = centre.clamp(min=0.5) * uniform(generator, (batch, len(size)), 0.6, 1.6)
+    return _elliptic_distance(size, centre, radius) + 0.08 * smooth_noise(generator, batch, 1, size, 8) < 1
+
+
+def _elliptic_distance(size: Sequence[int], centre: Tensor, radius: Tensor) -> Tensor:
+    """Distance from a centre ``(B, D)`` in radii ``(B, D)``: ``(B, 1, *S)``, 1 on the ellipsoid."""
+    squared = torch.zeros(1, device=centre.device)
+    for d, n in enumerate(size):
+        along = (torch.arange(n, device=centre.device) - centre[:, d : d + 1]) / radius[:, d : d + 1]
+        squared = squared + along.square().view(-1, 1, *(n if axis == d else 1 for axis in range(len(size))))
+    return squared.sqrt()
 
 
 def _look_up(values: Tensor, labels: Tensor) -> Tensor:

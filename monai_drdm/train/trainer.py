@@ -192,7 +192,7 @@ class _Run:
 
     def _loss(self, predicted: Tensor, target: Target) -> Tensor:
         with self._batch_named():
-            loss = recovery_loss(predicted, target)
+            loss = recovery_loss(predicted, target, self.config.gradient_share)
             if self.config.folding_weight > 0:
                 loss = loss + self.config.folding_weight * folding_of(predicted, target)
             if not bool(torch.isfinite(loss)):
@@ -243,7 +243,8 @@ class _Run:
         losses = []
         for number in range(_VALIDATION_BATCHES):
             image, target = draw_batch(config, self.validation, network, self._generator("validate", number))
-            losses.append(float(recovery_loss(network(image, target.level), target)))
+            predicted = network(image, target.level)
+            losses.append(float(recovery_loss(predicted, target, config.gradient_share)))
         mean = sum(losses) / len(losses)
         self.progress.validated(mean)
         if self.reports is not None:
@@ -304,6 +305,7 @@ def _banks(config: TrainConfig, progress: bool) -> tuple[ScanBank | None, ScanBa
         working_size=config.working_size,
         slice_axis=config.slice_axis,
         image_channel=config.image_channel,
+        mix_dimensions=config.mix_dimensions,
         progress=progress,
     )
     return *bank.split(config.validation_share, config.seed), bank.skipped

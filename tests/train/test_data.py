@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from monai_drdm.train.data import find_scans, load_bank
+from monai_drdm.train.data import find_scans, load_bank, Scan
 
 
 def volume(path, shape=(20, 24, 16), affine=None, scale=1000.0):
@@ -30,9 +30,30 @@ def test_folders_and_datalists(tmp_path):
     picture(tmp_path / "sub" / "b.JPG")
     (tmp_path / "notes.txt").write_text("no image")
     (tmp_path / ".hidden.png").write_bytes(b"")
-    assert [path.name for path in find_scans(tmp_path)] == ["a.png", "b.JPG"]
+    assert [scan.path.name for scan in find_scans(tmp_path)] == ["a.png", "b.JPG"]
     (tmp_path / "list.json").write_text(json.dumps({"fold": [{"image": "a.png"}, {"image": "sub/b.JPG"}]}))
-    assert [path.name for path in find_scans(tmp_path / "list.json", "fold")] == ["a.png", "b.JPG"]
+    assert [scan.path.name for scan in find_scans(tmp_path / "list.json", "fold")] == ["a.png", "b.JPG"]
+
+
+def test_weights_are_shares_of_files_not_of_slices(tmp_path):
+    """Two volumes of 12 and 30 slices drawn three to one, whatever their slices."""
+    for name, count, value in (("a", 12, 1.0), ("b", 30, -1.0)):
+        volume(tmp_path / f"{name}.nii", (16, 16, count), scale=value)
+    entries = [{"image": "a.nii", "weight": 3}, {"image": "b.nii", "weight": 1.0}]
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
+    scans = find_scans(tmp_path / "list.json")
+    assert [scan.weight for scan in scans] == [3.0, 1.0]
+    bank = load_bank(scans, spatial_dims=2, working_size=17, slice_axis=2)
+    per_file = torch.zeros(2).index_add(0, bank.source, bank.weight)
+    torch.testing.assert_close(per_file, torch.tensor([3.0, 1.0]))
+    first = {bytes(image.numpy()) for image, source in zip(bank.images, bank.source) if source == 0}
+    drawn = (bank.draw(400, torch.Generator().manual_seed(0)) * 255).round().to(torch.uint8)
+    share = sum(bytes(image.numpy()) in first for image in drawn) / 400
+    assert share == pytest.approx(0.75, abs=0.08)  # 3.7 standard deviations
+    for wrong in (0, -1, "nan"):
+        (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a.nii", "weight": wrong}]}))
+        with pytest.raises(ValueError, match="weight must be a positive number"):
+            find_scans(tmp_path / "list.json")
 
 
 def test_nothing_to_find(tmp_path):
@@ -48,7 +69,7 @@ def test_nothing_to_find(tmp_path):
 def test_volumes_keep_their_physical_proportions(tmp_path):
     """A field of view of 20 x 48 x 16 mm: the longest side fills the cube, the others are centred in zeros."""
     volume(tmp_path / "a.nii.gz", affine=np.diag([1.0, 2.0, 1.0, 1.0]))
-    bank = load_bank([tmp_path / "a.nii.gz"], spatial_dims=3, working_size=47)
+    bank = load_bank([Scan(tmp_path / "a.nii.gz")], spatial_dims=3, working_size=47)
     assert bank.images.shape == (1, 1, 47, 47, 47)
     assert bank.images.dtype == torch.uint8
     filled = bank.images[0, 0] > 2
@@ -61,7 +82,7 @@ def test_volumes_keep_their_physical_proportions(tmp_path):
 @pytest.mark.parametrize(("axis", "shape"), [(0, (24, 16)), (1, (20, 16)), (2, (20, 24))])
 def test_volumes_become_slices(tmp_path, axis, shape):
     image = volume(tmp_path / "a.nii.gz")
-    bank = load_bank([tmp_path / "a.nii.gz"], spatial_dims=2, working_size=33, slice_axis=axis)
+    bank = load_bank([Scan(tmp_path / "a.nii.gz")], spatial_dims=2, working_size=33, slice_axis=axis)
     spread = image.std()
     planes = [plane for plane in np.moveaxis(image, axis, 0) if plane.std() > 0.05 * spread]
     assert len(bank) == len(planes) < image.shape[axis] + 1
@@ -85,8 +106,8 @@ def test_all_axes_and_the_source_of_slices(tmp_path):
 
 def test_batches_are_floats_in_the_unit_range(tmp_path):
     picture(tmp_path / "a.png")
-    bank = load_bank([tmp_path / "a.png"], spatial_dims=2, working_size=33)
-    batch = bank.batch(torch.tensor([0, 0]))
+    bank = load_bank([Scan(tmp_path / "a.png")], spatial_dims=2, working_size=33)
+    batch = bank.draw(2, torch.Generator().manual_seed(0))
     assert batch.shape == (2, 1, 33, 33)
     assert batch.dtype == torch.float32
     assert 0 <= float(batch.min()) < float(batch.max()) <= 1
@@ -108,7 +129,7 @@ def test_bad_files_are_skipped_and_named(tmp_path):
     assert "constant" in reasons["flat.nii"]
     assert "smaller" in reasons["small.nii"]
     with pytest.raises(ValueError, match="none of 1 scans"):
-        load_bank([tmp_path / "nan.nii"], spatial_dims=3, working_size=33)
+        load_bank([Scan(tmp_path / "nan.nii")], spatial_dims=3, working_size=33)
 
 
 def test_mixed_and_wrong_kinds_are_refused(tmp_path):
@@ -116,11 +137,13 @@ def test_mixed_and_wrong_kinds_are_refused(tmp_path):
     picture(tmp_path / "b.png")
     with pytest.raises(ValueError, match="mixed"):
         load_bank(find_scans(tmp_path), spatial_dims=2, working_size=33)
+    both = load_bank(find_scans(tmp_path), spatial_dims=2, working_size=33, slice_axis=0, mix_dimensions=True)
+    assert int((both.source == 1).sum()) == 1 < int((both.source == 0).sum())
     with pytest.raises(ValueError, match="spatial_dims=2"):
-        load_bank([tmp_path / "b.png"], spatial_dims=3, working_size=33)
+        load_bank([Scan(tmp_path / "b.png")], spatial_dims=3, working_size=33)
     picture(tmp_path / "c.png", mode="RGB")
     with pytest.raises(ValueError, match="3 channels"):
-        load_bank([tmp_path / "c.png"], spatial_dims=2, working_size=33)
-    assert len(load_bank([tmp_path / "c.png"], spatial_dims=2, working_size=33, image_channel=1)) == 1
+        load_bank([Scan(tmp_path / "c.png")], spatial_dims=2, working_size=33)
+    assert len(load_bank([Scan(tmp_path / "c.png")], spatial_dims=2, working_size=33, image_channel=1)) == 1
     with pytest.raises(ValueError, match="image_channel must be below 3"):
-        load_bank([tmp_path / "c.png"], spatial_dims=2, working_size=33, image_channel=3)
+        load_bank([Scan(tmp_path / "c.png")], spatial_dims=2, working_size=33, image_channel=3)

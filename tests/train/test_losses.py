@@ -8,6 +8,7 @@ from monai_drdm.train.losses import (
     angle_loss,
     distance_loss,
     folding_loss,
+    relative_energy,
     sample_at,
     smoothness_loss,
     velocity_loss,
@@ -244,6 +245,35 @@ def test_every_sample_counts_alike_whatever_its_strength():
     assert velocity_loss(predicted, velocity).item() == pytest.approx(np.mean(each), rel=1e-4)
     first_missed = torch.cat((torch.zeros_like(velocity[:1]), velocity[1:]))
     assert velocity_loss(first_missed, velocity).item() == pytest.approx(1 / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+def test_differences_weigh_fine_waves_like_coarse_ones(share):
+    """Two waves along one axis: squares of sines, and of their differences ``2 sin(πk/N) cos``, in closed form."""
+    size, coarse, fine = 64, (3.0, 2), (0.25, 16)
+    position = torch.arange(size, dtype=torch.float64)
+
+    def wave(strength, count):
+        return strength * torch.sin(2 * torch.pi * count * position / size)
+
+    def rough(strength, count):  # over a whole period; the difference across its end is not counted
+        slope = 2 * strength * np.sin(np.pi * count / size) * torch.cos(2 * torch.pi * count * (position + 0.5) / size)
+        return slope[:-1]
+
+    start = torch.zeros(1, 2, size, 1, dtype=torch.float64)
+    start[0, 0, :, 0] = wave(*coarse) + wave(*fine)
+    left = torch.zeros_like(start)
+    left[0, 0, :, 0] = wave(*fine)
+    squares = fine[0] ** 2 / (coarse[0] ** 2 + fine[0] ** 2)
+    differences = float(rough(*fine).square().mean() / (rough(*coarse) + rough(*fine)).square().mean())
+    expected = (1 - share) * squares + share * differences
+    assert differences > 10 * squares
+    assert relative_energy(left, start, share, 1e-12).item() == pytest.approx(expected, rel=1e-6)
+    assert relative_energy(start, start, share, 1e-12).item() == pytest.approx(1, rel=1e-6)
+    predicted, velocity = -start, left - start
+    assert velocity_loss(predicted, velocity, share).item() == pytest.approx(
+        relative_energy(left, velocity, share, 1e-7).item(), rel=1e-6
+    )
 
 
 # gradients and odd sizes
