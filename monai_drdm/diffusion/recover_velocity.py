@@ -1,20 +1,30 @@
-"""Recovery with a network that predicts velocities: few cheap steps, each a small diffeomorphism."""
+"""Recovery with a network that predicts velocities: few cheap steps, each a small diffeomorphism.
+
+A network can only see a deformation where the image shows something. Elsewhere its best guess is nothing, and the
+random field would stay as rough as it was drawn. What nobody can see may as well be smooth: before each step the field
+is blended into its own smoothing where the deformed image is flat.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 from monai_drdm.diffusion.recover import Callback, RecoveryStep
-from monai_drdm.diffusion.schedule import integration_time, levels_of_batch
-from monai_drdm.fields import compose, exp_svf, mend_folds, resize_ddf, warp
+from monai_drdm.diffusion.schedule import integration_times, levels_of_batch
+from monai_drdm.fields import compose, exp_svf, gaussian_smooth, mend_folds, resize_ddf, resize_image, warp
 from monai_drdm.networks import VelocityUNet
 
 OVER_RELAXATION = 1.5
 """Every step goes this much farther than its share of the way: later steps correct what it overshoots."""
+
+_FLAT = 0.05  # an edge of this slope, in units of the intensity range per voxel, counts as half seen
+_SMOOTHING = 3 / 80  # standard deviation of the smoothing, as a fraction of the longest side: about one finest node
+_EDGE_SIGMA_VOX, _REACH_SIGMA_VOX = 1.0, 2.0
 
 
 @torch.no_grad()
@@ -53,19 +63,65 @@ def recover_velocity(
     if steps < 1:
         raise ValueError(f"sampler 'velocity': steps must be 1 or more, got {steps}.")
     levels = levels_of_batch(levels, ddf.shape[0], "recover_velocity")
-    form = (-1, *(1,) * (ddf.ndim - 1))
+    unseen = flatness(image, ddf.shape[2:])
     for k in tqdm(range(steps), desc="recover", unit="step", disable=not progress):
         left = [level * (1 - k / steps) for level in levels]
         after = [level * (1 - (k + 1) / steps) for level in levels]
-        share = [_time(a, ddf) - _time(b, ddf) for a, b in zip(left, after)]
-        warped = warp(image, resize_ddf(ddf, image.shape[2:]), "bilinear", "border")
-        velocity = network(warped, torch.tensor(left, device=image.device))
-        step = torch.tensor(share, device=ddf.device).view(form) * over_relaxation * velocity
-        ddf = compose(ddf, exp_svf(step))
+        ddf = recovery_step(network, image, unseen, ddf, left, after, over_relaxation)
         if callback is not None:
             callback(RecoveryStep(k, steps - 1 - k, ddf))
     return mend_folds(ddf)
 
 
-def _time(level: float, ddf: Tensor) -> float:
-    return integration_time(level, ddf.shape[1]) if level > 0 else 0.0
+def recovery_step(
+    network: Callable[[Tensor, Tensor], Tensor],
+    image: Tensor,
+    unseen: Tensor,
+    ddf: Tensor,
+    left: Sequence[float],
+    after: Sequence[float],
+    over_relaxation: float = OVER_RELAXATION,
+) -> Tensor:
+    """Smooth what the image does not show, then go from one level to another as the network says.
+
+    Args:
+        network: velocities ``(B, D, *H)`` from images and levels.
+        image: as in ``recover_velocity``.
+        unseen: ``flatness`` of the image.
+        ddf: ``(B, D, *H)`` voxels of the half grid.
+        left: level of each field.
+        after: level that each is to have then.
+        over_relaxation: factor on the step.
+
+    Returns:
+        ``(B, D, *H)`` voxels of the half grid.
+    """
+    dims = ddf.shape[1]
+    share = [a - b for a, b in zip(integration_times(left, dims), integration_times(after, dims))]
+    smooth = gaussian_smooth(ddf, _SMOOTHING * max(ddf.shape[2:]))
+    ddf = ddf + warp(unseen, ddf) * (smooth - ddf)
+    warped = warp(image, resize_ddf(ddf, image.shape[2:]))
+    velocity = network(warped, torch.tensor(left, device=image.device))
+    form = (-1, *(1,) * (ddf.ndim - 1))
+    step = torch.tensor(share, device=ddf.device).view(form) * over_relaxation * velocity
+    return compose(ddf, exp_svf(step))
+
+
+def flatness(image: Tensor, shape: Sequence[int]) -> Tensor:
+    """Where an image shows nothing that a deformation could be seen by: 1 in flat regions, near 0 at edges.
+
+    Args:
+        image: ``(B, C, *S)`` in [0, 1].
+        shape: spatial shape of the result.
+
+    Returns:
+        ``(B, 1, *shape)`` in (0, 1].
+    """
+    smooth = gaussian_smooth(image, _EDGE_SIGMA_VOX)
+    slope = torch.zeros_like(image[:, :1])
+    for axis in range(2, image.ndim):
+        if image.shape[axis] > 1:
+            after = [0] * (2 * (image.ndim - axis - 1)) + [0, 1]  # F.pad counts axes from the last
+            slope = slope + F.pad(smooth.diff(dim=axis).square().sum(dim=1, keepdim=True), after)
+    slope = gaussian_smooth(resize_image(slope, shape), _REACH_SIGMA_VOX)
+    return 1 / (1 + slope / _FLAT**2)

@@ -77,3 +77,8 @@ def integration_time(level: float, spatial_dims: int) -> float:
     position = check_level(level, "integration_time") * 10
     low = min(int(position), 9)
     return knots[low] + (position - low) * (knots[low + 1] - knots[low])
+
+
+def integration_times(levels: Sequence[float], spatial_dims: int) -> list[float]:
+    """``integration_time`` of each level; 0, where nothing is left, takes none."""
+    return [integration_time(level, spatial_dims) if level > 0 else 0.0 for level in levels]

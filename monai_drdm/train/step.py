@@ -8,8 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from monai_drdm.diffusion.recover_velocity import OVER_RELAXATION
-from monai_drdm.diffusion.schedule import integration_time
+from monai_drdm.diffusion.recover_velocity import flatness, recovery_step
+from monai_drdm.diffusion.schedule import integration_times
 from monai_drdm.fields import compose, exp_svf, resize_ddf, warp
 from monai_drdm.train.config import TrainConfig
 from monai_drdm.train.data import ScanBank
@@ -93,9 +93,8 @@ def recovery_loss(predicted: Tensor, target: Target, gradient_share: float = 0.0
 
 def flow(velocity: Tensor, level: Tensor) -> Tensor:
     """The whole way back that a velocity says: ``exp(τ(level) v)``, differentiable."""
-    return exp_svf(
-        _times(level, velocity.shape[1]).view(-1, *(1,) * (velocity.ndim - 1)) * velocity, squarings=_SQUARINGS
-    )
+    times = torch.tensor(integration_times(level.tolist(), velocity.shape[1]), device=velocity.device)
+    return exp_svf(times.view(-1, *(1,) * (velocity.ndim - 1)) * velocity, squarings=_SQUARINGS)
 
 
 def folding_of(predicted: Tensor, target: Target) -> Tensor:
@@ -109,16 +108,9 @@ def _roll_out(batch: Deformed, network: Predict, generator: torch.Generator) -> 
     device = batch.image.device
     steps = int(torch.randint(2, _MAX_STEPS + 1, (1,), generator=generator, device=device))
     taken = min(int(torch.randint(1, _MAX_ROLL_OUT + 1, (1,), generator=generator, device=device)), steps - 1)
-    image, ddf, form = batch.image, batch.ddf, (-1, *(1,) * (batch.ddf.ndim - 1))
+    ddf, unseen = batch.ddf, flatness(batch.posed, batch.ddf.shape[2:])
     for k in range(taken):
-        left, after = batch.level * (1 - k / steps), batch.level * (1 - (k + 1) / steps)
-        share = (_times(left, ddf.shape[1]) - _times(after, ddf.shape[1])).view(form) * OVER_RELAXATION
-        ddf = compose(ddf, exp_svf(share * network(image, left).float()))
-        image = warp(batch.posed, resize_ddf(ddf, image.shape[2:]), "bilinear", "border")
+        left, after = (batch.level * (1 - done / steps) for done in (k, k + 1))
+        ddf = recovery_step(network, batch.posed, unseen, ddf, left.tolist(), after.tolist())
+    image = warp(batch.posed, resize_ddf(ddf, batch.image.shape[2:]))
     return image, batch.level * (1 - taken / steps), ddf
-
-
-def _times(level: Tensor, spatial_dims: int) -> Tensor:
-    """Integration times ``(B,)`` of levels in [0, 1]."""
-    times = [integration_time(one, spatial_dims) if one > 0 else 0.0 for one in level.tolist()]
-    return torch.tensor(times, device=level.device)

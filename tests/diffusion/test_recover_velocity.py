@@ -4,11 +4,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from scipy import ndimage
 
 from monai_drdm import RandDRDMDeform, RandDRDMDeformd
 from monai_drdm.diffusion import diffuse, DRDM, SAMPLERS
 from monai_drdm.diffusion.recover import RecoveryStep
-from monai_drdm.diffusion.recover_velocity import OVER_RELAXATION, recover_velocity
+from monai_drdm.diffusion.recover_velocity import flatness, OVER_RELAXATION, recover_velocity
 from monai_drdm.diffusion.schedule import integration_time
 from monai_drdm.fields import fold_fraction, identity_grid, isotropic_velocity, mend_folds, resize_ddf
 from monai_drdm.networks import load_network, save_network, VelocityUNet
@@ -53,13 +54,18 @@ class Oracle(VelocityUNet):
         return self.predicted.expand(x.shape[0], *self.predicted.shape[1:])
 
 
+def structure(batch, *shape):
+    """Images whose every voxel shows something: fields on them are left as they are between steps."""
+    return 1e3 * torch.rand(batch, 1, *shape, generator=torch.Generator().manual_seed(0))
+
+
 class Start:
     """A deformed image whose way back is known."""
 
     def __init__(self, shape, levels, strength=STRENGTH):
         half = half_shape(shape)
         self.levels = levels
-        self.image = torch.rand(len(levels), 1, *shape, generator=torch.Generator().manual_seed(0))
+        self.image = structure(len(levels), *shape)
         self.times = [integration_time(level, len(shape)) for level in levels]
         self.ddf = torch.cat([flow(half, time, strength) for time in self.times])
         self.oracle = Oracle(-velocity(half, strength))
@@ -133,11 +139,11 @@ def test_the_network_sees_the_original_image_warped_by_the_field_so_far():
     for axis in range(2):
         start.oracle.images.clear()
         seen.clear()
-        start.image = identity_grid(shape)[axis][None, None]
+        start.image = 100 * identity_grid(shape)[axis][None, None]
         start.recover(steps=2, over_relaxation=1.0, callback=seen.append)
         for shown, time in zip(start.oracle.images, (start.times[0], integration_time(0.15, 2))):
             expected = identity_grid(half_shape(shape))[axis] + flow(half_shape(shape), time)[0, axis]
-            torch.testing.assert_close(shown[0, 0, ::2, ::2], 2 * expected, rtol=0, atol=2 * PERFECT_VOX)
+            torch.testing.assert_close(shown[0, 0, ::2, ::2] / 100, 2 * expected, rtol=0, atol=2 * PERFECT_VOX)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -157,12 +163,43 @@ def test_steps_are_composed_within_the_field_so_far():
     predicted = torch.tensor([0.5, -0.8]).view(1, 2, 1, 1).expand(-1, -1, 25, 25)
     step = integration_time(0.2, 2) * predicted[0]
     linear = torch.einsum("ij,j...->i...", matrix, grid - 12)[None]
-    recovered = recover_velocity(
-        Oracle(predicted), torch.rand(1, 1, 49, 49), linear, [0.2], steps=1, over_relaxation=1.0
-    )
+    recovered = recover_velocity(Oracle(predicted), structure(1, 49, 49), linear, [0.2], steps=1, over_relaxation=1.0)
     expected = (torch.einsum("ij,j...->i...", matrix, grid - 12 + step) + step)[None]
     inside = (..., slice(4, -4), slice(4, -4))
     torch.testing.assert_close(recovered[inside], expected[inside], rtol=0, atol=1e-3)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_what_an_image_does_not_show_becomes_smooth(shape):
+    """Without any structure every step smooths the field; SciPy's Gaussian is the oracle."""
+    half = half_shape(shape)
+    start = diffuse([torch.Generator().manual_seed(0)], half, 0.3)
+    silent = Oracle(torch.zeros(1, len(shape), *half))
+    recovered = recover_velocity(silent, torch.full((1, 1, *shape), 0.5), start, [0.3], steps=1)
+    sigma = 3 / 80 * max(half)
+    for d in range(len(shape)):
+        expected = ndimage.gaussian_filter(start[0, d].numpy(), sigma, mode="nearest", radius=math.ceil(3 * sigma))
+        torch.testing.assert_close(recovered[0, d], torch.from_numpy(expected), rtol=0, atol=1e-3)
+
+
+def test_what_an_image_shows_stays_as_it_is():
+    """Structure in one half, nothing in the other: the field keeps its detail in one and loses it in the other."""
+    image = structure(1, 97, 97)
+    image[..., 49:] = 0.0
+    start = diffuse([torch.Generator().manual_seed(0)], (49, 49), 0.1)
+    recovered = recover_velocity(Oracle(torch.zeros(1, 2, 49, 49)), image, start, [0.1], steps=4)
+    torch.testing.assert_close(recovered[..., :16], start[..., :16], rtol=0, atol=0.01)
+    before, after = (field[..., 36:].diff(n=2, dim=2).square().mean() for field in (start, recovered))
+    assert after < 0.1 * before
+
+
+@pytest.mark.parametrize("slope", [0.01, 0.05, 0.2])
+def test_flatness_of_a_ramp(slope):
+    ramp = slope * identity_grid((65, 49))[:1, None]
+    expected = 1 / (1 + (slope / 0.05) ** 2)
+    inside = (..., slice(10, -10), slice(10, -10))
+    found = flatness(ramp, (33, 25))[inside]
+    torch.testing.assert_close(found, torch.full_like(found, expected), rtol=1e-4, atol=0)
 
 
 def test_over_relaxed_unless_told_otherwise():
@@ -204,7 +241,7 @@ def test_no_folds_are_left():
     push = 3 * torch.exp(-((grid[0] - 12) ** 2 + (grid[1] - 12) ** 2) / 6)
     ddf = torch.stack((-push * (grid[0] - 12), push * 0))[None]
     assert float(fold_fraction(ddf)) > 0
-    recovered = recover_velocity(Oracle(torch.zeros(1, 2, 25, 25)), torch.rand(1, 1, 49, 49), ddf, [0.3], steps=2)
+    recovered = recover_velocity(Oracle(torch.zeros(1, 2, 25, 25)), structure(1, 49, 49), ddf, [0.3], steps=2)
     assert float(fold_fraction(recovered)) == 0
     torch.testing.assert_close(recovered[..., :3, :], ddf[..., :3, :], rtol=0, atol=0.05)  # far from the fold
 
@@ -212,7 +249,7 @@ def test_no_folds_are_left():
 def test_a_fold_made_on_the_way_is_mended():
     grid = identity_grid((17, 17))
     wild = torch.stack([4 * torch.sin(2 * grid[d] + grid[1 - d]) for d in (0, 1)])[None]
-    recovered = recover_velocity(Oracle(wild), torch.rand(1, 1, 33, 33), torch.zeros(1, 2, 17, 17), [0.3], steps=1)
+    recovered = recover_velocity(Oracle(wild), structure(1, 33, 33), torch.zeros(1, 2, 17, 17), [0.3], steps=1)
     assert bool(torch.isfinite(recovered).all())
     assert float(fold_fraction(recovered)) == 0
 
@@ -362,10 +399,10 @@ def test_a_perfect_network_undoes_the_diffusion_of_the_model():
     model = DRDM(Oracle(torch.zeros(1, 2, 17, 17)), steps=4)
     model.network.card = replace(model.network.card, working_size=33)
     starts = model.diffuse((33, 33), 0.2, [0])
-    untouched = model.sample(images(1, 33, 33), 0.2, [0])
-    assert mean_displacement(untouched - starts) < 0.1 * mean_displacement(starts)
+    untouched = model.sample(structure(1, 33, 33), 0.2, [0])
+    assert mean_displacement(untouched - starts) < 0.15 * mean_displacement(starts)  # noise in [0, 1] is not all edge
     model.network.predicted = -isotropic_velocity([torch.Generator().manual_seed(0)], (17, 17)) / OVER_RELAXATION
-    recovered = model.sample(images(1, 33, 33), 0.2, [0])
+    recovered = model.sample(structure(1, 33, 33), 0.2, [0])
     assert mean_displacement(recovered) < 0.1 * mean_displacement(starts)
 
 
