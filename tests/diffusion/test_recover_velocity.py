@@ -403,7 +403,7 @@ def test_a_perfect_network_undoes_the_diffusion_of_the_model():
     assert mean_displacement(untouched - starts) < 0.15 * mean_displacement(starts)  # noise in [0, 1] is not all edge
     model.network.predicted = -isotropic_velocity([torch.Generator().manual_seed(0)], (17, 17)) / OVER_RELAXATION
     recovered = model.sample(structure(1, 33, 33), 0.2, [0])
-    assert mean_displacement(recovered) < 0.1 * mean_displacement(starts)
+    assert mean_displacement(recovered) < 0.15 * mean_displacement(starts)
 
 
 @pytest.mark.parametrize("level", [0.1, 0.3])
