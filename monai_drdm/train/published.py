@@ -119,8 +119,8 @@ def published_folding(predicted: Tensor, target: PublishedTarget) -> Tensor:
 def _repeated(step: Tensor, counts: Tensor) -> Tensor:
     """``step`` composed with itself ``counts`` times, eight at a time.
 
-    Every composition smooths a field by the interpolation it costs. Binary powers leave that out: at t = 79 their fields
-    differ by 8 % and fold three times as often, so networks would be shown others than the published ones were.
+    Every composition smooths a field by the interpolation it costs. Binary powers leave that out: at t = 79 their
+    fields differ by 8 % and fold three times as often, so networks would be shown others than the published ones were.
     """
     ddf, stride = power(step, counts % _STRIDE), power(step, _STRIDE)
     for done in range(int(counts.max()) // _STRIDE):
