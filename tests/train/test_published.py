@@ -28,7 +28,7 @@ def released(t, batch, size, dims):
 
 
 @pytest.mark.parametrize(
-    ("dims", "size", "steps"), [(2, 256, (1, 8, 25, 48, 64, 79)), (2, 65, (1, 64)), (3, 32, (3, 30)), (3, 33, (79,))]
+    ("dims", "size", "steps"), [(2, 256, (1, 8, 25, 48, 64, 79)), (2, 65, (1, 64)), (3, 32, (3,)), (3, 33, (48,))]
 )
 def test_fields_are_the_released_ones(dims, size, steps):
     """The total field to 1.5 % of its mean displacement, the small one to a tenth of a pixel at 256."""
@@ -64,7 +64,7 @@ def test_other_time_steps_are_refused(t):
 
 
 def test_time_steps_are_all_from_1_to_79():
-    config = build_config(settings=["network=recresacnet", "working_size=17", "batch_size=1500", *STILL, *PLAIN])
+    config = build_config(settings=["network=recresacnet", "working_size=17", "batch_size=800", *STILL, *PLAIN])
     _, t, target = draw_published_batch(config, None, seeded())
     assert t.dtype == torch.int64
     assert set(t.tolist()) == set(range(1, 80))

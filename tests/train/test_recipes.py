@@ -10,6 +10,8 @@ from PIL import Image
 from monai_drdm import load_network, RandDRDMDeformd
 from monai_drdm.networks import RecResACNet, save_network, VelocityUNet
 from monai_drdm.train import build_config, fit
+from monai_drdm.train.published import PublishedTarget
+from monai_drdm.train.recipes import choose_recipe
 
 SMALL = ["working_size=24", "batch_size=2", "epoch_length=3", "max_epochs=2", "warmup_steps=1"]
 PUBLISHED = ["network=recresacnet", *SMALL]
@@ -38,7 +40,7 @@ def published(tmp_path, small_network):
 
 @pytest.mark.parametrize("spatial_dims", [2, 3])
 def test_a_run_leaves_a_network_that_deforms(tmp_path, spatial_dims):
-    shorter = ["max_epochs=1", "epoch_length=2"] if spatial_dims == 3 else []
+    shorter = ["max_epochs=1", "epoch_length=1", "batch_size=1"] if spatial_dims == 3 else []
     config = build_config(settings=[*PUBLISHED, f"spatial_dims={spatial_dims}", *shorter])
     weights = fit(config, tmp_path / "run")
     assert all(math.isfinite(row["loss"]) for row in rows(tmp_path / "run") if "loss" in row)
@@ -54,7 +56,7 @@ def test_a_run_leaves_a_network_that_deforms(tmp_path, spatial_dims):
     assert transform.last.params.sampler == "fast"
 
 
-@pytest.mark.parametrize("stop", [2, 3, 5])
+@pytest.mark.parametrize("stop", [2, 5])
 def test_resumed_runs_take_the_same_steps(tmp_path, stop):
     config = build_config(settings=PUBLISHED)
     fit(config, tmp_path / "whole")
@@ -146,9 +148,11 @@ def test_an_even_size_is_for_recresacnet_only(tmp_path):
         fit(build_config(settings=SMALL, init=str(tmp_path / "velocity.safetensors")), tmp_path / "run")
 
 
-def test_a_folding_penalty_makes_a_difference(tmp_path):
-    one = ["max_epochs=1", "epoch_length=1", "level_low=0.8"]
-    for weight in (0, 1):
-        fit(build_config(settings=[*PUBLISHED, *one, f"folding_weight={weight}"]), tmp_path / str(weight))
-    without, with_penalty = (rows(tmp_path / name)[0]["loss"] for name in ("0", "1"))
-    assert with_penalty > without
+def test_the_folding_penalty_is_added_in_its_weight():
+    """A mirrored axis turns every cell inside out: determinants of -1, 1.1 below the margin."""
+    recipe = choose_recipe(build_config(settings=[*PUBLISHED, "folding_weight=3"]))
+    still = torch.zeros(1, 2, 12, 12)
+    target = PublishedTarget(still, still)
+    mirrored = torch.stack((torch.arange(12.0).view(12, 1).expand(12, 12) / -6, still[0, 0]))[None]
+    penalty = recipe.loss(mirrored, target) - recipe.error(mirrored, target)
+    assert penalty.item() == pytest.approx(3 * 1.1, rel=1e-3)
