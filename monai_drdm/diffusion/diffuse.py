@@ -12,7 +12,8 @@ from monai_drdm.diffusion.schedule import composition_counts, integration_time, 
 from monai_drdm.fields import compose, control_grid_velocity, crop, exp_svf, isotropic_velocity
 from monai_drdm.fields.random import CONTROL_SIZE, NODE_STD
 
-_EXTRA_NOISE = 0.08
+EXTRA_NOISE = 0.08
+"""Strength of the second draw that the published total field has beside the first."""
 
 
 def diffuse(
@@ -70,7 +71,7 @@ def diffuse_published(
     total_count, target_count = composition_counts(t)
     control = float(CONTROL_SIZE)
     velocity = control_grid_velocity(generators, spatial_dims).to(device) * control
-    extra = control_grid_velocity(generators, spatial_dims, NODE_STD * _EXTRA_NOISE).to(device) * control
+    extra = control_grid_velocity(generators, spatial_dims, NODE_STD * EXTRA_NOISE).to(device) * control
     total = _self_compose(compose(extra, velocity), total_count)
     target = _self_compose(velocity, target_count)
     return _to_image(total / control, size), _to_image(target / control, size)

@@ -55,7 +55,7 @@ def recover_reference(
         ``(B, D, *S)`` voxels.
     """
     for index, time in enumerate(_bar(range(TIME_STEPS - 1, -1, -1), progress)):
-        warped = warp(image, ddf, _image_mode(image), "zeros")
+        warped = warp(image, ddf, image_mode(image), "zeros")
         step = predict_step(network, warped, time)
         ddf = compose(ddf, step, "zeros")
         if callback is not None:
@@ -98,7 +98,7 @@ def recover_fast(
     repeats = max(1, round(_FAST_RELEASED_STEPS / steps))
     ddf = mend_folds(ddf)
     for index, time in enumerate(_bar(times, progress)):
-        step = predict_step(network, warp(image, ddf, _image_mode(image), "zeros"), time)
+        step = predict_step(network, warp(image, ddf, image_mode(image), "zeros"), time)
         ddf = compose(ddf, power(gaussian_smooth(step, _FAST_SIGMA_VOX), repeats))
         if callback is not None:
             callback(RecoveryStep(index, time, ddf))
@@ -111,7 +111,7 @@ def predict_step(network: RecResACNet, image: Tensor, time: int) -> Tensor:
     return fractions_to_voxels(network(image, t))
 
 
-def _image_mode(image: Tensor) -> Mode:
+def image_mode(image: Tensor) -> Mode:
     """The interpolation that the published networks saw in training."""
     return "bicubic" if image.ndim == 4 else "bilinear"
 

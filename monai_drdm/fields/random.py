@@ -26,7 +26,7 @@ def control_grid_velocity(generators: Sequence[torch.Generator], spatial_dims: i
     """The published recipe: noise at 64, 32, 16, 8 nodes per axis with std ``std · (1, 2, 4, 8)``, summed at 64.
 
     Args:
-        generators: one CPU generator per sample.
+        generators: one per sample; the field is made on their device.
         spatial_dims: 2 or 3.
         std: per-node standard deviation of the finest lattice, as a fraction of the control grid.
 
@@ -35,7 +35,8 @@ def control_grid_velocity(generators: Sequence[torch.Generator], spatial_dims: i
     """
     size = (CONTROL_SIZE,) * spatial_dims
     mode = "bilinear" if spatial_dims == 2 else "trilinear"
-    total = torch.zeros(len(generators), spatial_dims, *size)
+    device = generators[0].device if generators else torch.device("cpu")
+    total = torch.zeros(len(generators), spatial_dims, *size, device=device)
     for scale in range(SCALES):
         noise = draw_normal((spatial_dims, *(CONTROL_SIZE >> scale,) * spatial_dims), generators) * (std * 2**scale)
         total += F.interpolate(noise, size, mode=mode, align_corners=False)

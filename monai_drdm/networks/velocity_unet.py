@@ -22,7 +22,8 @@ from monai_drdm.networks.card import NetworkCard
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
-_WORKING_SIZE = {2: 161, 3: 97}
+WORKING_SIZE = {2: 161, 3: 97}
+"""Voxels along the longest side, for 2D and 3D networks, unless a card says otherwise."""
 _FREQUENCIES = 8
 _EMBEDDING = 64
 _GROUPS = 8
@@ -73,7 +74,7 @@ class VelocityUNet(RecoveryNetwork):
                 kind="velocity_unet",
                 spatial_dims=spatial_dims,
                 in_channels=in_channels,
-                working_size=_WORKING_SIZE[spatial_dims],
+                working_size=WORKING_SIZE[spatial_dims],
                 sampler="velocity",
                 steps=8,
                 channels=channels,

@@ -9,7 +9,12 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from monai_drdm.networks import recresacnet, velocity_unet
 from monai_drdm.train.process import Appearance, Pose
+
+_KINDS = {"velocity_unet": velocity_unet.WORKING_SIZE, "recresacnet": recresacnet.WORKING_SIZE}
+_LEARNING_RATE = {"velocity_unet": 2e-3, "recresacnet": 1e-4}
+_SMALLEST = 17
 
 
 def _setting(
@@ -37,14 +42,24 @@ class TrainConfig:
     )
     mix_dimensions: bool = _setting(False, "take 2D images and slices of volumes together")
     image_channel: int | None = _setting(None, "channel of images that have several", low=0)
-    channels: tuple[int, ...] = _setting((16, 32, 48, 64), "features on each grid", low=2, high=512)
-    working_size: int = _setting(161, "voxels along the longest side, odd", low=17, high=1025)
+    network: str = _setting(
+        "", "velocity_unet, or recresacnet as published; empty: that of init, or velocity_unet", choices=("", *_KINDS)
+    )
+    channels: tuple[int, ...] = _setting((16, 32, 48, 64), "features on each grid, of velocity_unet", low=2, high=512)
+    working_size: int = _setting(
+        0,
+        "voxels along the longest side, odd for velocity_unet; 0: that of init, or the network's own",
+        low=0,
+        high=1025,
+    )
     batch_size: int = _setting(16, "images in a batch, on each process", low=1, high=4096)
     epoch_length: int = _setting(200, "steps between validations and checkpoints", low=1)
     max_epochs: int = _setting(1000, "epochs at most", low=1)
     max_minutes: float = _setting(math.inf, "minutes at most, after which the run ends as if done", low=0)
     patience: int = _setting(0, "epochs without a better validation after which to stop; 0: never", low=0)
-    learning_rate: float = _setting(2e-3, "after warm-up; falls to zero along a cosine", low=0, high=1)
+    learning_rate: float | None = _setting(
+        None, "after warm-up; falls to zero along a cosine; none: 2e-3, for recresacnet 1e-4", low=0, high=1
+    )
     warmup_steps: int = _setting(100, "steps of rising learning rate", low=0)
     weight_decay: float = _setting(1e-4, "of AdamW", low=0, high=1)
     clip_norm: float = _setting(1.0, "largest norm of the gradient", low=0)
@@ -53,12 +68,18 @@ class TrainConfig:
     level_low: float = _setting(0.02, "smallest deformation level", low=0, high=1)
     level_high: float = _setting(1.0, "largest deformation level", low=0, high=1)
     roll_out: float = _setting(
-        0.5, "share of steps trained on images that the network has recovered in part", low=0, high=1
+        0.5, "share of steps of velocity_unet on images that it has recovered in part", low=0, high=1
     )
     gradient_share: float = _setting(
-        0.5, "share of the loss on differences between neighbours, which keeps outlines smooth", low=0, high=1
+        0.5,
+        "share of velocity_unet's loss on differences between neighbours, which keeps outlines smooth",
+        low=0,
+        high=1,
     )
     folding_weight: float = _setting(0.0, "weight of the folding penalty", low=0)
+    distance_weight: float = _setting(1.0, "weight of recresacnet's distance term", low=0)
+    angle_weight: float = _setting(1.0, "weight of recresacnet's angle term", low=0)
+    smoothness_weight: float = _setting(10.0, "weight of recresacnet's smoothness term", low=0)
     flip: float = _setting(Pose.flip, "chance of a flip along each axis", low=0, high=1)
     permute: float = _setting(Pose.permute, "chance that the axes change places", low=0, high=1)
     rotation_deg: float = _setting(Pose.rotation_deg, "largest rotation", low=0, high=180)
@@ -80,8 +101,11 @@ class TrainConfig:
             value = _checked_type(getattr(self, one.name), hints[one.name], one.name)
             object.__setattr__(self, one.name, value)
             _check_range(value, one.name, **{k: one.metadata[k] for k in ("low", "high", "choices")})
-        if self.working_size % 2 == 0:
-            raise ValueError(f"working_size must be odd, got {self.working_size}.")
+        self._complete()
+        if 0 < self.working_size < _SMALLEST:
+            raise ValueError(f"working_size must be {_SMALLEST} or more, got {self.working_size}.")
+        if self.network == "velocity_unet" and self.working_size % 2 == 0 and self.working_size > 0:
+            raise ValueError(f"working_size must be odd for velocity_unet, got {self.working_size}.")
         if len(self.channels) < 2:
             raise ValueError(f"channels must be two or more numbers, got {self.channels}.")
         if not 0 < self.level_low < self.level_high:
@@ -90,6 +114,19 @@ class TrainConfig:
             )
         if self.slice_axis is not None and self.spatial_dims == 3:
             raise ValueError("slice_axis is for 2D networks; leave it out, or set spatial_dims=2.")
+
+    def _complete(self) -> None:
+        """Fill in what depends on the network, as far as it is known without looking at ``init``."""
+        known: dict[str, Any] = {}
+        kind = self.network or ("" if self.init else "velocity_unet")
+        if kind:
+            known["network"] = kind
+            if self.learning_rate is None:
+                known["learning_rate"] = _LEARNING_RATE[kind]
+            if not self.working_size and not self.init:
+                known["working_size"] = _KINDS[kind][self.spatial_dims]
+        for name, value in known.items():
+            object.__setattr__(self, name, value)
 
     @property
     def pose(self) -> Pose:

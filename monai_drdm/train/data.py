@@ -119,7 +119,7 @@ def load_bank(
     Args:
         scans: image files or DICOM folders; volumes are sliced for 2D networks.
         spatial_dims: 2 or 3.
-        working_size: odd.
+        working_size: voxels along the longest side.
         slice_axis: the axis across which volumes are sliced; None: all three.
         image_channel: which channel of images that have several.
         mix_dimensions: take 2D images and slices of volumes together.
@@ -227,7 +227,7 @@ def _fit(image: Tensor, spacing: tuple[float, ...], working_size: int) -> Tensor
     """One image on the working grid, centred on a square or cube: ``(1, *S)`` uint8."""
     if float(image.max()) <= float(image.min()):
         raise _UnusableError("is constant")
-    grid = WorkingGrid.of(image.shape, spacing, working_size, odd=True)
+    grid = WorkingGrid.of(image.shape, spacing, working_size, odd=working_size % 2 == 1)
     unit = grid.image_to_working(image[None, None], (0.0, 1.0))[0]
     room = [working_size - n for n in unit.shape[1:]]
     padded = F.pad(unit, [p for r in reversed(room) for p in (r // 2, r - r // 2)])

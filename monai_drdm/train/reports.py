@@ -12,7 +12,7 @@ from torch.utils.tensorboard import SummaryWriter
 from monai_drdm.diffusion import DRDM
 from monai_drdm.fields import warp
 from monai_drdm.io.files import atomically
-from monai_drdm.networks import VelocityUNet
+from monai_drdm.networks import RecoveryNetwork
 from monai_drdm.viz import contact_sheet, SheetEntry
 
 _METRICS = "metrics.jsonl"
@@ -45,7 +45,7 @@ class Reports:
 
     def draw_sheet(self, network: nn.Module, images: Tensor, step: int) -> None:
         """Draw images ``(B, 1, *S)`` before and after one draw each: ``sheets/step_N.png``."""
-        assert isinstance(network, VelocityUNet)
+        assert isinstance(network, RecoveryNetwork)
         images = images[:_SHEET]
         training = network.training
         fields = DRDM(network.eval()).sample(images, _SHEET_LEVEL, range(len(images)))

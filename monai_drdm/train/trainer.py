@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 import json
 import math
@@ -21,12 +20,13 @@ from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from monai_drdm.io.files import atomically, locked
-from monai_drdm.networks import load_network, RecoveryNetwork, save_network, VelocityUNet
+from monai_drdm.networks import RecoveryNetwork, save_network
 from monai_drdm.train.config import TrainConfig
 from monai_drdm.train.data import find_scans, load_bank, ScanBank
 from monai_drdm.train.parts import Bfloat16Inferer, Progress
+from monai_drdm.train.recipes import choose_recipe, Recipe
 from monai_drdm.train.reports import Reports
-from monai_drdm.train.step import draw_batch, draw_images, folding_of, recovery_loss, Target
+from monai_drdm.train.step import draw_images
 from monai_drdm.train.team import Team
 
 _CONFIG = "config.json"
@@ -58,23 +58,24 @@ def fit(
 
     Raises:
         FileExistsError: the folder is in use, or holds something and not ``resume``.
-        ValueError: ``resume`` with other settings, no usable scan, or ``init`` of another architecture.
+        ValueError: ``resume`` with other settings, no usable scan, or ``init`` that is not what the settings say.
         FloatingPointError: a loss that is not finite; names the batch.
     """
-    folder = Path(out)
+    folder, recipe = Path(out), choose_recipe(config)
+    config = recipe.config
     team = Team(config.device)
     try:
         if team.leads:
             _check_folder(folder, config, resume)
         training, validation, skipped = _banks(config, progress and team.leads)
         if not team.leads:
-            return _Run(config, folder, team, training, validation, should_stop, False).train(resume)
+            return _Run(recipe, folder, team, training, validation, should_stop, False).train(resume)
         for line in skipped:
             print(f"skipped {line}")
         (folder / _CHECKPOINTS).mkdir(parents=True, exist_ok=True)
         with locked(folder):
             atomically(folder / _CONFIG, lambda part: Path(part).write_text(config.to_json(), encoding="utf-8"))
-            return _Run(config, folder, team, training, validation, should_stop, progress).train(resume)
+            return _Run(recipe, folder, team, training, validation, should_stop, progress).train(resume)
     finally:
         team.leave()
 
@@ -84,7 +85,7 @@ class _Run:
 
     def __init__(
         self,
-        config: TrainConfig,
+        recipe: Recipe[Any],
         folder: Path,
         team: Team,
         training: ScanBank | None,
@@ -92,11 +93,13 @@ class _Run:
         should_stop: Callable[[], bool],
         progress: bool,
     ) -> None:
+        config = recipe.config
         torch.manual_seed(config.seed)
-        self.config, self.folder, self.team, self.should_stop = config, folder, team, should_stop
+        self.recipe, self.config, self.folder, self.team, self.should_stop = recipe, config, folder, team, should_stop
         self.interrupted = False
         self.bank, self.validation = training, validation
-        self.network = _new_network(config).to(team.device)
+        self.network = recipe.network().to(team.device)
+        assert config.learning_rate is not None  # recipes complete their settings
         self.optimizer = torch.optim.AdamW(
             self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay
         )
@@ -141,7 +144,7 @@ class _Run:
         if self.team.leads:
             averaged = self.averaged.module
             assert isinstance(averaged, RecoveryNetwork)
-            averaged.card = self._card()
+            averaged.card = self.recipe.card(averaged, self.folder.resolve().name)
             atomically(weights, lambda part: save_network(averaged, part))
         self.team.any(False)  # nobody leaves before it is written
         return weights
@@ -182,19 +185,17 @@ class _Run:
             bar = ProgressBar(persist=True)
             bar.attach(trainer, output_transform=lambda output: {"loss": float(output[CommonKeys.LOSS].detach())})
 
-    def _prepare(self, *_: Any) -> tuple[Tensor, Target, tuple[Tensor], dict[str, Any]]:
+    def _prepare(self, *_: Any) -> tuple[Tensor, Any, tuple[Tensor], dict[str, Any]]:
         """Batch ``i`` is a function of seed and ``i``, whatever happened before."""
         generator = self._generator(f"train/{self.team.rank}", self.trainer.state.iteration)
         network = self.inferer.bound(self.network)
         with self._batch_named():
-            image, target = draw_batch(self.config, self.bank, network, generator)
-        return image, target, (target.level,), {}
+            image, told, target = self.recipe.draw(self.bank, network, generator)
+        return image, target, (told,), {}
 
-    def _loss(self, predicted: Tensor, target: Target) -> Tensor:
+    def _loss(self, predicted: Tensor, target: Any) -> Tensor:
         with self._batch_named():
-            loss = recovery_loss(predicted, target, self.config.gradient_share)
-            if self.config.folding_weight > 0:
-                loss = loss + self.config.folding_weight * folding_of(predicted, target)
+            loss: Tensor = self.recipe.loss(predicted, target)
             if not bool(torch.isfinite(loss)):
                 raise ValueError(f"the loss is {float(loss)}")
         return loss
@@ -220,7 +221,7 @@ class _Run:
         share = max(done / (config.max_epochs * config.epoch_length), spent)
         warm = min(1.0, (done + 1) / max(config.warmup_steps, 1))
         for group in self.optimizer.param_groups:
-            group["lr"] = config.learning_rate * warm * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+            group["lr"] = self.optimizer.defaults["lr"] * warm * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
     def _average(self, average: Tensor, newest: Tensor, count: Tensor | int) -> Tensor:
         """An exponential average that forgets its first, worst weights sooner."""
@@ -239,12 +240,11 @@ class _Run:
     def _validate(self) -> None:
         """Loss of the averaged network on batches that are the same every time."""
         network = self.inferer.bound(self.averaged.module)
-        config = dataclasses.replace(self.config, roll_out=0.0)
         losses = []
         for number in range(_VALIDATION_BATCHES):
-            image, target = draw_batch(config, self.validation, network, self._generator("validate", number))
-            predicted = network(image, target.level)
-            losses.append(float(recovery_loss(predicted, target, config.gradient_share)))
+            generator = self._generator("validate", number)
+            image, told, target = self.recipe.draw(self.validation, network, generator, validate=True)
+            losses.append(float(self.recipe.error(network(image, told), target)))
         mean = sum(losses) / len(losses)
         self.progress.validated(mean)
         if self.reports is not None:
@@ -269,14 +269,6 @@ class _Run:
         done = self.trainer.state.iteration >= config.max_epochs * config.epoch_length
         lost = 0 < config.patience <= self.progress.stale
         return self.team.any(done or lost or self.progress.spent() >= 1)
-
-    def _card(self) -> Any:
-        return dataclasses.replace(
-            self.network.card,
-            name=self.folder.resolve().name,
-            training_data=self.config.data,
-            source="trained with monai_drdm.train",
-        )
 
 
 def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
@@ -309,20 +301,6 @@ def _banks(config: TrainConfig, progress: bool) -> tuple[ScanBank | None, ScanBa
         progress=progress,
     )
     return *bank.split(config.validation_share, config.seed), bank.skipped
-
-
-def _new_network(config: TrainConfig) -> VelocityUNet:
-    if not config.init:
-        network = VelocityUNet(config.spatial_dims, 1, config.channels)
-        network.card = dataclasses.replace(network.card, working_size=config.working_size)
-        return network
-    start = load_network(config.init)
-    if not isinstance(start, VelocityUNet) or start.spatial_dims != config.spatial_dims:
-        raise ValueError(
-            f"init must be a {config.spatial_dims}D velocity_unet, got {start.card.name!r}: {start.spatial_dims}D "
-            f"{start.card.kind}."
-        )
-    return start.train().requires_grad_(True)
 
 
 def _iteration_of(path: Path) -> int:

@@ -47,6 +47,8 @@ def test_settings_reach_pose_and_appearance():
         (["channels=[16]"], ValueError, "two or more"),
         (["channels=[16, 1]"], ValueError, "channels must be in"),
         (["working_size=160"], ValueError, "odd"),
+        (["working_size=9"], ValueError, "working_size must be 17 or more"),
+        (["network=unet"], ValueError, "network must be one of"),
         (["level_low=0.9", "level_high=0.5"], ValueError, "level_low"),
         (["spatial_dims=3", "slice_axis=0"], ValueError, "slice_axis"),
         (["seed=[1"], ValueError, "cannot be read"),
@@ -55,6 +57,23 @@ def test_settings_reach_pose_and_appearance():
 def test_wrong_settings_are_refused(settings, error, message):
     with pytest.raises(error, match=message):
         build_config(settings=settings)
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ([], ("velocity_unet", 161, 2e-3)),
+        (["spatial_dims=3"], ("velocity_unet", 97, 2e-3)),
+        (["network=recresacnet"], ("recresacnet", 256, 1e-4)),
+        (["network=recresacnet", "spatial_dims=3"], ("recresacnet", 128, 1e-4)),
+        (["network=recresacnet", "working_size=160", "learning_rate=1e-3"], ("recresacnet", 160, 1e-3)),
+        (["init=some.safetensors"], ("", 0, None)),
+        (["init=some.safetensors", "network=recresacnet"], ("recresacnet", 0, 1e-4)),
+    ],
+)
+def test_what_depends_on_the_network_is_filled_in(settings, expected):
+    config = build_config(settings=settings)
+    assert (config.network, config.working_size, config.learning_rate) == expected
 
 
 def test_wrong_files_are_refused(tmp_path):
