@@ -17,10 +17,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from monai_drdm.diffusion import WorkingGrid
+from monai_drdm.io.dicom import DICOM_SUFFIXES, find_series, load_with_itk
 from monai_drdm.transforms.inputs import spacing_of
 
-_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy")
-_DICOM = (".dcm", ".ima")
+_ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".tif", ".tiff")
+_SUFFIXES = (".nii", ".nii.gz", ".png", ".jpg", ".jpeg", ".bmp", ".npy", *_ITK_SUFFIXES)
 _MIN_SIZE = 8
 _EMPTY = 0.05  # a slice whose spread is less than this share of its volume's holds nothing to learn from
 
@@ -32,12 +33,19 @@ class ScanBank:
     images: Tensor
     """``(N, 1, *S)`` uint8; 255 is the top of the intensity range."""
     source: Tensor
-    """``(N,)`` index of the file each one is from."""
+    """``(N,)`` number of the file or series each one is from."""
     skipped: tuple[str, ...]
     """What could not be used, and why."""
 
     def __len__(self) -> int:
         return self.images.shape[0]
+
+    def report(self) -> str:
+        """What was skipped, each on a line under their count; empty if nothing was."""
+        if not self.skipped:
+            return ""
+        total = len(torch.unique(self.source)) + len(self.skipped)
+        return f"{len(self.skipped)} of {total} scans skipped:\n" + "".join(f"  {line}\n" for line in self.skipped)
 
     def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """Images ``(B, 1, *S)`` in [0, 1]."""
@@ -79,7 +87,7 @@ def find_scans(data: str | os.PathLike[str], section: str = "training") -> list[
     else:
         raise FileNotFoundError(f"no folder or datalist {path}.")
     if not scans:
-        raise FileNotFoundError(f"{path} holds no image; known formats are {', '.join((*_SUFFIXES, *_DICOM))}.")
+        raise FileNotFoundError(f"{path} holds no image; known formats are {', '.join((*_SUFFIXES, *DICOM_SUFFIXES))}.")
     return scans
 
 
@@ -115,9 +123,14 @@ def load_bank(
     source: list[int] = []
     skipped: list[str] = []
     dims: dict[int, Path] = {}
-    for number, path in enumerate(tqdm(scans, desc="read", unit="scan", disable=not progress)):
+    every = [files for path in scans for files in _files_of(path)]
+    stacked = {files[0].parent for files in every if len(files) > 1}
+    for number, files in enumerate(tqdm(every, desc="read", unit="scan", disable=not progress)):
+        path = files[0]
         try:
-            scan = _read(path)
+            scan = _read(files)
+            if scan.ndim == 3 and path.parent in stacked:
+                raise _UnusableError("is a single slice beside a series")
         except _UnusableError as error:
             skipped.append(f"{path}: {error}")
             continue
@@ -135,8 +148,8 @@ def load_bank(
         images += fitted
         source += [number] * len(fitted)
     if not images:
-        listed = "\n".join(skipped[:10])
-        raise ValueError(f"none of {len(scans)} scans can be used:\n{listed}")
+        listed = "\n".join(f"  {line}" for line in skipped)
+        raise ValueError(f"none of {len(every)} scans can be used:\n{listed}")
     return ScanBank(torch.stack(images), torch.tensor(source), tuple(skipped))
 
 
@@ -146,19 +159,32 @@ class _UnusableError(Exception):
 
 def _walk(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
-        if path.is_file() and not path.name.startswith("."):
-            if path.name.lower().endswith(_DICOM):
-                yield path.parent  # a series is one scan
+        if not path.is_dir() and not path.name.startswith("."):  # also links that lead nowhere: they are listed then
+            if path.name.lower().endswith(DICOM_SUFFIXES):
+                yield path.parent  # holds one series or several
             elif path.name.lower().endswith(_SUFFIXES):
                 yield path
 
 
-def _read(path: Path) -> MetaTensor:
+def _files_of(path: Path) -> list[list[Path]]:
+    """The files of each scan: one, or those of every DICOM series of a folder; unreadable ones stand alone."""
+    if not path.is_dir():
+        return [[path]]
+    series, rest = find_series(path)
+    return [[Path(file) for file in files] for files in (*series, *((file,) for file in rest))]
+
+
+def _read(files: Sequence[Path]) -> MetaTensor:
     """``(C, *S)`` float32 with its affine."""
+    name = files[0].name.lower()
     try:
-        scan = Compose([LoadImage(image_only=True, dtype=np.float32), EnsureChannelFirst()])(os.fspath(path))
+        if len(files) > 1 or not name.endswith(_SUFFIXES) or name.endswith(_ITK_SUFFIXES):
+            scan: Any = load_with_itk([os.fspath(file) for file in files])
+        else:
+            scan = Compose([LoadImage(image_only=True, dtype=np.float32), EnsureChannelFirst()])(os.fspath(files[0]))
     except Exception as error:  # readers raise whatever damaged bytes lead to
-        raise _UnusableError(f"cannot be read: {str(error.__cause__ or error).splitlines()[0]}") from error
+        reason = str(error.__cause__ or error) or type(error).__name__
+        raise _UnusableError(f"cannot be read: {reason.splitlines()[0]}") from error
     if scan.ndim == 4 and scan.shape[-1] == 1:
         scan = scan[..., 0]
     if scan.ndim not in (3, 4):

@@ -138,7 +138,7 @@ def test_a_torn_checkpoint_costs_one_interval(tmp_path, capsys):
     torn = tmp_path / "run" / "checkpoints" / "checkpoint_12.pt"
     torn.write_bytes(torn.read_bytes()[:1000])
     fit(small(), tmp_path / "run", resume=True)
-    assert "checkpoint_12.pt is damaged" in capsys.readouterr().out
+    assert "checkpoint_12.pt is damaged" in capsys.readouterr().err
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     assert same_weights(tmp_path / "run", tmp_path / "whole")
 
