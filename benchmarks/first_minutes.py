@@ -1,7 +1,7 @@
 """What a few minutes of training on random anatomy give, on images that the network has not seen.
 
-Runs ``python -m monai_drdm.train --data synthetic`` for some minutes, then measures recovery on held-out random anatomy,
-on cardiac MR slices (ACDC, patients 61-70) and on brain MR slices (IXI, subjects 27-30):
+Runs ``python -m monai_drdm.train --data synthetic`` for some minutes, then measures recovery on held-out random
+anatomy, on cardiac MR slices (ACDC, patients 61-70) and on brain MR slices (IXI, subjects 27-30):
 
 - one shot: the training loss of one prediction; 1 is doing nothing;
 - displacement left: mean squared displacement after eight steps of recovery, relative to the random field's;
