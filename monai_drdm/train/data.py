@@ -45,7 +45,8 @@ class ScanBank:
         if not self.skipped:
             return ""
         total = len(torch.unique(self.source)) + len(self.skipped)
-        return f"{len(self.skipped)} of {total} scans skipped:\n" + "".join(f"  {line}\n" for line in self.skipped)
+        text = f"{len(self.skipped)} of {total} scans skipped:\n" + "".join(f"  {line}\n" for line in self.skipped)
+        return text.encode(errors="backslashreplace").decode()  # names need not be UTF-8
 
     def batch(self, indices: Tensor, device: torch.device | str = "cpu") -> Tensor:
         """Images ``(B, 1, *S)`` in [0, 1]."""
