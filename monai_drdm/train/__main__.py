@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import signal
 import sys
 from collections.abc import Sequence
@@ -29,20 +30,31 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     before = {number: signal.signal(number, note) for number in _SIGNALS}
     try:
-        file = options.out / "config.json" if options.resume and options.config is None else options.config
+        before_it = options.out / "config.json"
+        file = before_it if options.resume and options.config is None and before_it.is_file() else options.config
         config = build_config(file, options.set, data=options.data, max_minutes=options.max_minutes, init=options.init)
         weights = fit(config, options.out, resume=options.resume, progress=True, should_stop=lambda: bool(caught))
     except (OSError, TypeError, ValueError, FloatingPointError) as error:
         print(f"monai_drdm.train: {error}", file=sys.stderr)
         return 1
+    except KeyboardInterrupt:
+        print(f"stopped at once; go on with --resume --out {options.out}", file=sys.stderr)
+        return 128 + (caught[-1] if caught else signal.SIGINT)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
     if weights is None:
         print(f"stopped; go on with --resume --out {options.out}", file=sys.stderr)
         return 128 + (caught[0] if caught else signal.SIGTERM)  # another process may have been told
+    print(_verdict(weights), file=sys.stderr)
     print(weights)
     return 0
+
+
+def _verdict(weights: Path) -> str:
+    """What validation says of a network, from its card."""
+    loss = json.loads(weights.with_suffix(".json").read_text(encoding="utf-8"))["gates"]["validation_loss"]
+    return f"validation loss {loss:.2f} (1 is doing nothing)"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -18,10 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from monai_drdm.diffusion import WorkingGrid
+from monai_drdm.io.dicom import DICOM_SUFFIXES, find_series, load_with_itk
 from monai_drdm.transforms.inputs import spacing_of
 
-_SUFFIXES = (".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff", ".npy")
-_DICOM = (".dcm", ".ima")
+_ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".tif", ".tiff")
+_SUFFIXES = (".nii", ".nii.gz", ".png", ".jpg", ".jpeg", ".bmp", ".npy", *_ITK_SUFFIXES)
 _MIN_SIZE = 8
 _EMPTY = 0.05  # a slice whose spread is less than this share of its volume's holds nothing to learn from
 
@@ -41,7 +42,7 @@ class ScanBank:
     images: Tensor
     """``(N, 1, *S)`` uint8; 255 is the top of the intensity range."""
     source: Tensor
-    """``(N,)`` index of the file each one is from."""
+    """``(N,)`` number of the file or series each one is from."""
     weight: Tensor
     """``(N,)`` how often each is drawn, relative to the others: its file's weight, shared by the file's images."""
     skipped: tuple[str, ...]
@@ -55,6 +56,14 @@ class ScanBank:
         weight = self.weight.to(generator.device)
         indices = torch.multinomial(weight, count, replacement=True, generator=generator)
         return self.images[indices.cpu()].to(generator.device, torch.float32) / 255
+
+    def report(self) -> str:
+        """What was skipped, each on a line under their count; empty if nothing was."""
+        if not self.skipped:
+            return ""
+        total = len(torch.unique(self.source)) + len(self.skipped)
+        text = f"{len(self.skipped)} of {total} scans skipped:\n" + "".join(f"  {line}\n" for line in self.skipped)
+        return text.encode(errors="backslashreplace").decode()  # names need not be UTF-8
 
     def split(self, share: float, seed: int) -> tuple[ScanBank, ScanBank]:
         """Two banks that share no file: what is left, and about ``share`` of the files for validation.
@@ -94,7 +103,7 @@ def find_scans(data: str | os.PathLike[str], section: str = "training") -> list[
     else:
         raise FileNotFoundError(f"no folder or datalist {path}.")
     if not scans:
-        raise FileNotFoundError(f"{path} holds no image; known formats are {', '.join((*_SUFFIXES, *_DICOM))}.")
+        raise FileNotFoundError(f"{path} holds no image; known formats are {', '.join((*_SUFFIXES, *DICOM_SUFFIXES))}.")
     for scan in scans:
         if not 0 < scan.weight < math.inf:
             raise ValueError(f"{path}: weight must be a positive number, got {scan.weight} for {scan.path}.")
@@ -135,9 +144,14 @@ def load_bank(
     source: list[int] = []
     skipped: list[str] = []
     dims: dict[int, Path] = {}
-    for number, (path, _) in enumerate(tqdm(scans, desc="read", unit="scan", disable=not progress)):
+    every = [(files, scan.weight) for scan in scans for files in _files_of(scan.path)]
+    stacked = {files[0].parent for files, _ in every if len(files) > 1}
+    for number, (files, _) in enumerate(tqdm(every, desc="read", unit="scan", disable=not progress)):
+        path = files[0]
         try:
-            scan = _read(path)
+            scan = _read(files)
+            if scan.ndim == 3 and path.parent in stacked:
+                raise _UnusableError("is a single slice beside a series")
         except _UnusableError as error:
             skipped.append(f"{path}: {error}")
             continue
@@ -158,11 +172,11 @@ def load_bank(
         images += fitted
         source += [number] * len(fitted)
     if not images:
-        listed = "\n".join(skipped[:10])
-        raise ValueError(f"none of {len(scans)} scans can be used:\n{listed}")
-    files, counts = torch.tensor(source), torch.bincount(torch.tensor(source), minlength=len(scans))
-    weight = torch.tensor([scan.weight for scan in scans]) / counts.clamp(min=1)
-    return ScanBank(torch.stack(images), files, weight[files], tuple(skipped))
+        listed = "\n".join(f"  {line}" for line in skipped)
+        raise ValueError(f"none of {len(every)} scans can be used:\n{listed}")
+    number_of, counts = torch.tensor(source), torch.bincount(torch.tensor(source), minlength=len(every))
+    weight = torch.tensor([weight for _, weight in every]) / counts.clamp(min=1)
+    return ScanBank(torch.stack(images), number_of, weight[number_of], tuple(skipped))
 
 
 class _UnusableError(Exception):
@@ -171,19 +185,32 @@ class _UnusableError(Exception):
 
 def _walk(folder: Path) -> Iterator[Path]:
     for path in folder.rglob("*"):
-        if path.is_file() and not path.name.startswith("."):
-            if path.name.lower().endswith(_DICOM):
-                yield path.parent  # a series is one scan
+        if not path.is_dir() and not path.name.startswith("."):  # also links that lead nowhere: they are listed then
+            if path.name.lower().endswith(DICOM_SUFFIXES):
+                yield path.parent  # holds one series or several
             elif path.name.lower().endswith(_SUFFIXES):
                 yield path
 
 
-def _read(path: Path) -> MetaTensor:
+def _files_of(path: Path) -> list[list[Path]]:
+    """The files of each scan: one, or those of every DICOM series of a folder; unreadable ones stand alone."""
+    if not path.is_dir():
+        return [[path]]
+    series, rest = find_series(path)
+    return [[Path(file) for file in files] for files in (*series, *((file,) for file in rest))]
+
+
+def _read(files: Sequence[Path]) -> MetaTensor:
     """``(C, *S)`` float32 with its affine."""
+    name = files[0].name.lower()
     try:
-        scan = Compose([LoadImage(image_only=True, dtype=np.float32), EnsureChannelFirst()])(os.fspath(path))
+        if len(files) > 1 or not name.endswith(_SUFFIXES) or name.endswith(_ITK_SUFFIXES):
+            scan: Any = load_with_itk([os.fspath(file) for file in files])
+        else:
+            scan = Compose([LoadImage(image_only=True, dtype=np.float32), EnsureChannelFirst()])(os.fspath(files[0]))
     except Exception as error:  # readers raise whatever damaged bytes lead to
-        raise _UnusableError(f"cannot be read: {str(error.__cause__ or error).splitlines()[0]}") from error
+        reason = str(error.__cause__ or error) or type(error).__name__
+        raise _UnusableError(f"cannot be read: {reason.splitlines()[0]}") from error
     if scan.ndim == 4 and scan.shape[-1] == 1:
         scan = scan[..., 0]
     if scan.ndim not in (3, 4):

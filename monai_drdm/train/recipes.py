@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -39,7 +40,7 @@ class Recipe(ABC, Generic[T]):
         network.card = dataclasses.replace(network.card, working_size=self.config.working_size)
         return network.train().requires_grad_(True)
 
-    def card(self, network: RecoveryNetwork, name: str) -> NetworkCard:
+    def card(self, network: RecoveryNetwork, name: str, gates: Mapping[str, float]) -> NetworkCard:
         """What is known of a network after its training."""
         source = f"fine-tuned from {self.origin}" if self.origin else "trained"
         return dataclasses.replace(
@@ -48,7 +49,7 @@ class Recipe(ABC, Generic[T]):
             sha256="",
             source=f"{source} with monai_drdm.train",
             training_data=self.config.data,
-            gates={},
+            gates=gates,
         )
 
     def loss(self, predicted: Tensor, target: T) -> Tensor:

@@ -5,35 +5,34 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 from ignite.engine import Events
-from ignite.handlers import Checkpoint, DiskSaver, ProgressBar
+from ignite.handlers import Checkpoint, ProgressBar
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from monai_drdm.io.files import atomically, locked
+from monai_drdm.io.files import atomically
 from monai_drdm.networks import RecoveryNetwork, save_network
 from monai_drdm.train.config import TrainConfig
 from monai_drdm.train.data import find_scans, load_bank, ScanBank
+from monai_drdm.train.folder import Checkpoints, claimed, telling_what_is_left, write_config
 from monai_drdm.train.parts import Bfloat16Inferer, Progress
 from monai_drdm.train.recipes import choose_recipe, Recipe
 from monai_drdm.train.reports import Reports
 from monai_drdm.train.step import draw_images
 from monai_drdm.train.team import Team
 
-_CONFIG = "config.json"
 _WEIGHTS = "network.safetensors"
-_CHECKPOINTS = "checkpoints"
 _VALIDATION_BATCHES = 4
-_KEPT = 3
 
 
 def fit(
@@ -65,17 +64,15 @@ def fit(
     config = recipe.config
     team = Team(config.device)
     try:
-        if team.leads:
-            _check_folder(folder, config, resume)
-        training, validation, skipped = _banks(config, progress and team.leads)
-        if not team.leads:
-            return _Run(recipe, folder, team, training, validation, should_stop, False).train(resume)
-        for line in skipped:
-            print(f"skipped {line}")
-        (folder / _CHECKPOINTS).mkdir(parents=True, exist_ok=True)
-        with locked(folder):
-            atomically(folder / _CONFIG, lambda part: Path(part).write_text(config.to_json(), encoding="utf-8"))
-            return _Run(recipe, folder, team, training, validation, should_stop, progress).train(resume)
+        with claimed(folder, config, resume) if team.leads else nullcontext():
+            training, validation, skipped = _banks(config, progress and team.leads)
+            if team.leads:
+                print(skipped, end="", file=sys.stderr)
+            run = _Run(recipe, folder, team, training, validation, should_stop, progress and team.leads)
+            with telling_what_is_left(folder):
+                if team.leads:
+                    write_config(folder, config)
+                return run.train(resume)
     finally:
         team.leave()
 
@@ -118,17 +115,19 @@ class _Run:
             decollate=False,
         )
         self.averaged = AveragedModel(self.network, avg_fn=self._average)
+        self.checkpoints = Checkpoints(folder, team.leads)
         self.checkpoint = Checkpoint(
             self._state(),
-            DiskSaver(folder / _CHECKPOINTS, atomic=True, require_empty=False),
-            n_saved=_KEPT,
+            self.checkpoints,
+            n_saved=None,
             global_step_transform=lambda engine, _: engine.state.iteration,
         )
-        self.reports = Reports(folder) if team.leads else None
+        self.reports: Reports | None = None
         self._attach(progress)
 
     def train(self, resume: bool) -> Path | None:
         """Run to the end, or until told to stop."""
+        self.reports = Reports(self.folder) if self.team.leads else None
         if resume:
             self.restore()
         self.progress.start()
@@ -144,21 +143,19 @@ class _Run:
         if self.team.leads:
             averaged = self.averaged.module
             assert isinstance(averaged, RecoveryNetwork)
-            averaged.card = self.recipe.card(averaged, self.folder.resolve().name)
+            name, gates = self.folder.resolve().name, {"validation_loss": self._validation_loss()}
+            averaged.card = self.recipe.card(averaged, name, gates)
             atomically(weights, lambda part: save_network(averaged, part))
+            card = json.dumps(json.loads(averaged.card.to_json()), indent=2) + "\n"
+            atomically(weights.with_suffix(".json"), lambda part: Path(part).write_text(card, encoding="utf-8"))
         self.team.any(False)  # nobody leaves before it is written
         return weights
 
     def restore(self) -> None:
         """Go on from the latest checkpoint that is whole; without one, from the start."""
-        paths = sorted((self.folder / _CHECKPOINTS).glob("*.pt"), key=_iteration_of, reverse=True)
-        for path in paths:
-            try:
-                saved = torch.load(path, map_location=self.team.device, weights_only=True)
-                Checkpoint.load_objects(self._state(), saved)
-                break
-            except Exception as error:  # a torn file fails in as many ways as there are bytes
-                print(f"{path.name} is damaged ({str(error).splitlines()[0]}); falling back to the one before")
+        saved = self.checkpoints.latest(self.team.device)
+        if saved is not None:
+            Checkpoint.load_objects(self._state(), saved)
         if self.reports is not None:
             self.reports.forget_after(self.trainer.state.iteration)
 
@@ -236,21 +233,24 @@ class _Run:
             loss = float(self.trainer.state.output[CommonKeys.LOSS].detach())
             self.reports.write({"step": self.trainer.state.iteration, "loss": loss})
 
-    @torch.no_grad()
     def _validate(self) -> None:
-        """Loss of the averaged network on batches that are the same every time."""
+        mean = self._validation_loss()
+        self.progress.validated(mean)
+        if self.reports is not None:
+            self.reports.write({"step": self.trainer.state.iteration, "validation_loss": mean})
+            images = draw_images(self.config, self.validation, self._generator("sheet", 0))
+            self.reports.draw_sheet(self.averaged.module, images, self.trainer.state.iteration)
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float:
+        """Loss of the averaged network on batches that are the same every time; 1 is doing nothing."""
         network = self.inferer.bound(self.averaged.module)
         losses = []
         for number in range(_VALIDATION_BATCHES):
             generator = self._generator("validate", number)
             image, told, target = self.recipe.draw(self.validation, network, generator, validate=True)
             losses.append(float(self.recipe.error(network(image, told), target)))
-        mean = sum(losses) / len(losses)
-        self.progress.validated(mean)
-        if self.reports is not None:
-            self.reports.write({"step": self.trainer.state.iteration, "validation_loss": mean})
-            images = draw_images(self.config, self.validation, self._generator("sheet", 0))
-            self.reports.draw_sheet(self.averaged.module, images, self.trainer.state.iteration)
+        return sum(losses) / len(losses)
 
     def _stop_within_epoch(self) -> None:
         """After the last step of an epoch comes its validation first."""
@@ -271,26 +271,10 @@ class _Run:
         return self.team.any(done or lost or self.progress.spent() >= 1)
 
 
-def _check_folder(folder: Path, config: TrainConfig, resume: bool) -> None:
-    there = folder / _CONFIG
-    if not resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-            raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another, or --resume.")
-        return
-    if not there.is_file():
-        raise FileNotFoundError(f"{folder} holds no run to resume.")
-    before = json.loads(there.read_text(encoding="utf-8"))
-    after = json.loads(config.to_json())
-    changed = sorted(key for key in after if before.get(key) != after[key])
-    if changed:
-        listed = ", ".join(f"{key}: {before.get(key)!r} before, {after[key]!r} now" for key in changed)
-        raise ValueError(f"{folder} was made with other settings ({listed}). Resume with the same ones.")
-
-
-def _banks(config: TrainConfig, progress: bool) -> tuple[ScanBank | None, ScanBank | None, tuple[str, ...]]:
+def _banks(config: TrainConfig, progress: bool) -> tuple[ScanBank | None, ScanBank | None, str]:
     """Scans to train on, scans to validate on, and what could not be used."""
     if config.data == "synthetic":
-        return None, None, ()
+        return None, None, ""
     bank = load_bank(
         find_scans(config.data, config.section),
         spatial_dims=config.spatial_dims,
@@ -300,9 +284,4 @@ def _banks(config: TrainConfig, progress: bool) -> tuple[ScanBank | None, ScanBa
         mix_dimensions=config.mix_dimensions,
         progress=progress,
     )
-    return *bank.split(config.validation_share, config.seed), bank.skipped
-
-
-def _iteration_of(path: Path) -> int:
-    digits = path.stem.rsplit("_", 1)[-1]
-    return int(digits) if digits.isdigit() else -1
+    return *bank.split(config.validation_share, config.seed), bank.report()

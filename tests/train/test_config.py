@@ -6,6 +6,7 @@ import math
 
 import pytest
 
+from monai_drdm.train.__main__ import main
 from monai_drdm.train.config import build_config, describe_settings, TrainConfig
 
 
@@ -92,3 +93,12 @@ def test_every_setting_has_a_line_of_help():
     names = [one.name for one in dataclasses.fields(TrainConfig)]
     assert [line.split(" = ")[0].strip() for line in lines] == names
     assert all(len(line.split(": ", 1)[1]) > 5 for line in lines)
+
+
+def test_help_shows_every_setting(capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--help"])
+    assert ended.value.code == 0
+    said = capsys.readouterr().out
+    for one in dataclasses.fields(TrainConfig):
+        assert f"  {one.name} = {one.default!r}: {one.metadata['help']}\n" in said

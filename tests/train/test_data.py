@@ -5,6 +5,7 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
+import SimpleITK
 import torch
 from PIL import Image
 
@@ -22,6 +23,28 @@ def picture(path, shape=(30, 40), mode="L"):
     pixels = (np.random.RandomState(0).rand(*shape) * 255).astype(np.uint8)
     Image.fromarray(pixels).convert(mode).save(path)
     return pixels
+
+
+def series(folder, uid, slices, shape=(20, 24), prefix=""):
+    """A DICOM series of CT, numbered against the order of its positions; 1.5 x 1.5 x 3 mm. Returns it as (x, y, z)."""
+    folder.mkdir(exist_ok=True)
+    y, x = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
+    planes = []
+    for k in range(slices):
+        plane = (-1000 + 1400 * np.exp(-3 * (x**2 + 2 * y**2) - 3 * (k / slices - 0.3) ** 2)).astype(np.int16)
+        image = SimpleITK.GetImageFromArray(plane[None])
+        image.SetSpacing((1.5, 1.5, 3.0))
+        image.SetOrigin((0, 0, 3.0 * k))
+        tags = {"0008|0060": "CT", "0020|000d": "1.2.3.9", "0020|000e": uid, "0008|0018": f"{uid}.{k + 1}"}
+        tags |= {"0020|0013": str(slices - k), "0020|0032": f"0\\0\\{3.0 * k}", "0020|0037": "1\\0\\0\\0\\1\\0"}
+        for tag, value in (tags | {"0028|1052": "0", "0028|1053": "1"}).items():
+            image.SetMetaData(tag, value)
+        writer = SimpleITK.ImageFileWriter()
+        writer.KeepOriginalImageUIDOn()
+        writer.SetFileName(str(folder / f"{prefix}{k:03}.dcm"))
+        writer.Execute(image)
+        planes.append(plane.T)
+    return np.stack(planes, axis=-1)
 
 
 def test_folders_and_datalists(tmp_path):
@@ -147,3 +170,102 @@ def test_mixed_and_wrong_kinds_are_refused(tmp_path):
     assert len(load_bank([Scan(tmp_path / "c.png")], spatial_dims=2, working_size=33, image_channel=1)) == 1
     with pytest.raises(ValueError, match="image_channel must be below 3"):
         load_bank([Scan(tmp_path / "c.png")], spatial_dims=2, working_size=33, image_channel=3)
+
+
+def test_a_dicom_series_is_one_volume(tmp_path):
+    """The same volume as NIfTI gives the same bank; x, y and their signs are the file's, as MONAI reads them."""
+    values = series(tmp_path / "ct", "1.2.3.1", 16)
+    bank = load_bank(find_scans(tmp_path / "ct"), spatial_dims=3, working_size=33)
+    nib.save(nib.Nifti1Image(values, np.diag([-1.5, -1.5, 3, 1])), tmp_path / "ct.nii.gz")
+    expected = load_bank([Scan(tmp_path / "ct.nii.gz")], spatial_dims=3, working_size=33)
+    assert bank.skipped == ()
+    assert torch.equal(bank.images, expected.images)
+
+
+def test_a_folder_of_several_series_and_damaged_files(tmp_path):
+    """Two series, a scout beside them, and two files that are cut: what can be used is used, the rest is counted."""
+    series(tmp_path / "ct", "1.2.3.1", 16)
+    series(tmp_path / "ct", "1.2.3.2", 12, prefix="second")
+    series(tmp_path / "ct", "1.2.3.3", 1, (40, 24), prefix="scout")
+    for name, length in (("005.dcm", 60), ("second003.dcm", 900)):
+        file = tmp_path / "ct" / name
+        file.write_bytes(file.read_bytes()[:length])
+    bank = load_bank(find_scans(tmp_path), spatial_dims=3, working_size=33)
+    assert len(bank) == len(torch.unique(bank.source)) == 2
+    lines = bank.report().splitlines()
+    assert lines[0] == "3 of 5 scans skipped:"
+    assert [line.strip().split(": ")[0] for line in sorted(lines[1:])] == [
+        str(tmp_path / "ct" / name) for name in ("005.dcm", "scout000.dcm", "second003.dcm")
+    ]
+
+
+def test_single_dicom_files_are_images(tmp_path):
+    """Radiographs in one folder are not slices of one body."""
+    for number, shape in enumerate([(20, 24), (20, 24), (30, 20)]):
+        series(tmp_path / "cxr", f"1.2.3.{number}", 1, shape, prefix=str(number))
+    bank = load_bank(find_scans(tmp_path), spatial_dims=2, working_size=33)
+    assert bank.source.tolist() == [0, 1, 2]
+    assert bank.report() == ""
+
+
+@pytest.mark.parametrize("suffix", [".nii", ".nii.gz", ".mha", ".mhd", ".nrrd", ".tif", ".tiff", ".npy"])
+def test_every_format_of_volumes(tmp_path, suffix):
+    values = volume(tmp_path / "as.nii.gz").astype(np.uint16)
+    nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "as.nii.gz")
+    expected = load_bank([Scan(tmp_path / "as.nii.gz")], spatial_dims=3, working_size=33)
+    (tmp_path / "scans").mkdir()
+    if suffix == ".npy":
+        np.save(tmp_path / "scans" / "a.npy", values)
+    elif suffix.startswith(".nii"):
+        nib.save(nib.Nifti1Image(values, np.eye(4)), tmp_path / "scans" / f"a{suffix}")
+    else:
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values.T), str(tmp_path / "scans" / f"a{suffix}"))
+    assert torch.equal(
+        load_bank(find_scans(tmp_path / "scans"), spatial_dims=3, working_size=33).images, expected.images
+    )
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".bmp", ".tif", ".tiff"])
+def test_every_format_of_pictures(tmp_path, suffix):
+    """Flat squares, which JPEG keeps; pictures may lie either way."""
+    pixels = np.kron([[0, 90, 200], [255, 30, 140]], np.ones((16, 16))).astype(np.uint8)
+    Image.fromarray(pixels).save(tmp_path / f"a{suffix}")
+    image = load_bank(find_scans(tmp_path), spatial_dims=2, working_size=49).images[0, 0].float()
+    np.save(tmp_path / "b.npy", pixels.T)
+    expected = load_bank([Scan(tmp_path / "b.npy")], spatial_dims=2, working_size=49).images[0, 0].float()
+    assert float((image - expected).abs().mean()) < 3
+
+
+def test_what_is_too_small(tmp_path):
+    """Below 8 voxels along an axis; one large enough plane makes a thin volume fit for 2D."""
+    picture(tmp_path / "thin.png", (5, 60))
+    with pytest.raises(ValueError, match=r"none of 1 scans can be used:\n.*thin.png: is smaller than 8 voxels"):
+        load_bank([Scan(tmp_path / "thin.png")], spatial_dims=2, working_size=33)
+    volume(tmp_path / "thin.nii", (20, 24, 3))
+    with pytest.raises(ValueError, match=r"thin.nii: is smaller than 8 voxels: \(20, 24, 3\)"):
+        load_bank([Scan(tmp_path / "thin.nii")], spatial_dims=3, working_size=33)
+    assert len(load_bank([Scan(tmp_path / "thin.nii")], spatial_dims=2, working_size=33)) >= 1
+    volume(tmp_path / "tiny.nii", (7, 7, 7))
+    with pytest.raises(ValueError, match="has no slice of 8 voxels"):
+        load_bank([Scan(tmp_path / "tiny.nii")], spatial_dims=2, working_size=33)
+
+
+def test_links_that_lead_nowhere_are_named(tmp_path):
+    picture(tmp_path / "good.png")
+    (tmp_path / "circle.png").symlink_to("circle.png")
+    (tmp_path / "gone.nii.gz").symlink_to("elsewhere.nii.gz")
+    (tmp_path / "loop").symlink_to(".")
+    bank = load_bank(find_scans(tmp_path), spatial_dims=2, working_size=33)
+    assert len(bank) == 1
+    assert bank.report().splitlines()[0] == "2 of 3 scans skipped:"
+    assert "circle.png: cannot be read" in bank.report()
+    assert "gone.nii.gz: cannot be read" in bank.report()
+
+
+def test_series_of_images_over_time_need_a_choice(tmp_path):
+    frames = np.stack([volume(tmp_path / "a.nii.gz"), volume(tmp_path / "a.nii.gz", scale=5)[::-1]], axis=-1)
+    nib.save(nib.Nifti1Image(frames, np.eye(4)), tmp_path / "a.nii.gz")
+    with pytest.raises(ValueError, match="has 2 channels"):
+        load_bank([Scan(tmp_path / "a.nii.gz")], spatial_dims=3, working_size=33)
+    both = [load_bank([Scan(tmp_path / "a.nii.gz")], spatial_dims=3, working_size=33, image_channel=c) for c in (0, 1)]
+    assert not torch.equal(both[0].images, both[1].images)

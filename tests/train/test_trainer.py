@@ -3,7 +3,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -137,31 +136,9 @@ def test_a_torn_checkpoint_costs_one_interval(tmp_path, capsys):
     torn = tmp_path / "run" / "checkpoints" / "checkpoint_12.pt"
     torn.write_bytes(torn.read_bytes()[:1000])
     fit(small(), tmp_path / "run", resume=True)
-    assert "checkpoint_12.pt is damaged" in capsys.readouterr().out
+    assert "checkpoint_12.pt is damaged" in capsys.readouterr().err
     assert rows(tmp_path / "run") == rows(tmp_path / "whole")
     assert same_weights(tmp_path / "run", tmp_path / "whole")
-
-
-@pytest.mark.parametrize("kill", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_killed_runs_go_on(tmp_path, kill):
-    settings = [part for one in [*SMALL, "epoch_length=4", "max_epochs=6"] for part in ("--set", one)]
-    arguments = ["--data", "synthetic", *settings, "--out"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "monai_drdm.train", *arguments, str(tmp_path / "run")],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.PIPE,
-    )
-    checkpoints = tmp_path / "run" / "checkpoints"
-    deadline = time.monotonic() + 120
-    while not (checkpoints.is_dir() and any(checkpoints.glob("*.pt"))) and time.monotonic() < deadline:
-        time.sleep(0.005)
-    process.send_signal(kill)
-    process.communicate(timeout=60)
-    expected = -kill if kill == signal.SIGKILL else 128 + kill
-    assert process.returncode in (expected, 0)  # a fast machine may be done already
-    assert main([*arguments, str(tmp_path / "run"), "--resume"]) == 0
-    assert main([*arguments, str(tmp_path / "whole")]) == 0
-    assert rows(tmp_path / "run") == rows(tmp_path / "whole")
 
 
 def test_time_is_a_limit(tmp_path):
@@ -218,7 +195,9 @@ def test_two_processes_train_one_network(tmp_path):
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     for name in ("first", "second"):
         arguments = ["-m", "monai_drdm.train", "--data", "synthetic", *settings, "--out", str(tmp_path / name)]
-        done = subprocess.run([*launch, *arguments], env=environment, capture_output=True, text=True, check=False)
+        done = subprocess.run(
+            [*launch, *arguments], env=environment, capture_output=True, text=True, encoding="utf-8", check=False
+        )
         assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "first") == rows(tmp_path / "second")
     assert [row["step"] for row in rows(tmp_path / "first") if "loss" in row] == list(range(1, 11))

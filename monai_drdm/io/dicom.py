@@ -1,0 +1,49 @@
+"""Reading what ITK reads and nobody writes back: DICOM series, MetaImage headers, TIFF."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import SimpleITK
+import torch
+from monai.data import MetaTensor
+
+from monai_drdm.io.fields import itk_affine
+
+DICOM_SUFFIXES = (".dcm", ".ima")
+
+
+def find_series(folder: str | os.PathLike[str]) -> tuple[list[tuple[str, ...]], list[str]]:
+    """The DICOM series in a folder, each as its files in the order of their positions, and files that are in none.
+
+    Series are told apart by their UID, sequence, slice thickness and matrix, so a scout is not stacked on a scan.
+    """
+    name = os.fspath(folder)
+    reader = SimpleITK.ImageSeriesReader
+    series = [tuple(reader.GetGDCMSeriesFileNames(name, uid, True)) for uid in reader.GetGDCMSeriesIDs(name, True)]
+    known = {os.path.basename(file) for files in series for file in files}
+    rest = (path for path in Path(folder).iterdir() if path.name not in known and not path.name.startswith("."))
+    return sorted(series), sorted(str(path) for path in rest if path.name.lower().endswith(DICOM_SUFFIXES))
+
+
+def load_with_itk(files: Sequence[str]) -> MetaTensor:
+    """One image ``(C, *S)`` float32 from one file, or from the slices of a DICOM series.
+
+    Raises:
+        ValueError: it cannot be read.
+    """
+    try:
+        image = SimpleITK.ReadImage(files[0] if len(files) == 1 else list(files))
+    except RuntimeError as error:
+        raise ValueError(str(error).strip().splitlines()[-1]) from None
+    values = SimpleITK.GetArrayFromImage(image)  # (…, y, x[, C])
+    dims = image.GetDimension()
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"real numbers are needed, got {image.GetPixelIDTypeAsString()}")
+    channels = values if image.GetNumberOfComponentsPerPixel() > 1 else values[..., None]
+    channels = np.ascontiguousarray(channels.transpose(dims, *range(dims - 1, -1, -1)), dtype=np.float32)
+    affine = torch.from_numpy(itk_affine(image)) if dims in (2, 3) else torch.eye(4)
+    return MetaTensor(torch.from_numpy(channels), affine=affine)
