@@ -23,6 +23,7 @@ import argparse
 import math
 import time
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,7 +31,7 @@ import torch
 from common import append_rows, machine, read_rows, RESULTS
 from domains import Domain, DOMAINS, Draw, draws, Scan
 from gates_table import tables
-from segmenters import default_cache, dice, load_segmenter, Segmenter
+from segmenters import default_cache, dice, load_segmenter, resize_nearest, Segmenter
 from torch import Tensor
 from tqdm import tqdm
 
@@ -65,7 +66,12 @@ class Method(NamedTuple):
 
 def random_field(image: Tensor, level: float, seed: int) -> Tensor:
     """The geometrically consistent random field, before any recovery; no network has a part in it."""
-    return DRDM(VelocityUNet(image.ndim - 2)).diffuse(image.shape[2:], level, [seed])
+    return _untrained(image.ndim - 2).diffuse(image.shape[2:], level, [seed])
+
+
+@cache
+def _untrained(spatial_dims: int) -> DRDM:
+    return DRDM(VelocityUNet(spatial_dims))
 
 
 def methods(network: str, samplers: list[str], steps: list[int]) -> Iterator[Method]:
@@ -113,10 +119,7 @@ def measure(method: Method, domain: Domain, draw: Draw, level: float, segmenter:
     start = time.perf_counter()
     ddf = method.draw(image, level, draw.seed)
     seconds = time.perf_counter() - start
-    shown = resize_ddf(ddf, scan.label.shape[2:])
-    label = warp(scan.label, shown, "nearest")
-    if shape != tuple(label.shape[2:]):
-        label = torch.nn.functional.interpolate(label, shape, mode="nearest-exact")
+    label = warp(resize_nearest(scan.label, shape), ddf, "nearest")
     columns = measure_field(ddf, method.draw(image, level, draw.partner), label)
     start_field = random_field(image, level, draw.seed)
     factor = columns["displacement_no_affine_px"] / float(mean_displacement(remove_affine(start_field)))

@@ -158,11 +158,11 @@ def _label_to_grid(scan: Scan, recipe: Recipe) -> Tensor:
     """``(1, 1, *size)`` float for ``grid_sample``."""
     label = scan.label.float()
     if recipe.resample:
-        return _nearest(label, recipe.size)
+        return resize_nearest(label, recipe.size)
     return F.pad(label, _margins(label, recipe))
 
 
-def _nearest(label: Tensor, shape: tuple[int, ...]) -> Tensor:
+def resize_nearest(label: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Nearest values over the same extent, ends in place."""
     for axis, new in enumerate(shape):
         index = torch.linspace(0, label.shape[axis + 2] - 1, new).round().long()
