@@ -2,7 +2,8 @@
 
 Everything is timed in one run, in turns, so that the machine is the same for all: one 256² ACDC slice in 2D, one
 80×96×80 brain volume in 3D, one sample at a time, level 0.6, after one untimed sample each. Every timing is a row; the
-table is of medians with the smallest and largest, and of the median ratio within a turn.
+table is of medians with the smallest and largest, and of the median ratio within a turn. Rows hold the load average
+of the machine: above the number of threads, others were at work and seconds say little.
 
     python benchmarks/cost.py --networks anatomy-2d anatomy-3d --turns 5
     python benchmarks/cost.py --table
@@ -11,6 +12,7 @@ table is of medians with the smallest and largest, and of the median ratio withi
 from __future__ import annotations
 
 import argparse
+import os
 import time
 from datetime import datetime, timezone
 from typing import Any
@@ -52,7 +54,8 @@ def run(timed: list[Timed], turns: int) -> None:
             model.sample(image, LEVEL, [max(turn, 0)])
             seconds = time.perf_counter() - start
             if turn >= 0:
-                append_rows(PATH, base | {"turn": turn, "seconds": seconds} | where)
+                load = os.getloadavg()[0]
+                append_rows(PATH, base | {"turn": turn, "seconds": seconds, "load_average": load} | where)
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -60,8 +63,11 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = []
     for run_name in sorted({row["run"] for row in rows}):
         ours = [row for row in rows if row["run"] == run_name]
-        first = ours[0]
-        lines += [f"\n{run_name}: {first['processor']}, {first['threads']} threads, torch {first['torch']}\n"]
+        first, load = ours[0], max(row["load_average"] for row in ours)
+        lines.append(
+            f"\n{run_name}: {first['processor']}, {first['threads']} threads, torch {first['torch']}, "
+            f"load at most {load:.1f}\n"
+        )
         lines += ["| network | sampler | steps | image | n | s a sample | reference : this |", "|" + "---|" * 7]
         reference = {row["turn"]: row["seconds"] for row in ours if row["sampler"] == "reference"}
         for key in dict.fromkeys(_key(row) for row in ours):
