@@ -5,11 +5,9 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
-WEIGHTS := .weights
 OUT ?= demo_output/$(shell date +%Y%m%d-%H%M%S)
-export MONAI_DRDM_WEIGHTS ?= $(CURDIR)/$(WEIGHTS)
 
-.PHONY: demo test lint wheel clean weights
+.PHONY: demo test lint wheel clean
 
 # torch first: anything that depends on it would otherwise choose a build of its own
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
@@ -18,13 +16,8 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,train,viz]'
 	touch $@
 
-# A local copy of the authors' file, if there is one; otherwise the demo pulls it, hash checked.
-weights: $(VENV)/.ready
-	@if [ -f "$$MONAI_DRDM_REFERENCE/000000_cmr_recresacnet.pth" ]; then \
-		$(BIN)/monai-drdm weights convert "$$MONAI_DRDM_REFERENCE/000000_cmr_recresacnet.pth"; fi
-
-demo: weights
-	$(BIN)/monai-drdm demo --seed 2 --level 0.4 --out $(OUT)
+demo: $(VENV)/.ready
+	$(BIN)/monai-drdm demo --seed 2 --level 0.6 --out $(OUT)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest

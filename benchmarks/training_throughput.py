@@ -50,7 +50,7 @@ def bank(shape: tuple[int, ...]) -> ScanBank:
     """Sixteen images."""
     generator = torch.Generator().manual_seed(0)
     images = torch.cat([synthetic_images(generator, 2, shape) for _ in range(8)])
-    return ScanBank((images * 255).to(torch.uint8), torch.arange(len(images)), ())
+    return ScanBank((images * 255).to(torch.uint8), torch.arange(len(images)), torch.ones(len(images)), ())
 
 
 def our_step(dims: int, batch: int, device: str) -> Step:

@@ -2,8 +2,8 @@
 
     python examples/segmentation_pipeline.py --images scans/ --labels masks/ --classes 4 --epochs 20
 
-Image and label files are NIfTI volumes, paired by sorted name. Published cardiac weights are used unless --network says
-otherwise.
+Image and label files are NIfTI volumes, paired by sorted name. The network that comes with the package is used unless
+--network says otherwise.
 """
 
 from __future__ import annotations

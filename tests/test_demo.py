@@ -91,8 +91,15 @@ def test_unreadable_file_is_explained(network_file, tmp_path, capsys):
     assert "junk.nii cannot be read" in capsys.readouterr().err
 
 
-def test_demo_with_published_weights(published_weights, tmp_path):
+def test_demo_needs_no_download(tmp_path, monkeypatch):
+    monkeypatch.setenv("MONAI_DRDM_WEIGHTS", str(tmp_path / "empty"))
     assert run("--out", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["network"] == "anatomy-2d"
+    assert not (tmp_path / "empty").exists()
+
+
+def test_demo_with_published_weights(published_weights, tmp_path):
+    assert run("--out", tmp_path / "out", "--network", "zheng2026-cmr-2d") == 0
     assert json.loads((tmp_path / "out" / "record.json").read_text())["network"] == "zheng2026-cmr-2d"
 
 

@@ -1,8 +1,14 @@
 """Recovery with a network that predicts velocities: few cheap steps, each a small diffeomorphism.
 
-A network can only see a deformation where the image shows something. Elsewhere its best guess is nothing, and the
-random field would stay as rough as it was drawn. What nobody can see may as well be smooth: before each step the field
-is blended into its own smoothing where the deformed image is flat.
+Two things keep it honest.
+
+*What nobody can see may as well be smooth.* A network can only see a deformation where the image shows something.
+Elsewhere its best guess is nothing, and the random field would stay as rough as it was drawn. Before each step the
+field is blended into its own smoothing where the deformed image is flat.
+
+*The original is realistic by definition.* A network finds something to mend in every anatomy that it was not trained
+on, and would turn all draws in the same direction. What it says of the original image is therefore taken off what it
+says of the deformed one, carried along by the field: an undeformed image stays as it is.
 """
 
 from __future__ import annotations
@@ -42,14 +48,15 @@ def recover_velocity(
     """Remove a random field of known level in few steps (Algorithm 2 with velocities).
 
     At step ``k`` of ``K`` the level left is ``s_k = s (1 - k / K)``; the network says which velocity undoes a
-    deformation of that level, and the field is composed with the flow of its share of it.
+    deformation of that level, in the deformed image and in the original, and the field is composed with the flow of a
+    share of the difference.
 
     Args:
         network: a ``VelocityUNet``.
         image: ``(B, C, *S)`` original images in the network's input range, sizes odd.
         ddf: ``(B, D, *H)`` voxels of the half grid, the diffused field.
         levels: deformation level of each image.
-        steps: number of steps, 1 or more; each costs one prediction.
+        steps: number of steps, 1 or more; each costs two predictions.
         over_relaxation: factor on every step.
         callback: called after each step; its ``time`` is the number of steps left.
         progress: show a progress bar.
@@ -81,6 +88,8 @@ def recovery_step(
     left: Sequence[float],
     after: Sequence[float],
     over_relaxation: float = OVER_RELAXATION,
+    *,
+    anchored: bool = True,
 ) -> Tensor:
     """Smooth what the image does not show, then go from one level to another as the network says.
 
@@ -92,6 +101,7 @@ def recovery_step(
         left: level of each field.
         after: level that each is to have then.
         over_relaxation: factor on the step.
+        anchored: take off what the network says of the original image.
 
     Returns:
         ``(B, D, *H)`` voxels of the half grid.
@@ -100,8 +110,12 @@ def recovery_step(
     share = [a - b for a, b in zip(integration_times(left, dims), integration_times(after, dims))]
     smooth = gaussian_smooth(ddf, _SMOOTHING * max(ddf.shape[2:]))
     ddf = ddf + warp(unseen, ddf) * (smooth - ddf)
-    warped = warp(image, resize_ddf(ddf, image.shape[2:]))
-    velocity = network(warped, torch.tensor(left, device=image.device))
+    warped, level = warp(image, resize_ddf(ddf, image.shape[2:])), torch.tensor(left, device=image.device)
+    if anchored:
+        velocity, said_of_original = network(torch.cat((warped, image)), level.repeat(2)).chunk(2)
+        velocity = velocity - warp(said_of_original, ddf)
+    else:
+        velocity = network(warped, level)
     form = (-1, *(1,) * (ddf.ndim - 1))
     step = torch.tensor(share, device=ddf.device).view(form) * over_relaxation * velocity
     return compose(ddf, exp_svf(step))

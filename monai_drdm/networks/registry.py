@@ -22,9 +22,42 @@ class PublishedFile:
     git_blob: str = ""
 
 
+_OPEN_SCANS = (
+    "random anatomy; IXI brains (brain-development.org, CC BY-SA 3.0); Medical Segmentation Decathlon hippocampus "
+    "(Antonelli et al., Nature Communications 2022, CC BY-SA 4.0)"
+)
+_CHEST_XRAYS = "chest X-rays (U.S. National Library of Medicine; Jaeger et al. 2014, Candemir et al. 2014)"
+_OURS = "trained with monai_drdm.train; docs/models.md has data, command and figures"
+
 _CARDS = {
     card.name: card
     for card in (
+        NetworkCard(
+            name="anatomy-2d",
+            kind="velocity_unet",
+            spatial_dims=2,
+            working_size=161,
+            channels=(16, 32, 64, 96),
+            sampler="velocity",
+            steps=8,
+            sha256="58e681db0ca8eddd6783ca70656ab3171d133cd8663312972c7f0cd0ea5c9a77",
+            source=_OURS,
+            licence="Apache-2.0; the licences of the training data are with them",
+            training_data=f"{_OPEN_SCANS}; {_CHEST_XRAYS}",
+        ),
+        NetworkCard(
+            name="anatomy-3d",
+            kind="velocity_unet",
+            spatial_dims=3,
+            working_size=81,
+            channels=(16, 32, 48, 64),
+            sampler="velocity",
+            steps=8,
+            sha256="8b6e8d0ef06425ee59d96a0f6e074d690ec887f97d17810543c9983373438226",
+            source=_OURS,
+            licence="Apache-2.0; the licences of the training data are with them",
+            training_data=_OPEN_SCANS,
+        ),
         NetworkCard(
             name="zheng2026-cmr-2d",
             kind="recresacnet",
@@ -58,7 +91,7 @@ _PUBLISHED = {
     ),
 }
 
-_AUTO = {2: "zheng2026-cmr-2d"}
+_AUTO = {2: "anatomy-2d", 3: "anatomy-3d"}
 
 
 _SHIPPED = Path(__file__).parent / "shipped"
@@ -109,11 +142,8 @@ def auto_network(spatial_dims: int) -> str:
     """Name of the default network for images of a dimension.
 
     Raises:
-        ValueError: there is none yet.
+        ValueError: not 2 or 3.
     """
     if spatial_dims not in _AUTO:
-        raise ValueError(
-            f"network='auto': there is no default network for {spatial_dims}D images yet. Pass network= a loaded "
-            f"{spatial_dims}D network or the path of its .safetensors file, or deform 2D slices."
-        )
+        raise ValueError(f"network='auto': there is no default network for {spatial_dims}D images, only 2D and 3D.")
     return _AUTO[spatial_dims]

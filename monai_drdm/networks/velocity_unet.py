@@ -22,7 +22,7 @@ from monai_drdm.networks.card import NetworkCard
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
-WORKING_SIZE = {2: 161, 3: 97}
+WORKING_SIZE = {2: 161, 3: 81}
 """Voxels along the longest side, for 2D and 3D networks, unless a card says otherwise."""
 _FREQUENCIES = 8
 _EMBEDDING = 64

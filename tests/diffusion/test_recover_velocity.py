@@ -40,18 +40,27 @@ def velocity(shape, strength=STRENGTH):
 
 
 class Oracle(VelocityUNet):
-    """Predicts a known velocity, whatever it sees, and keeps what it was given."""
+    """Predicts a known velocity, whatever it sees, and keeps what it was given.
 
-    def __init__(self, predicted):
+    The sampler shows it deformed images and, behind them, the originals: of these it says something else.
+    """
+
+    def __init__(self, predicted, of_originals=None):
         super().__init__(predicted.shape[1], channels=(2, 2))
         self.predicted = predicted
+        self.of_originals = torch.zeros_like(predicted) if of_originals is None else of_originals
         self.levels = []
         self.images = []
+        self.originals = []
 
     def forward(self, x, level):
-        self.levels.append(level)
-        self.images.append(x)
-        return self.predicted.expand(x.shape[0], *self.predicted.shape[1:])
+        deformed, originals = x.chunk(2)
+        assert torch.equal(*level.chunk(2))
+        self.levels.append(level.chunk(2)[0])
+        self.images.append(deformed)
+        self.originals.append(originals)
+        shape = (len(deformed), *self.predicted.shape[1:])
+        return torch.cat((self.predicted.expand(shape), self.of_originals.expand(shape)))
 
 
 def structure(batch, *shape):
@@ -200,6 +209,29 @@ def test_flatness_of_a_ramp(slope):
     inside = (..., slice(10, -10), slice(10, -10))
     found = flatness(ramp, (33, 25))[inside]
     torch.testing.assert_close(found, torch.full_like(found, expected), rtol=1e-4, atol=0)
+
+
+@pytest.mark.parametrize("dims", [2, 3])
+def test_an_undeformed_image_stays_as_it_is(network, dims):
+    """Whatever a network finds to mend in it."""
+    shape = (33, 25, 29)[:dims]
+    made, image, still = network(dims), images(2, *shape), torch.zeros(2, dims, *half_shape(shape))
+    assert float(made(image, torch.tensor([0.4])).abs().max()) > 0.01
+    torch.testing.assert_close(recover_velocity(made, image, still, [0.4, 0.7], steps=3), still, rtol=0, atol=1e-4)
+
+
+def test_what_is_said_of_the_original_is_carried_along():
+    """A shift by 3 voxels, and a ramp said of the original: the step is minus the ramp, shifted."""
+    grid = identity_grid((25, 25))
+    shift = torch.tensor([3.0, 0.0]).view(1, 2, 1, 1).expand(-1, -1, 25, 25)
+    ramp = torch.stack((0.01 * grid[0], 0.02 * grid[0]))[None]
+    oracle, image = Oracle(torch.zeros(1, 2, 25, 25), ramp), structure(1, 49, 49)
+    level = 0.01
+    recovered = recover_velocity(oracle, image, shift, [level], steps=1, over_relaxation=1.0)
+    expected = shift - integration_time(level, 2) * torch.stack((0.01 * (grid[0] + 3), 0.02 * (grid[0] + 3)))[None]
+    inside = (..., slice(0, 20), slice(None))
+    torch.testing.assert_close(recovered[inside], expected[inside], rtol=0, atol=1e-3)
+    assert torch.equal(oracle.originals[0], image)
 
 
 def test_over_relaxed_unless_told_otherwise():

@@ -1,9 +1,11 @@
+import hashlib
 import re
 
 import pytest
 
-from monai_drdm.networks import auto_network, list_networks, network_card
-from monai_drdm.networks.registry import published_file
+from monai_drdm.networks import auto_network, list_networks, load_network, network_card
+from monai_drdm.networks.registry import list_published, published_file, shipped_file
+from monai_drdm.networks.weights import read_network
 
 
 def test_names_are_sorted_and_known():
@@ -39,6 +41,31 @@ def test_published_files_are_pinned(name):
     assert re.fullmatch("[0-9a-f]{64}", published.sha256) or re.fullmatch("[0-9a-f]{40}", published.git_blob)
 
 
+def test_every_network_is_published_or_shipped():
+    shipped = set(list_networks()) - set(list_published())
+    assert shipped == {"anatomy-2d", "anatomy-3d"}
+    for name in shipped:
+        path = shipped_file(name)
+        assert path.stat().st_size <= 4_000_000
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == network_card(name).sha256
+        with pytest.raises(ValueError, match="comes with this package"):
+            published_file(name)
+    assert all(shipped_file(name) is None for name in list_published())
+
+
+@pytest.mark.parametrize("name", ["anatomy-2d", "anatomy-3d"])
+def test_shipped_files_say_what_the_registry_says(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("MONAI_DRDM_WEIGHTS", str(tmp_path))
+    card, inside = network_card(name), read_network(shipped_file(name)).card
+    assert load_network(name).card == card
+    for entry in ("name", "kind", "spatial_dims", "working_size", "channels", "sampler", "steps", "level", "licence"):
+        assert getattr(inside, entry) == getattr(card, entry)
+    assert inside.training_data == card.training_data
+    (tmp_path / f"{name}.safetensors").write_bytes(b"another file in the folder that is searched first")
+    with pytest.raises(ValueError, match="expected " + card.sha256):
+        load_network(name)
+
+
 @pytest.mark.parametrize("function", [network_card, published_file])
 def test_unknown_name_lists_the_known(function):
     with pytest.raises(ValueError, match=r"zheng2026-cmr-2d, zheng2026-lct-3d.*got 'resnet'"):
@@ -46,7 +73,7 @@ def test_unknown_name_lists_the_known(function):
 
 
 def test_auto_network_fits_its_dimensions():
-    assert network_card(auto_network(2)).spatial_dims == 2
+    assert [network_card(auto_network(dims)).spatial_dims for dims in (2, 3)] == [2, 3]
 
 
 @pytest.mark.parametrize("dims", [1, 4])

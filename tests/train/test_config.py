@@ -64,7 +64,7 @@ def test_wrong_settings_are_refused(settings, error, message):
     ("settings", "expected"),
     [
         ([], ("velocity_unet", 161, 2e-3)),
-        (["spatial_dims=3"], ("velocity_unet", 97, 2e-3)),
+        (["spatial_dims=3"], ("velocity_unet", 81, 2e-3)),
         (["network=recresacnet"], ("recresacnet", 256, 1e-4)),
         (["network=recresacnet", "spatial_dims=3"], ("recresacnet", 128, 1e-4)),
         (["network=recresacnet", "working_size=160", "learning_rate=1e-3"], ("recresacnet", 160, 1e-3)),

@@ -303,8 +303,6 @@ def test_unknown_network_lists_the_known():
         deform("no-such-network")(torch.zeros(1, 8, 8))
     with pytest.raises(TypeError, match="network"):
         RandDRDMDeform(3)
-    with pytest.raises(ValueError, match="no default network for 3D"):
-        deform("auto")(torch.zeros(1, 8, 8, 8))
 
 
 def test_a_record_replays_whatever_the_limits_of_the_transform(small_network, scan):
