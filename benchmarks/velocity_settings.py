@@ -36,19 +36,22 @@ IMAGES, LEVEL = 16, 0.6
 class Variant(NamedTuple):
     """One form of the sampler."""
 
-    steps: int = 8
+    steps: int = 12
     over_relaxation: float = 1.5
     smoothed: bool = True
-    anchored: bool = True
+    anchor_every: int = 3
+    """0: never."""
 
 
 VARIANTS = (
     Variant(),
     Variant(smoothed=False),
-    Variant(anchored=False),
-    Variant(smoothed=False, anchored=False),
+    Variant(anchor_every=0),
+    Variant(smoothed=False, anchor_every=0),
     Variant(steps=4),
+    Variant(steps=8),
     Variant(steps=16),
+    Variant(anchor_every=1),
     Variant(over_relaxation=1.0),
     Variant(over_relaxation=2.0),
 )
@@ -62,11 +65,12 @@ def sample(network: VelocityUNet, image: Tensor, seed: int, variant: Variant) ->
     working = grid.image_to_working(image, network.card.input_range)
     ddf = model._diffuse(grid, LEVEL, [seed], 1)
     unseen = flatness(working, ddf.shape[2:]) * float(variant.smoothed)
+    anchor = None
     for k in range(variant.steps):
         left, after = ([LEVEL * (1 - done / variant.steps)] for done in (k, k + 1))
-        ddf = recovery_step(
-            network, working, unseen, ddf, left, after, variant.over_relaxation, anchored=variant.anchored
-        )
+        if variant.anchor_every and k % variant.anchor_every == 0:
+            anchor = network(working, torch.tensor(left))
+        ddf = recovery_step(network, working, unseen, ddf, left, after, variant.over_relaxation, anchor)
     return mend_folds(grid.ddf_to_full(mend_folds(ddf)))
 
 
@@ -92,7 +96,7 @@ def lost(rows: list[dict[str, Any]], key: str) -> list[float]:
 
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [
-        "| domain | network | steps | over-relaxation | smoothed | anchored | n | px without affine at 256 | "
+        "| domain | network | steps | over-relaxation | smoothed | anchored every | n | px without affine at 256 | "
         "σ log det J | diversity | Dice lost | Dice lost under random |",
         "|" + "---|" * 12,
     ]
@@ -105,7 +109,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         columns = [[row[k] for row in group] for k in ("displacement_no_affine_256", "log_jacobian_std", "diversity")]
         columns += [lost(group, "dice_deformed"), lost(group, "dice_random")]
         cells = [f"{np.mean(c):.2f} ± {np.std(c) / max(len(c) - 1, 1) ** 0.5:.2f}" for c in columns]
-        marks = ["yes" if value else "no" for value in key[5:]]
+        marks = ["yes" if key[5] else "no", str(key[6] or "never")]
         lines.append(
             f"| {key[0]} | {key[1]} | {key[3]} | {key[4]} | {' | '.join(marks)} | {len(group)} | {' | '.join(cells)} |"
         )

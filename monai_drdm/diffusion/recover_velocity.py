@@ -8,7 +8,7 @@ field is blended into its own smoothing where the deformed image is flat.
 
 *The original is realistic by definition.* A network finds something to mend in every anatomy that it was not trained
 on, and would turn all draws in the same direction. What it says of the original image is therefore taken off what it
-says of the deformed one, carried along by the field: an undeformed image stays as it is.
+says of the deformed one, carried along by the field. It changes little with the level and is asked every third step.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ OVER_RELAXATION = 1.5
 _FLAT = 0.05  # an edge of this slope, in units of the intensity range per voxel, counts as half seen
 _SMOOTHING = 3 / 80  # standard deviation of the smoothing, as a fraction of the longest side: about one finest node
 _EDGE_SIGMA_VOX, _REACH_SIGMA_VOX = 1.0, 2.0
+_ANCHOR_EVERY = 3
 
 
 @torch.no_grad()
@@ -40,7 +41,7 @@ def recover_velocity(
     ddf: Tensor,
     levels: Sequence[float],
     *,
-    steps: int = 8,
+    steps: int = 12,
     over_relaxation: float = OVER_RELAXATION,
     callback: Callback | None = None,
     progress: bool = False,
@@ -56,7 +57,7 @@ def recover_velocity(
         image: ``(B, C, *S)`` original images in the network's input range, sizes odd.
         ddf: ``(B, D, *H)`` voxels of the half grid, the diffused field.
         levels: deformation level of each image.
-        steps: number of steps, 1 or more; each costs two predictions.
+        steps: number of steps, 1 or more; each costs a prediction, every third one two.
         over_relaxation: factor on every step.
         callback: called after each step; its ``time`` is the number of steps left.
         progress: show a progress bar.
@@ -74,7 +75,9 @@ def recover_velocity(
     for k in tqdm(range(steps), desc="recover", unit="step", disable=not progress):
         left = [level * (1 - k / steps) for level in levels]
         after = [level * (1 - (k + 1) / steps) for level in levels]
-        ddf = recovery_step(network, image, unseen, ddf, left, after, over_relaxation)
+        if k % _ANCHOR_EVERY == 0:
+            anchor = network(image, torch.tensor(left, device=image.device))
+        ddf = recovery_step(network, image, unseen, ddf, left, after, over_relaxation, anchor)
         if callback is not None:
             callback(RecoveryStep(k, steps - 1 - k, ddf))
     return mend_folds(ddf)
@@ -88,8 +91,7 @@ def recovery_step(
     left: Sequence[float],
     after: Sequence[float],
     over_relaxation: float = OVER_RELAXATION,
-    *,
-    anchored: bool = True,
+    anchor: Tensor | None = None,
 ) -> Tensor:
     """Smooth what the image does not show, then go from one level to another as the network says.
 
@@ -101,7 +103,7 @@ def recovery_step(
         left: level of each field.
         after: level that each is to have then.
         over_relaxation: factor on the step.
-        anchored: take off what the network says of the original image.
+        anchor: ``(B, D, *H)`` what the network says of the original image, to be taken off; None: nothing.
 
     Returns:
         ``(B, D, *H)`` voxels of the half grid.
@@ -110,12 +112,10 @@ def recovery_step(
     share = [a - b for a, b in zip(integration_times(left, dims), integration_times(after, dims))]
     smooth = gaussian_smooth(ddf, _SMOOTHING * max(ddf.shape[2:]))
     ddf = ddf + warp(unseen, ddf) * (smooth - ddf)
-    warped, level = warp(image, resize_ddf(ddf, image.shape[2:])), torch.tensor(left, device=image.device)
-    if anchored:
-        velocity, said_of_original = network(torch.cat((warped, image)), level.repeat(2)).chunk(2)
-        velocity = velocity - warp(said_of_original, ddf)
-    else:
-        velocity = network(warped, level)
+    warped = warp(image, resize_ddf(ddf, image.shape[2:]))
+    velocity = network(warped, torch.tensor(left, device=image.device))
+    if anchor is not None:
+        velocity = velocity - warp(anchor, ddf)
     form = (-1, *(1,) * (ddf.ndim - 1))
     step = torch.tensor(share, device=ddf.device).view(form) * over_relaxation * velocity
     return compose(ddf, exp_svf(step))

@@ -76,7 +76,7 @@ class VelocityUNet(RecoveryNetwork):
                 in_channels=in_channels,
                 working_size=WORKING_SIZE[spatial_dims],
                 sampler="velocity",
-                steps=8,
+                steps=12,
                 channels=channels,
             )
         )

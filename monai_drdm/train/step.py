@@ -111,6 +111,6 @@ def _roll_out(batch: Deformed, network: Predict, generator: torch.Generator) -> 
     ddf, unseen = batch.ddf, flatness(batch.posed, batch.ddf.shape[2:])
     for k in range(taken):
         left, after = (batch.level * (1 - done / steps) for done in (k, k + 1))
-        ddf = recovery_step(network, batch.posed, unseen, ddf, left.tolist(), after.tolist(), anchored=False)
+        ddf = recovery_step(network, batch.posed, unseen, ddf, left.tolist(), after.tolist())
     image = warp(batch.posed, resize_ddf(ddf, batch.image.shape[2:]))
     return image, batch.level * (1 - taken / steps), ddf
