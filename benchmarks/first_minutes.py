@@ -29,7 +29,7 @@ from torch import Tensor
 from monai_drdm.diffusion.recover_velocity import recover_velocity
 from monai_drdm.fields import mend_folds, resize_ddf, warp
 from monai_drdm.networks import load_network, VelocityUNet
-from monai_drdm.train.data import load_bank
+from monai_drdm.train.data import load_bank, Scan
 from monai_drdm.train.process import deform_images
 from monai_drdm.train.step import recovery_loss, Target
 from monai_drdm.train.synthetic import synthetic_images
@@ -50,9 +50,9 @@ def cardiac(count: int, size: int) -> Tensor:
 
 
 def brain(count: int, size: int) -> Tensor:
-    scans = sorted((data_folder() / "ixi" / "images").iterdir())[26:30]
+    scans = [Scan(path) for path in sorted((data_folder() / "ixi" / "images").iterdir())[26:30]]
     bank = load_bank(scans, spatial_dims=2, working_size=size)
-    return bank.batch(torch.from_numpy(np.linspace(0, len(bank) - 1, count).round().astype(int)))
+    return bank.images[np.linspace(0, len(bank) - 1, count).round().astype(int)].float() / 255
 
 
 SETS: dict[str, Callable[[int, int], Tensor]] = {"random anatomy": held_out, "ACDC": cardiac, "IXI": brain}
@@ -63,7 +63,7 @@ def measure(network: VelocityUNet, images: Tensor, level: float, seed: int) -> d
     """Means over a batch, each relative to doing nothing."""
     deformed = deform_images(images, torch.Generator().manual_seed(seed), levels=(level, level + 1e-6))
     dims = tuple(range(1, deformed.ddf.ndim))
-    target = Target(deformed.level, deformed.velocity, deformed.ddf, deformed.ddf.square().mean(dim=dims), False)
+    target = Target(deformed.level, deformed.velocity, deformed.ddf, deformed.ddf, False)
     start = mend_folds(deformed.ddf)  # as recovery ends: mending alone shortens fields of high levels
     left = recover_velocity(network, images, deformed.ddf, deformed.level.tolist(), steps=STEPS)
     error, before = (

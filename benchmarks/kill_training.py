@@ -41,7 +41,7 @@ def killed(run: Path, seconds: float) -> bool:
 
 def steps_saved(run: Path) -> tuple[int | None, bool]:
     """The step of the latest checkpoint, and whether all of them load."""
-    paths = list((run / "checkpoints").glob("*.pt"))
+    paths = list((run / "checkpoints").glob("[!.]*.pt"))  # the one that was being written may be torn
     loadable = True
     for path in paths:
         try:

@@ -92,8 +92,6 @@ _PUBLISHED = {
 }
 
 _AUTO = {2: "anatomy-2d", 3: "anatomy-3d"}
-
-
 _SHIPPED = Path(__file__).parent / "shipped"
 
 

@@ -1,8 +1,8 @@
 """VelocityUNet: from a deformed image and its deformation level to the stationary velocity that undoes it.
 
-One pass a step at half the image's resolution. What it predicts is a velocity, so whatever it says, the step made of it
-is a small diffeomorphism (as far as its discretisation goes). Every grid is centred where the next finer one has a
-voxel: sizes of 2n + 1 halve to n + 1 with both ends in place, which is how fields change their grid
+Convolutions at half the image's resolution and below. What it predicts is a velocity, so whatever it says, the step
+made of it is a small diffeomorphism (as far as its discretisation goes). Every grid is centred where the next finer one
+has a voxel: sizes of 2n + 1 halve to n + 1 with both ends in place, which is how fields change their grid
 (``fields.resize_ddf``).
 """
 

@@ -73,8 +73,8 @@ def read_network(path: Path, sha256: str | None = None) -> RecoveryNetwork:
     digest = hashlib.sha256(data).hexdigest()
     if sha256 is not None and digest != sha256:
         raise ValueError(
-            f"load_network: {path} has sha256 {digest}, expected {sha256}. The file is damaged or not the published "
-            "one: delete it and convert or pull it again."
+            f"load_network: {path} has sha256 {digest}, expected {sha256}. The file is damaged or not the one of "
+            "that name. Delete it, then convert or pull published weights again; reinstall monai_drdm for its own."
         )
     # a safetensors file opens with the length of its header, then the header's brace
     if data[8:9] != b"{" and (data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[1] <= _PICKLE_PROTOCOL)):

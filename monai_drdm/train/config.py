@@ -35,7 +35,9 @@ class TrainConfig:
 
     data: str = _setting("synthetic", "folder of scans, MONAI datalist, or 'synthetic' for random anatomy")
     section: str = _setting("training", "section of the datalist")
-    synthetic_share: float = _setting(0.0, "share of random anatomy in every batch of real scans", low=0, high=1)
+    synthetic_share: float = _setting(
+        0.0, "share of random anatomy in every batch of real scans, in whole images", low=0, high=1
+    )
     spatial_dims: int = _setting(2, "2 or 3", choices=(2, 3))
     slice_axis: int | None = _setting(
         None, "axis across which volumes are sliced for 2D; none: all three", low=0, high=2
@@ -45,7 +47,9 @@ class TrainConfig:
     network: str = _setting(
         "", "velocity_unet, or recresacnet as published; empty: that of init, or velocity_unet", choices=("", *_KINDS)
     )
-    channels: tuple[int, ...] = _setting((16, 32, 48, 64), "features on each grid, of velocity_unet", low=2, high=512)
+    channels: tuple[int, ...] = _setting(
+        (16, 32, 48, 64), "features on each grid, of a new velocity_unet", low=2, high=512
+    )
     working_size: int = _setting(
         0,
         "voxels along the longest side, odd for velocity_unet; 0: that of init, or the network's own",

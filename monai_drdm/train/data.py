@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -156,13 +156,7 @@ def load_bank(
             skipped.append(f"{path}: {error}")
             continue
         dims.setdefault(scan.ndim - 1, path)
-        if len(dims) > 1 and not mix_dimensions:
-            raise ValueError(
-                f"2D and 3D images are mixed: {dims[2]} and {dims[3]}. Train on one kind at a time, or, if a 2D "
-                "network shall see slices of the volumes beside the images, set mix_dimensions=true."
-            )
-        if spatial_dims == 3 and scan.ndim == 3:
-            raise ValueError(f"a 3D network needs volumes, got the 2D image {path}. Set spatial_dims=2.")
+        _check_dims(dims, spatial_dims, mix_dimensions)
         scan = _one_channel(scan, image_channel, path)
         try:
             fitted = [_fit(one, spacing, working_size) for one, spacing in _planes(scan, spatial_dims, slice_axis)]
@@ -177,6 +171,17 @@ def load_bank(
     number_of, counts = torch.tensor(source), torch.bincount(torch.tensor(source), minlength=len(every))
     weight = torch.tensor([weight for _, weight in every]) / counts.clamp(min=1)
     return ScanBank(torch.stack(images), number_of, weight[number_of], tuple(skipped))
+
+
+def _check_dims(seen: Mapping[int, Path], spatial_dims: int, mix_dimensions: bool) -> None:
+    """Raise ``ValueError`` unless a network can see all images; ``seen`` has one file of each number of dimensions."""
+    if spatial_dims == 3 and 2 in seen:
+        raise ValueError(f"a 3D network needs volumes, got the 2D image {seen[2]}. Set spatial_dims=2.")
+    if len(seen) > 1 and not mix_dimensions:
+        raise ValueError(
+            f"2D and 3D images are mixed: {seen[2]} and {seen[3]}. Train on one kind at a time, or, if a 2D network "
+            "shall see slices of the volumes beside the images, set mix_dimensions=true."
+        )
 
 
 class _UnusableError(Exception):

@@ -92,14 +92,19 @@ class Checkpoints:
 
     def paths(self) -> list[Path]:
         """Checkpoint files, the latest first."""
-        return sorted(self.folder.glob("*.pt"), key=_step_of, reverse=True)
+        whole = (path for path in self.folder.glob("*.pt") if not path.name.startswith("."))  # others are being written
+        return sorted(whole, key=_step_of, reverse=True)
 
-    def latest(self, device: torch.device) -> dict[str, Any] | None:
-        """What the latest checkpoint that can be read holds; says which cannot be, and what it falls back to."""
+    def latest(self) -> dict[str, Any] | None:
+        """What the latest checkpoint that can be read holds; says which cannot be, and what it falls back to.
+
+        It is on the CPU. An optimizer keeps its step counts where they are loaded: on a GPU, every step would wait for
+        each of them.
+        """
         paths = self.paths()
         for path, before in zip(paths, [*paths[1:], None]):
             try:
-                return _load(path, device)
+                return _load(path)
             except Exception as error:  # a torn file fails in as many ways as there are bytes
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 instead = f"falling back to {before.name}" if before else "starting again"
@@ -107,14 +112,14 @@ class Checkpoints:
         return None
 
 
-def _load(path: Path, device: torch.device) -> dict[str, Any]:
+def _load(path: Path) -> dict[str, Any]:
     data = io.BytesIO(path.read_bytes())
     with zipfile.ZipFile(data) as archive:
         broken = archive.testzip()  # torch does not compare checksums
     if broken is not None:
         raise ValueError(f"checksum of {broken} does not match")
     data.seek(0)
-    saved: dict[str, Any] = torch.load(data, map_location=device, weights_only=True)
+    saved: dict[str, Any] = torch.load(data, map_location="cpu", weights_only=True)
     return saved
 
 

@@ -152,7 +152,7 @@ def choose_recipe(config: TrainConfig) -> Recipe[Any]:
     Settings that depend on the network are filled in: ``.config`` is complete.
 
     Raises:
-        ValueError: ``init`` of another kind, number of dimensions or channels than the settings say.
+        ValueError: ``init`` of another kind, number of dimensions, channels or features than the settings say.
         FileNotFoundError: no such ``init``.
     """
     if not config.init:
@@ -165,5 +165,11 @@ def choose_recipe(config: TrainConfig) -> Recipe[Any]:
             f"init must be a {wanted} for images of one channel, got {card.name!r}: {card.spatial_dims}D {card.kind} "
             f"for {card.in_channels}. Set spatial_dims and network to match it, or choose another."
         )
+    features = card.channels or config.channels
+    if config.channels not in (features, TrainConfig.channels):
+        raise ValueError(
+            f"channels are those of init {card.name!r}, {features}, got {config.channels}. Leave them out."
+        )
     size = config.working_size or card.working_size
-    return _RECIPES[card.kind](dataclasses.replace(config, network=card.kind, working_size=size), start)
+    complete = dataclasses.replace(config, network=card.kind, working_size=size, channels=features)
+    return _RECIPES[card.kind](complete, start)

@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -114,7 +114,7 @@ class _Run:
             inferer=self.inferer,
             decollate=False,
         )
-        self.averaged = AveragedModel(self.network, avg_fn=self._average)
+        self.averaged = AveragedModel(self.network, multi_avg_fn=self._average)
         self.checkpoints = Checkpoints(folder, team.leads)
         self.checkpoint = Checkpoint(
             self._state(),
@@ -153,7 +153,7 @@ class _Run:
 
     def restore(self) -> None:
         """Go on from the latest checkpoint that is whole; without one, from the start."""
-        saved = self.checkpoints.latest(self.team.device)
+        saved = self.checkpoints.latest()
         if saved is not None:
             Checkpoint.load_objects(self._state(), saved)
         if self.reports is not None:
@@ -220,10 +220,11 @@ class _Run:
         for group in self.optimizer.param_groups:
             group["lr"] = self.optimizer.defaults["lr"] * warm * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
 
-    def _average(self, average: Tensor, newest: Tensor, count: Tensor | int) -> Tensor:
-        """An exponential average that forgets its first, worst weights sooner."""
+    def _average(self, averages: Sequence[Tensor], newest: Sequence[Tensor], count: Tensor | int) -> None:
+        """An exponential average that forgets its first, worst weights sooner. Reads one number back a step."""
         decay = min(self.config.ema_decay, float((1 + count) / (10 + count)))
-        return average + (1 - decay) * (newest - average)
+        for average, new in zip(averages, newest):
+            average += (1 - decay) * (new - average)
 
     def _clip(self) -> None:
         nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)

@@ -156,3 +156,10 @@ def test_the_folding_penalty_is_added_in_its_weight():
     mirrored = torch.stack((torch.arange(12.0).view(12, 1).expand(12, 12) / -6, still[0, 0]))[None]
     penalty = recipe.loss(mirrored, target) - recipe.error(mirrored, target)
     assert penalty.item() == pytest.approx(3 * 1.1, rel=1e-3)
+
+
+def test_features_are_those_of_init():
+    assert choose_recipe(build_config(init="anatomy-2d")).config.channels == (16, 32, 64, 96)
+    assert choose_recipe(build_config(init="anatomy-2d", channels=(16, 32, 64, 96))).config.network == "velocity_unet"
+    with pytest.raises(ValueError, match=r"channels are those of init 'anatomy-2d', \(16, 32, 64, 96\), got \(8, 16\)"):
+        choose_recipe(build_config(init="anatomy-2d", channels=(8, 16)))

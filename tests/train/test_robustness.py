@@ -19,6 +19,7 @@ from PIL import Image
 from monai_drdm import load_network
 from monai_drdm.train import build_config, fit
 from monai_drdm.train.__main__ import main
+from monai_drdm.train.folder import Checkpoints
 
 SETTINGS = ["channels=[8, 16]", "working_size=33", "batch_size=2", "epoch_length=3", "max_epochs=8", "warmup_steps=2"]
 ARGUMENTS = [part for one in SETTINGS for part in ("--set", one)]
@@ -50,7 +51,7 @@ def wait_for(ready, process):
 
 def steps_saved(folder):
     """Steps of the checkpoints, every one of which loads."""
-    paths = list((folder / "checkpoints").glob("*.pt"))
+    paths = list((folder / "checkpoints").glob("[!.]*.pt"))  # the one that was being written may be torn
     assert all(torch.load(path, weights_only=True)["network"] for path in paths)
     return sorted(int(path.stem.split("_")[-1]) for path in paths)
 
@@ -269,6 +270,14 @@ def test_only_the_latest_checkpoints_are_kept(begun, call):
     assert "checkpoint_1000.pt is damaged" in said
     assert "falling back to checkpoint_3.pt" in said
     assert steps_saved(begun) == [18, 21, 24]
+
+
+def test_what_is_being_written_is_no_checkpoint(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    checkpoints({"step": torch.tensor(3.0)}, "checkpoint_3.pt")
+    (tmp_path / "checkpoints" / ".part-0-checkpoint_6.pt").write_bytes(b"torn")
+    assert [path.name for path in checkpoints.paths()] == ["checkpoint_3.pt"]
+    assert checkpoints.latest() == {"step": torch.tensor(3.0)}
 
 
 def test_a_run_ends_with_what_it_is_worth(tmp_path, call):
