@@ -40,10 +40,13 @@ def main() -> None:
         licence=card.licence,
         training_data=card.training_data,
     )
-    path.unlink(missing_ok=True)
-    print(save_network(network, path))
-    if path.stat().st_size > LIMIT_BYTES:
-        raise SystemExit(f"{path} has {path.stat().st_size} bytes, more than {LIMIT_BYTES}.")
+    new = path.with_name(f"new-{path.name}")
+    digest, size = save_network(network, new), new.stat().st_size
+    if size > LIMIT_BYTES:
+        new.unlink()
+        raise SystemExit(f"{options.network} needs {size} bytes, more than {LIMIT_BYTES}.")
+    new.replace(path)
+    print(digest)
 
 
 if __name__ == "__main__":

@@ -71,7 +71,8 @@ def recover_velocity(
     if steps < 1:
         raise ValueError(f"sampler 'velocity': steps must be 1 or more, got {steps}.")
     levels = levels_of_batch(levels, ddf.shape[0], "recover_velocity")
-    unseen = flatness(image, ddf.shape[2:])
+    low, high = network.card.input_range
+    unseen = flatness((image - low) / (high - low), ddf.shape[2:])
     for k in tqdm(range(steps), desc="recover", unit="step", disable=not progress):
         left = [level * (1 - k / steps) for level in levels]
         after = [level * (1 - (k + 1) / steps) for level in levels]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -42,13 +43,14 @@ class Recipe(ABC, Generic[T]):
 
     def card(self, network: RecoveryNetwork, name: str, gates: Mapping[str, float]) -> NetworkCard:
         """What is known of a network after its training."""
+        before, data = "" if self.start is None else network.card.training_data, Path(self.config.data).name
         source = f"fine-tuned from {self.origin}" if self.origin else "trained"
         return dataclasses.replace(
             network.card,
             name=name,
             sha256="",
             source=f"{source} with monai_drdm.train",
-            training_data=self.config.data,
+            training_data=f"{before}; then {data}" if before else data,
             gates=gates,
         )
 
