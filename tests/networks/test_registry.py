@@ -1,5 +1,7 @@
 import hashlib
+import json
 import re
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +66,27 @@ def test_shipped_files_say_what_the_registry_says(name, tmp_path, monkeypatch):
     (tmp_path / f"{name}.safetensors").write_bytes(b"another file in the folder that is searched first")
     with pytest.raises(ValueError, match="expected " + card.sha256):
         load_network(name)
+
+
+@pytest.mark.parametrize("name", ["anatomy-2d", "anatomy-3d"])
+def test_gates_are_those_that_were_measured(name):
+    card = network_card(name)
+    lines = (Path(__file__).parents[2] / "benchmarks" / "results" / "gates_test.jsonl").read_text().splitlines()
+    every = [json.loads(line) for line in lines]
+    rows = [row for row in every if (row["sha256"], row["steps"], row["level"]) == (card.sha256, card.steps, 0.6)]
+    columns = {
+        "px_without_affine_256": "displacement_no_affine_256",
+        "log_jacobian_std": "log_jacobian_std",
+        "diversity": "diversity",
+        "fold_fraction": "folds_corner",
+    }
+    domains = {row["domain"] for row in rows}
+    assert set(card.gates) == {f"{domain}_{gate}" for domain in domains for gate in columns}
+    for domain in domains:
+        for gate, column in columns.items():
+            values = [row[column] for row in rows if row["domain"] == domain]
+            assert len(values) >= 20
+            assert card.gates[f"{domain}_{gate}"] == pytest.approx(sum(values) / len(values), abs=0.005)
 
 
 @pytest.mark.parametrize("function", [network_card, published_file])
