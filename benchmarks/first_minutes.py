@@ -46,7 +46,7 @@ def held_out(count: int, size: int) -> Tensor:
 
 
 def cardiac(count: int, size: int) -> Tensor:
-    return torch.cat([image for _, image in acdc_slices(range(61, 71), count, size)])
+    return torch.cat([image for _, image in acdc_slices(range(61, 71), count, size)]) / 255
 
 
 def brain(count: int, size: int) -> Tensor:
