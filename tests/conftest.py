@@ -6,11 +6,14 @@ import random
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-import pytest
-import torch
+# before torch is imported: bits are promised for one number of threads, and workers have one each
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from monai_drdm.networks import convert_published, RecResACNet
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from monai_drdm.networks import convert_published, RecResACNet  # noqa: E402
 
 NetworkFactory = Callable[..., RecResACNet]
 

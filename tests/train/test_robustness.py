@@ -28,7 +28,7 @@ ARGUMENTS = [part for one in SETTINGS for part in ("--set", one)]
 def start(folder, *arguments, **options):
     """A run in a process of its own; its folder has the same name everywhere, for the name is in the card."""
     command = [sys.executable, "-m", "monai_drdm.train", "--out", str(folder), *ARGUMENTS, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", **options)
 
 
 @pytest.fixture
