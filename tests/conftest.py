@@ -9,11 +9,11 @@ from pathlib import Path
 # before torch is imported: bits are promised for one number of threads, and workers have one each
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import pytest
+import torch
 
-from monai_drdm.networks import convert_published, RecResACNet  # noqa: E402
+from monai_drdm.networks import convert_published, RecResACNet
 
 NetworkFactory = Callable[..., RecResACNet]
 
