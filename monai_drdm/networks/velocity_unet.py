@@ -115,7 +115,7 @@ class VelocityUNet(RecoveryNetwork):
         x = F.pad(x, [p for n, m in zip(x.shape[:1:-1], padded[::-1]) for p in (0, m - n)])
         embedding = self.embed(_waves(level)).expand(x.shape[0], -1)
         features = self.stem(x)
-        if self.spatial_dims == 2:  # a sixth faster on CPUs; all that follow keep it
+        if self.spatial_dims == 2:  # faster on CPUs; all that follow keep it
             features = features.contiguous(memory_format=torch.channels_last)
         kept = []
         for block, down in zip(self.down_blocks, [*self.downs, None]):
