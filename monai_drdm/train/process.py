@@ -124,7 +124,7 @@ def sample_posed(images: Tensor, ddf: Tensor, matrix: Tensor, shift: Tensor) -> 
 
 
 def random_pose(generator: torch.Generator, batch: int, shape: tuple[int, ...], pose: Pose) -> tuple[Tensor, Tensor]:
-    """Flips, rotation and magnification ``(B, D, D)``, and shift ``(B, D)`` in voxels."""
+    """Flips, order of axes, rotation and magnification ``(B, D, D)``, and shift ``(B, D)`` in voxels."""
     dims, device = len(shape), generator.device
     scale = torch.exp(uniform(generator, (batch, dims), -pose.scale, pose.scale))
     flips = torch.where(torch.rand((batch, dims), generator=generator, device=device) < pose.flip, -1.0, 1.0)
