@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 import torch
@@ -60,6 +61,7 @@ class Team:
         return float(number)
 
     def leave(self) -> None:
-        """End the connection to the others."""
+        """End the connection to the others, and its threads: one alive as the interpreter ends would abort it."""
         if self.size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+            gc.collect()  # a run refers to itself, and its network to the connection

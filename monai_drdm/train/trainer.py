@@ -61,20 +61,26 @@ def fit(
         FloatingPointError: a loss that is not finite; names the batch.
     """
     folder, recipe = Path(out), choose_recipe(config)
-    config = recipe.config
-    team = Team(config.device)
+    team = Team(recipe.config.device)
     try:
-        with claimed(folder, config, resume) if team.leads else nullcontext():
-            training, validation, skipped = _banks(config, progress and team.leads)
-            if team.leads:
-                print(skipped, end="", file=sys.stderr)
-            run = _Run(recipe, folder, team, training, validation, should_stop, progress and team.leads)
-            with telling_what_is_left(folder):
-                if team.leads:
-                    write_config(folder, config)
-                return run.train(resume)
+        return _fit(recipe, folder, team, resume, progress and team.leads, should_stop)
     finally:
         team.leave()
+
+
+def _fit(
+    recipe: Recipe[Any], folder: Path, team: Team, resume: bool, progress: bool, should_stop: Callable[[], bool]
+) -> Path | None:
+    """What one process does between joining and leaving the others: nothing it holds may outlive this."""
+    with claimed(folder, recipe.config, resume) if team.leads else nullcontext():
+        training, validation, skipped = _banks(recipe.config, progress)
+        if team.leads:
+            print(skipped, end="", file=sys.stderr)
+        run = _Run(recipe, folder, team, training, validation, should_stop, progress)
+        with telling_what_is_left(folder):
+            if team.leads:
+                write_config(folder, recipe.config)
+            return run.train(resume)
 
 
 class _Run:

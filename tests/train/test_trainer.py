@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -204,6 +205,28 @@ def test_two_processes_train_one_network(tmp_path):
     fit(small("max_epochs=2"), tmp_path / "alone")
     alone, together = (load_network(tmp_path / name / "network.safetensors") for name in ("alone", "first"))
     assert not torch.equal(alone.stem.weight, together.stem.weight)
+
+
+@pytest.mark.skipif(sys.platform != "linux" or not shutil.which("ps"), reason="ps does not list threads here")
+def test_no_thread_of_two_processes_outlives_their_run(tmp_path):
+    """One that lives on while the interpreter ends aborts the process, once in some dozens of runs."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, subprocess, sys\n"
+        "from pathlib import Path\n"
+        "from monai_drdm.train import build_config, fit\n"
+        "def note(when):\n"
+        "    names = subprocess.check_output(['ps', '-T', '-o', 'comm=', '-p', str(os.getpid())])\n"
+        "    Path(sys.argv[1], when + os.environ['RANK']).write_bytes(names)\n"
+        "config = build_config(settings=sys.argv[2:], data='synthetic')\n"
+        "fit(config, Path(sys.argv[1], 'run'), should_stop=lambda: bool(note('during')))\n"
+        "note('after')\n"
+    )
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    subprocess.run([*launch, str(script), str(tmp_path), *SMALL], capture_output=True, check=True)
+    for rank in "01":
+        assert "gloo" in (tmp_path / f"during{rank}").read_text()
+        assert "gloo" not in (tmp_path / f"after{rank}").read_text()
 
 
 def test_wrong_calls_are_explained(tmp_path, capsys):
