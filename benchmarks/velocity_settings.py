@@ -37,9 +37,9 @@ class Variant(NamedTuple):
     """One form of the sampler."""
 
     steps: int = 12
-    over_relaxation: float = 1.5
+    over_relaxation: float = 1.25
     smoothed: bool = True
-    anchor_every: int = 3
+    anchor_every: int = 4
     """0: never."""
 
 
@@ -48,11 +48,14 @@ VARIANTS = (
     Variant(smoothed=False),
     Variant(anchor_every=0),
     Variant(smoothed=False, anchor_every=0),
+    Variant(anchor_every=1),
+    Variant(anchor_every=3),
+    Variant(anchor_every=6),
     Variant(steps=4),
     Variant(steps=8),
     Variant(steps=16),
-    Variant(anchor_every=1),
     Variant(over_relaxation=1.0),
+    Variant(over_relaxation=1.5),
     Variant(over_relaxation=2.0),
 )
 

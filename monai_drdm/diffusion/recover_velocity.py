@@ -8,7 +8,7 @@ field is blended into its own smoothing where the deformed image is flat.
 
 *The original is realistic by definition.* A network finds something to mend in every anatomy that it was not trained
 on, and would turn all draws in the same direction. What it says of the original image is therefore taken off what it
-says of the deformed one, carried along by the field. It changes little with the level and is asked every third step.
+says of the deformed one, carried along by the field. It changes little with the level and is asked every fourth step.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from monai_drdm.diffusion.schedule import integration_times, levels_of_batch
 from monai_drdm.fields import compose, exp_svf, gaussian_smooth, mend_folds, resize_ddf, resize_image, warp
 from monai_drdm.networks import VelocityUNet
 
-OVER_RELAXATION = 1.5
+OVER_RELAXATION = 1.25
 """Every step goes this much farther than its share of the way: later steps correct what it overshoots."""
 
-_FLAT = 0.05  # an edge of this slope, in units of the intensity range per voxel, counts as half seen
+_FLAT = 0.07  # an edge of this slope, in units of the intensity range per voxel, counts as half seen
 _SMOOTHING = 3 / 80  # standard deviation of the smoothing, as a fraction of the longest side: about one finest node
 _EDGE_SIGMA_VOX, _REACH_SIGMA_VOX = 1.0, 2.0
-_ANCHOR_EVERY = 3
+_ANCHOR_EVERY = 4
 
 
 @torch.no_grad()
@@ -57,8 +57,8 @@ def recover_velocity(
         image: ``(B, C, *S)`` original images in the network's input range, sizes odd.
         ddf: ``(B, D, *H)`` voxels of the half grid, the diffused field.
         levels: deformation level of each image.
-        steps: number of steps, 1 or more; each costs a prediction, every third one two.
-        over_relaxation: factor on every step.
+        steps: number of steps, 1 or more; each costs a prediction, every fourth one two.
+        over_relaxation: factor on every step; more of it stays closer to the original.
         callback: called after each step; its ``time`` is the number of steps left.
         progress: show a progress bar.
 

@@ -88,10 +88,17 @@ def _robust_range(image: Tensor) -> tuple[Tensor, Tensor]:
     while any(math.gcd(stride, n) > 1 for n in image.shape[2:]):  # else it would visit some slices only
         stride += 1
     strided = flat[:, ::stride]
-    quantiles = torch.quantile(strided, torch.tensor(_PERCENTILES, device=image.device, dtype=image.dtype), dim=1)
-    low, high = quantiles[0], quantiles[1]
+    low, high = -_upper_quantile(-strided, 1 - _PERCENTILES[0]), _upper_quantile(strided, _PERCENTILES[1])
     flatline = low >= high
     low = torch.where(flatline, flat.amin(dim=1), low)
     high = torch.where(flatline, flat.amax(dim=1), high)
     form = (-1, *(1,) * (image.ndim - 1))
     return low.view(form), high.view(form)
+
+
+def _upper_quantile(values: Tensor, share: float) -> Tensor:
+    """``torch.quantile(values, share, dim=1)`` for shares near 1, without sorting all values."""
+    position = share * (values.shape[1] - 1)
+    above = values.shape[1] - math.floor(position)
+    lower, upper = values.topk(above, dim=1).values[:, [above - 1, max(above - 2, 0)]].unbind(dim=1)
+    return torch.lerp(lower, upper, position - math.floor(position))

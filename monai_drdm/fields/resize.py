@@ -92,15 +92,13 @@ def gaussian_smooth(tensor: Tensor, sigma: float | Sequence[float]) -> Tensor:
 
 def _smooth_axis(tensor: Tensor, dim: int, sigma: float) -> Tensor:
     radius = max(1, math.ceil(3 * sigma))
-    offsets = torch.arange(-radius, radius + 1, device=tensor.device, dtype=tensor.dtype)
-    kernel = torch.exp(-0.5 * (offsets / sigma) ** 2)
-    kernel = kernel / kernel.sum()
+    weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
     length = tensor.shape[dim]
     index = torch.arange(-radius, length + radius, device=tensor.device).clamp(0, length - 1)
     padded = tensor.index_select(dim, index)
     out = torch.zeros_like(tensor)
-    for k in range(2 * radius + 1):
-        out += kernel[k] * padded.narrow(dim, k, length)
+    for k, weight in enumerate(weights):
+        out.add_(padded.narrow(dim, k, length), alpha=weight / sum(weights))
     return out
 
 

@@ -203,10 +203,10 @@ def test_what_an_image_shows_stays_as_it_is():
     assert after < 0.1 * before
 
 
-@pytest.mark.parametrize("slope", [0.01, 0.05, 0.2])
+@pytest.mark.parametrize("slope", [0.01, 0.07, 0.2])
 def test_flatness_of_a_ramp(slope):
     ramp = slope * identity_grid((65, 49))[:1, None]
-    expected = 1 / (1 + (slope / 0.05) ** 2)
+    expected = 1 / (1 + (slope / 0.07) ** 2)
     inside = (..., slice(10, -10), slice(10, -10))
     found = flatness(ramp, (33, 25))[inside]
     torch.testing.assert_close(found, torch.full_like(found, expected), rtol=1e-4, atol=0)
@@ -235,8 +235,8 @@ def test_what_is_said_of_the_original_is_carried_along():
     assert torch.equal(oracle.original, image)
 
 
-@pytest.mark.parametrize(("steps", "asked"), [(1, [0.6]), (3, [0.6]), (4, [0.6, 0.15]), (8, [0.6, 0.375, 0.15])])
-def test_the_network_is_asked_of_the_original_every_third_step(steps, asked):
+@pytest.mark.parametrize(("steps", "asked"), [(1, [0.6]), (4, [0.6]), (5, [0.6, 0.12]), (12, [0.6, 0.4, 0.2])])
+def test_the_network_is_asked_of_the_original_every_fourth_step(steps, asked):
     start = Start((33, 25), [0.6])
     start.recover(steps=steps)
     torch.testing.assert_close(torch.cat(start.oracle.asked), torch.tensor(asked), rtol=0, atol=1e-6)
@@ -441,7 +441,7 @@ def test_a_perfect_network_undoes_the_diffusion_of_the_model():
     model.network.card = replace(model.network.card, working_size=33)
     starts = model.diffuse((33, 33), 0.2, [0])
     untouched = model.sample(structure(1, 33, 33), 0.2, [0])
-    assert mean_displacement(untouched - starts) < 0.15 * mean_displacement(starts)  # noise in [0, 1] is not all edge
+    assert mean_displacement(untouched - starts) < 0.2 * mean_displacement(starts)  # noise in [0, 1] is not all edge
     model.network.predicted = -isotropic_velocity([torch.Generator().manual_seed(0)], (17, 17)) / OVER_RELAXATION
     recovered = model.sample(structure(1, 33, 33), 0.2, [0])
     assert mean_displacement(recovered) < 0.15 * mean_displacement(starts)
