@@ -12,6 +12,7 @@ other seeds. Resumable: finished rows are skipped. ``--network random`` is the r
     python benchmarks/gates.py --network zheng2026-cmr-2d --sampler reference fast --domain acdc --images 10
     python benchmarks/gates.py --network random --domain acdc
     python benchmarks/gates.py --table                         # only print the tables
+    python benchmarks/gates.py --brief                         # those of README and docs
 
 Of the published network on ACDC, ``samplers.py`` has measured fields on 50 and 25 slices; the table takes those.
 """
@@ -29,7 +30,7 @@ from typing import Any, NamedTuple
 import torch
 from common import append_rows, machine, read_rows, RESULTS
 from domains import Domain, DOMAINS, Draw, draws, Scan
-from gates_table import tables
+from gates_table import brief, tables
 from segmenters import default_cache, dice, load_segmenter, resize_nearest, Segmenter
 from torch import Tensor
 from tqdm import tqdm
@@ -177,17 +178,22 @@ def main() -> None:
     parser.add_argument("--cache", type=Path, default=default_cache(), help="folder of trained segmenters")
     parser.add_argument("--results", type=Path, help="JSON-lines file (default: results/gates_SPLIT.jsonl)")
     parser.add_argument("--table", action="store_true", help="only print the tables")
+    parser.add_argument("--brief", action="store_true", help="only print the tables of README and docs")
     parser.add_argument("--threads", type=int, help="torch threads")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
     path = args.results or RESULTS / f"gates_{args.split}.jsonl"
-    if not args.table:
+    if not args.table and not args.brief:
         if not args.network or not args.domain:
             parser.error("--network and --domain are needed, or --table")
         for name in args.domain:
             run(path, args, DOMAINS[name])
-    print(tables(read_rows(path), read_rows(RESULTS / f"samplers_{args.split}.jsonl")))
+    published = read_rows(RESULTS / f"samplers_{args.split}.jsonl")
+    if args.brief:
+        print(brief(read_rows(path), published, read_rows(RESULTS / "rigid_control.jsonl")))
+    else:
+        print(tables(read_rows(path), published))
 
 
 if __name__ == "__main__":

@@ -153,6 +153,50 @@ def tables(rows: Rows, published: Rows = ()) -> str:
     return "\n".join(lines)
 
 
+NAMES = {
+    "acdc": "cardiac MR (never trained on)",
+    "cxr": "chest X-rays",
+    "ixi": "brain MR, slices",
+    "ixi3d": "brain MR, volumes",
+    "hippocampus3d": "hippocampus MR, volumes",
+}
+_BRIEF = ("px without affine at 256", "σ log det J", "diversity", "lost", "lost under random")
+
+
+def brief(rows: Rows, published: Rows, rigid: Rows) -> str:
+    """The tables of README and docs: the shipped networks at 12 steps and both levels, and every method's gates.
+
+    Args:
+        rows: of ``gates.py``.
+        published: of ``samplers.py``.
+        rigid: of ``rigid_control.py``.
+    """
+    titles = [title for title in GATES if not title.startswith("found")]
+    shipped = [(k, g) for k, g in _groups(rows) if k[1].startswith("anatomy") and k[4] == 12]
+    parts = []
+    for level in (0.6, 0.8):
+        heads = ["images", "network", "n", "folds %", "px at 256 without affine", *_BRIEF[1:3], "Dice lost"]
+        lines = [_header([*heads, "under random", "by resampling alone"])]
+        for (domain, network, *_), group in shipped:
+            chosen = [row for row in group if row["level"] == level]
+            cells = [_estimate(values(chosen, column), COLUMNS[column][1]) for column in _BRIEF]
+            folds = f"{values(chosen, 'corner folds %').mean():.4g}"
+            alone = _estimate(np.array([v for row in rigid if (v := _moved(row, domain)) is not None]), 2)
+            lines.append(_line([NAMES[domain], f"`{network}`", str(len(chosen)), folds, *cells, alone]))
+        parts.append("\n".join(lines))
+    lines = [_header(["images", "method", "steps", *titles])]
+    for (domain, network, _, sampler, steps), group in _groups(_with_published(rows, published)):
+        name = network if sampler == "random" else f"`{network}`" + f" {sampler}" * (sampler != "velocity")
+        lines.append(_line([domain, name, str(steps or "–"), *(GATES[title](group) for title in titles)]))
+    return "\n\n".join([*parts, "\n".join(lines)])
+
+
+def _moved(row: dict[str, Any], domain: str) -> float | None:
+    """Dice points that a row of ``rigid_control.py`` lost; None in another domain, or without structures."""
+    pairs = [(a, b) for a, b in zip(row["dice_real"], row["dice_moved"]) if None not in (a, b)]
+    return 100 * float(np.mean([a - b for a, b in pairs])) if row["domain"] == domain and pairs else None
+
+
 def _with_published(rows: Rows, published: Rows) -> Rows:
     """Rows of ``samplers.py`` in the form of ``gates.py``; both of one image become one row."""
     merged = {_identity(row): row for row in rows}

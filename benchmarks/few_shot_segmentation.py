@@ -1,0 +1,198 @@
+"""Few labelled subjects, one U-Net, several augmentations: which one teaches it most?
+
+First every arm chooses its strength on validation subjects, all with the same number of trials; then the chosen
+settings are trained with other labelled subjects and judged on test subjects. Every run is a JSON line; runs that are
+there are skipped, so the command goes on where it was stopped. Test subjects are evaluated by ``run`` only, and each
+evaluation is a line.
+
+    python benchmarks/few_shot_segmentation.py search --protocol acdc --arms affine
+    python benchmarks/few_shot_segmentation.py search --protocol acdc --arms elastic random drdm
+    python benchmarks/few_shot_segmentation.py search --protocol acdc --arms drdm-tuned --network tuned.safetensors
+    python benchmarks/few_shot_segmentation.py run --protocol acdc --arms affine elastic random drdm --subjects 1 5
+    python benchmarks/few_shot_segmentation.py table
+
+Training ends when the validation curve is flat or at the common cap; the weights are the averaged ones of the iteration
+that was best on validation subjects.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from common import append_rows, machine, read_rows, RESULTS
+from few_shot_arms import ARMS, Augmenter, candidates, Fields, Setting, setting_of
+from few_shot_protocols import (
+    build_segmenter,
+    Case,
+    dice_of,
+    hd95_of,
+    labelled,
+    predict,
+    Protocol,
+    PROTOCOLS,
+    RISE,
+    subjects,
+)
+from few_shot_table import tables
+from monai.losses import DiceCELoss
+from torch import nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from tqdm import tqdm
+
+SEARCH = RESULTS / "few_shot_search.jsonl"
+SEARCH_SUBJECTS, SEARCH_SEED = 5, 100
+_WARM_UP, _EMA = 100, 0.99
+
+
+def results(protocol: str) -> Path:
+    """The file of a protocol's final runs."""
+    return RESULTS / f"few_shot_{protocol}.jsonl"
+
+
+def train(
+    protocol: Protocol, arm: str, setting: Setting, count: int, seed: int, fields: Fields
+) -> tuple[nn.Module, dict[str, Any]]:
+    """One segmenter, and how its training went."""
+    chosen = labelled(protocol, count, seed)
+    cases = [case for subject in chosen for case in subjects(protocol, "pool")[subject]]
+    started = time.perf_counter()
+    banks = [fields.bank(arm, setting, protocol, case) for case in tqdm(cases, desc="fields", leave=False)]
+    drawn, started = time.perf_counter() - started, time.perf_counter()
+    augmenter = Augmenter(protocol, setting, cases, banks)
+    generator = torch.Generator().manual_seed(seed)
+    torch.manual_seed(seed)
+    network = build_segmenter(protocol)
+    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(_EMA))
+    optimiser = torch.optim.AdamW(network.parameters(), protocol.learning_rate, weight_decay=1e-3)
+    loss = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
+    curve: list[float] = []
+    best, best_weights, risen, at = -1.0, copy.deepcopy(averaged.module), 0, -1.0
+    bar = tqdm(range(1, protocol.cap + 1), desc=f"{protocol.name} {arm} {count} subjects seed {seed}", mininterval=5)
+    for iteration in bar:
+        image, label = augmenter.batch(generator)
+        for group in optimiser.param_groups:
+            group["lr"] = protocol.learning_rate * min(1.0, iteration / _WARM_UP)
+        network.train()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = network(image)
+        optimiser.zero_grad(set_to_none=True)
+        loss(logits.float(), label).backward()
+        nn.utils.clip_grad_norm_(network.parameters(), 5.0)
+        optimiser.step()
+        averaged.update_parameters(network)
+        if iteration % protocol.every == 0:
+            curve.append(float(np.mean(list(_mean_by_case(protocol, averaged.module, "validation").values()))))
+            if curve[-1] > best:
+                best, best_weights = curve[-1], copy.deepcopy(averaged.module)
+            if curve[-1] > at + RISE:
+                at, risen = curve[-1], iteration
+            bar.set_postfix(validation=f"{curve[-1]:.3f}", best=f"{best:.3f}")
+            if iteration >= protocol.least and iteration - risen >= protocol.patience:
+                break
+    story = {
+        "labelled": chosen,
+        "iterations": iteration,
+        "best_iteration": (1 + int(np.argmax(curve))) * protocol.every,
+        "curve": [round(value, 4) for value in curve],
+        "validation": best,
+        "fields_seconds": drawn,
+        "seconds": time.perf_counter() - started,
+    }
+    return best_weights, story
+
+
+def _cases(protocol: Protocol, split: str) -> Iterator[Case]:
+    for found in subjects(protocol, split).values():
+        yield from found
+
+
+def _mean_by_case(protocol: Protocol, segmenter: nn.Module, split: str) -> dict[str, float]:
+    means = {}
+    for case in _cases(protocol, split):
+        known = [d for d in dice_of(protocol, predict(segmenter, case), case.label) if d is not None]
+        means[case.name] = float(np.mean(known))
+    return means
+
+
+def judge(protocol: Protocol, segmenter: nn.Module) -> dict[str, Any]:
+    """Dice and HD95 of every structure in every test volume."""
+    dice, hd95 = {}, {}
+    for case in tqdm(list(_cases(protocol, "test")), desc="test", leave=False):
+        predicted = predict(segmenter, case)
+        dice[case.name] = dice_of(protocol, predicted, case.label)
+        hd95[case.name] = hd95_of(protocol, predicted, case.label)
+    return {"dice": dice, "hd95": hd95}
+
+
+def recipe(protocol: Protocol) -> str:
+    """Names how segmenters are trained; figures of different recipes are not compared."""
+    return hashlib.sha256(repr((protocol, RISE, _WARM_UP, _EMA)).encode()).hexdigest()[:8]
+
+
+def chosen_setting(protocol: Protocol, arm: str) -> Setting:
+    """What an arm's search found best on validation subjects."""
+    if arm == "none":
+        return Setting()
+    rows = [r for r in read_rows(SEARCH) if (r["recipe"], r["arm"]) == (recipe(protocol), arm)]
+    if not rows:
+        raise SystemExit(f"{protocol.name}: no search of {arm!r} yet; run the search first.")
+    return setting_of(max(rows, key=lambda row: row["validation"]))
+
+
+def search(protocol: Protocol, arm: str, fields: Fields) -> None:
+    """Every candidate of an arm once, on validation subjects."""
+    pose = Setting() if arm in ("none", "affine") else chosen_setting(protocol, "affine")
+    for setting in candidates(arm, len(protocol.grid), pose):
+        key = {"protocol": protocol.name, "recipe": recipe(protocol), "arm": arm, "setting": asdict(setting)}
+        key |= {"subjects": SEARCH_SUBJECTS, "seed": SEARCH_SEED, "network": fields.name_for(arm, protocol)}
+        if not _has(SEARCH, key):
+            _, story = train(protocol, arm, setting, SEARCH_SUBJECTS, SEARCH_SEED, fields)
+            append_rows(SEARCH, key | story | machine())
+
+
+def run(protocol: Protocol, arm: str, count: int, seed: int, fields: Fields) -> None:
+    """One final run: train with the chosen setting, evaluate on test subjects."""
+    key = {"protocol": protocol.name, "recipe": recipe(protocol), "arm": arm, "subjects": count, "seed": seed}
+    key |= {"setting": asdict(chosen_setting(protocol, arm)), "network": fields.name_for(arm, protocol)}
+    if not _has(results(protocol.name), key):
+        segmenter, story = train(protocol, arm, chosen_setting(protocol, arm), count, seed, fields)
+        append_rows(results(protocol.name), key | story | judge(protocol, segmenter) | machine())
+
+
+def _has(path: Path, key: dict[str, Any]) -> bool:
+    return any(all(row.get(k) == value for k, value in key.items()) for row in read_rows(path))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("search", "run", "table"))
+    parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="acdc")
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=["affine", "elastic", "random", "drdm"])
+    parser.add_argument("--subjects", nargs="+", type=int, default=[1, 5])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--network", help="network of arm drdm-tuned: a .safetensors file")
+    parser.add_argument("--fields", type=Path, default=Path("few_shot_fields"), help="folder for fields drawn ahead")
+    args = parser.parse_args()
+    protocol, fields = PROTOCOLS[args.protocol], Fields(args.fields, args.network)
+    if args.what == "search":
+        for arm in args.arms:
+            search(protocol, arm, fields)
+    if args.what == "run":
+        for seed in args.seeds:
+            for count in args.subjects:
+                for arm in args.arms:
+                    run(protocol, arm, count, seed, fields)
+    print(tables(read_rows(SEARCH), [row for name in PROTOCOLS for row in read_rows(results(name))]))
+
+
+if __name__ == "__main__":
+    main()
