@@ -93,12 +93,13 @@ def gaussian_smooth(tensor: Tensor, sigma: float | Sequence[float]) -> Tensor:
 def _smooth_axis(tensor: Tensor, dim: int, sigma: float) -> Tensor:
     radius = max(1, math.ceil(3 * sigma))
     weights = [math.exp(-0.5 * (offset / sigma) ** 2) for offset in range(-radius, radius + 1)]
+    total = sum(weights)
     length = tensor.shape[dim]
     index = torch.arange(-radius, length + radius, device=tensor.device).clamp(0, length - 1)
     padded = tensor.index_select(dim, index)
     out = torch.zeros_like(tensor)
     for k, weight in enumerate(weights):
-        out.add_(padded.narrow(dim, k, length), alpha=weight / sum(weights))
+        out.add_(padded.narrow(dim, k, length), alpha=weight / total)
     return out
 
 

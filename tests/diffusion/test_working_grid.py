@@ -1,3 +1,4 @@
+import numpy as np
 import pytest
 import torch
 
@@ -56,6 +57,15 @@ def test_percentiles_are_robust():
     torch.testing.assert_close(clean[keep], robust[keep], rtol=0, atol=2e-3)
     assert float(robust.min()) == 0.0
     assert float(robust.max()) == 1.0
+
+
+@pytest.mark.parametrize("shape", [(2, 1), (3, 4), (13, 31), (64, 80), (9, 10, 11)])
+def test_percentiles_are_numpys(shape):
+    image = torch.rand(2, 1, *shape, generator=torch.Generator().manual_seed(0))
+    mapped = WorkingGrid.of(shape, (1.0,) * len(shape), max(shape)).image_to_working(image, UNIT)
+    for one, found in zip(image.double().numpy(), mapped):
+        low, high = np.percentile(one, [0.5, 99.5])
+        np.testing.assert_allclose(found, ((one - low) / (high - low)).clip(0, 1), atol=1e-5)
 
 
 def test_percentiles_of_a_large_image_see_every_slice():
