@@ -12,7 +12,6 @@ import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -81,7 +80,7 @@ def candidates(arm: str, dims: int, pose: Setting) -> list[Setting]:
 
 
 class Fields:
-    """Banks of fields, drawn when first asked for and kept in a folder."""
+    """Banks of fields, drawn when first asked for and kept in a folder: a new one when the sampler's code changes."""
 
     def __init__(self, folder: Path, tuned: str | None = None) -> None:
         self.folder, self.tuned = folder, tuned
@@ -200,8 +199,3 @@ class Augmenter:
         image = sample(self.images[chosen], position)
         label = sample(self.labels[chosen], position, "nearest")
         return change_appearance(image, generator, INTENSITY), label
-
-
-def setting_of(row: dict[str, Any]) -> Setting:
-    """What a result row was measured with."""
-    return Setting(**row["setting"])

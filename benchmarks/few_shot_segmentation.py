@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import torch
 from common import append_rows, machine, read_rows, RESULTS
-from few_shot_arms import ARMS, Augmenter, candidates, Fields, Setting, setting_of
+from few_shot_arms import ARMS, Augmenter, candidates, Fields, Setting
 from few_shot_protocols import (
     build_segmenter,
     Case,
@@ -145,7 +145,7 @@ def chosen_setting(protocol: Protocol, arm: str) -> Setting:
     rows = [r for r in read_rows(SEARCH) if (r["recipe"], r["arm"]) == (recipe(protocol), arm)]
     if not rows:
         raise SystemExit(f"{protocol.name}: no search of {arm!r} yet; run the search first.")
-    return setting_of(max(rows, key=lambda row: row["validation"]))
+    return Setting(**max(rows, key=lambda row: row["validation"])["setting"])
 
 
 def search(protocol: Protocol, arm: str, fields: Fields) -> None:
