@@ -10,20 +10,30 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from few_shot_protocols import Case, margins, Protocol
-from monai.transforms import Rand2DElastic, Rand3DElastic
+from monai.transforms import (
+    Compose,
+    Rand2DElastic,
+    Rand3DElastic,
+    RandAdjustContrast,
+    RandGaussianNoise,
+    RandGaussianSharpen,
+    RandGaussianSmooth,
+    RandScaleIntensity,
+    RandShiftIntensity,
+)
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from monai_drdm.diffusion import DRDM
-from monai_drdm.fields import identity_grid, resize_ddf, sample
+from monai_drdm.fields import compose, gaussian_smooth, identity_grid, resize_ddf, sample
 from monai_drdm.networks import load_network, network_sha256
-from monai_drdm.train.process import Appearance, change_appearance, Pose, random_pose
+from monai_drdm.train.process import Appearance, change_appearance, Pose, random_pose, uniform
 
 INTENSITY = Appearance(gamma=0.25, contrast=0.2, bias=0.1, blur_vox=0.5, noise=0.03)
 _MARGIN = 16
@@ -41,6 +51,23 @@ class Setting:
     high: float = 0.0
     """Range of strengths of fields: displacement of nodes in voxels, noise magnitude, or deformation level."""
     prob: float = 0.0
+    amplitude: float = 1.0
+    """Lever: displacements are multiplied by a factor between this and 1."""
+    second: float = 0.0
+    """Lever: chance that a field is composed with another one of the same image."""
+    smooth: float = 0.0
+    """Lever: standard deviation in voxels by which fields are smoothed."""
+    guided: int = 1
+    """Lever: so many fields are drawn for each that is kept, those that change the label most."""
+    ramp: int = 0
+    """Lever: iterations over which the probability rises from 0."""
+
+    def row(self) -> dict[str, float]:
+        """As JSON lines name it: levers only where they are pulled."""
+        levers = ("amplitude", "second", "smooth", "guided", "ramp")
+        return {
+            k: v for k, v in asdict(self).items() if k not in levers or v != Setting.__dataclass_fields__[k].default
+        }
 
     @property
     def pose(self) -> Pose:
@@ -60,22 +87,52 @@ AFFINE = (
 )
 STRENGTHS: dict[str, dict[int, tuple[tuple[float, float], ...]]] = {
     "elastic": {2: ((0.0, 1.5), (0.0, 3.0), (0.0, 6.0)), 3: ((0.0, 100.0), (0.0, 250.0), (0.0, 500.0))},
+    "torchio": {2: ((0.0, 3.0), (0.0, 6.0), (0.0, 10.0)), 3: ((0.0, 2.0), (0.0, 4.0), (0.0, 7.5))},
     "random": {2: ((0.02, 0.1), (0.05, 0.2), (0.1, 0.4)), 3: ((0.05, 0.2), (0.1, 0.4), (0.2, 0.6))},
     "drdm": {2: ((0.2, 0.5), (0.3, 0.8), (0.6, 1.0)), 3: ((0.2, 0.5), (0.3, 0.8), (0.6, 1.0))},
 }
 PROBABILITIES = (0.5, 0.9)
-ARMS = {"none": "", "affine": "", "elastic": "elastic", "random": "random", "drdm": "drdm", "drdm-tuned": "drdm"}
-"""Arms, and what draws their fields. ``drdm-tuned`` takes a network tuned on the pool's images."""
+_POSE = ("rotation_deg", "scale", "shift_frac", "flip")
+
+
+@dataclass(frozen=True)
+class Arm:
+    """What moves and restyles the labelled images."""
+
+    fields: str = ""
+    """What draws its fields: `elastic` and `torchio` are peers, `random` our fields without network, `drdm`."""
+    network: str = ""
+    """Of DRDM; the one in the package unless named, `tuned` is the one on the command line."""
+    setting_of: str = ""
+    """The arm whose search it takes its setting from, instead of one of its own."""
+    posed: bool = True
+    stacked: bool = False
+    """Intensities change by a stack of MONAI's transforms, each with chance 0.5, instead of ``INTENSITY``."""
+
+
+ARMS = {
+    "none": Arm(posed=False),
+    "affine": Arm(),
+    "elastic": Arm("elastic"),
+    "random": Arm("random"),
+    "drdm": Arm("drdm"),
+    "drdm-tuned": Arm("drdm", network="tuned"),
+    "torchio": Arm("torchio"),
+    "bigaug": Arm("elastic", setting_of="elastic", stacked=True),
+    "drdm-published": Arm("drdm", network="zheng2026-cmr-2d", setting_of="drdm"),
+    "drdm-only": Arm("drdm", setting_of="drdm", posed=False),
+}
+CORE = ("affine", "elastic", "random", "drdm", "drdm-tuned")
 
 
 def candidates(arm: str, dims: int, pose: Setting) -> list[Setting]:
     """What an arm may choose from: six for each, eight for ``affine``, whose pose the others have."""
-    if arm == "none":
-        return [Setting()]
     if arm == "affine":
         return list(AFFINE)
-    kept = {key: getattr(pose, key) for key in ("rotation_deg", "scale", "shift_frac", "flip")}
-    strengths = STRENGTHS[ARMS[arm]][dims]
+    if not ARMS[arm].fields or ARMS[arm].setting_of:
+        return []
+    kept = {key: getattr(pose, key) for key in _POSE}
+    strengths = STRENGTHS[ARMS[arm].fields][dims]
     return [Setting(**kept, low=low, high=high, prob=prob) for low, high in strengths for prob in PROBABILITIES]
 
 
@@ -88,10 +145,10 @@ class Fields:
 
     def bank(self, arm: str, setting: Setting, protocol: Protocol, case: Case) -> Tensor | None:
         """``(N, K, D, *grid)`` voxels for the images of a case; None for arms without fields."""
-        kind = ARMS[arm]
+        kind = ARMS[arm].fields
         if not kind:
             return None
-        model = None if kind == "elastic" else self._model(arm, protocol)
+        model = self._model(arm, protocol) if kind in ("random", "drdm") else None
         key = {
             "kind": kind,
             "range": [setting.low, setting.high],
@@ -99,6 +156,8 @@ class Fields:
             "case": case.name,
             "network": self.name_for(arm, protocol),
         }
+        if setting.guided > 1:
+            key["guided"] = setting.guided
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         path = self.folder / f"{kind}-{case.name}-{digest}.safetensors"
         if not path.is_file():
@@ -108,20 +167,26 @@ class Fields:
             partial = path.with_suffix(".partial")
             save_file({"ddf": fields.half().contiguous()}, partial)
             partial.replace(path)
-        return load_file(path)["ddf"]
+        fields = load_file(path)["ddf"]
+        if setting.smooth:
+            smooth = gaussian_smooth(fields.flatten(0, 1).float(), setting.smooth)
+            fields = smooth.half().view_as(fields)
+        return fields
 
     def name_for(self, arm: str, protocol: Protocol) -> str:
         """The network that draws an arm's fields, as rows name it."""
-        if ARMS[arm] != "drdm":
+        if ARMS[arm].fields != "drdm":
             return ""
         model = self._model(arm, protocol)
         return f"{model.network.card.name} {network_sha256(model.network)[:8]}, {model.steps} steps"
 
     def _model(self, arm: str, protocol: Protocol) -> DRDM:
         shipped = {2: "anatomy-2d", 3: "anatomy-3d"}[len(protocol.grid)]
-        if arm == "drdm-tuned" and self.tuned is None:
-            raise SystemExit("arm drdm-tuned needs --network, a network tuned on the pool's images.")
-        name = str(self.tuned) if arm == "drdm-tuned" else shipped
+        name = ARMS[arm].network or shipped
+        if name == "tuned":
+            if self.tuned is None:
+                raise SystemExit(f"arm {arm} needs --network, a network tuned on the pool's images.")
+            name = self.tuned
         if name not in self._models:
             self._models[name] = DRDM(load_network(name))
         return self._models[name]
@@ -130,16 +195,33 @@ class Fields:
 def _draw(model: DRDM | None, kind: str, setting: Setting, protocol: Protocol, case: Case, seed: int) -> Tensor:
     found = []
     for i, image in enumerate(case.source):
-        seeds = [seed + i * protocol.bank + k for k in range(protocol.bank)]
-        levels = [_between(setting.low, setting.high, one) for one in seeds]
-        if model is None:
-            elastic = _elastic(protocol, setting)
-            found.append(torch.stack([elastic(one) for one in seeds]))
-        elif kind == "drdm":
-            found.append(_to_grid(model.sample(image.expand(protocol.bank, *image.shape), levels, seeds), protocol))
-        else:
-            found.append(_to_grid(model.diffuse(image.shape[1:], levels, seeds), protocol))
+        drawn = []
+        for extra in range(setting.guided):
+            seeds = [seed + i * protocol.bank + k + 1_000_003 * extra for k in range(protocol.bank)]
+            levels = [_between(setting.low, setting.high, one) for one in seeds]
+            if model is None:
+                peer = {"elastic": _elastic, "torchio": _torchio}[kind](protocol, setting)
+                drawn.append(torch.stack([peer(one) for one in seeds]))
+            elif kind == "drdm":
+                drawn.append(_to_grid(model.sample(image.expand(protocol.bank, *image.shape), levels, seeds), protocol))
+            else:
+                drawn.append(_to_grid(model.diffuse(image.shape[1:], levels, seeds), protocol))
+        fields = torch.cat(drawn)
+        if setting.guided > 1:
+            fields = fields[_reshaping(fields, case.label[i, 0] > 0).topk(protocol.bank).indices]
+        found.append(fields)
     return torch.stack(found)
+
+
+def _reshaping(fields: Tensor, inside: Tensor) -> Tensor:
+    """``(K,)`` root mean square of what an affine map leaves of fields ``(K, D, *grid)`` in labelled voxels."""
+    if int(inside.sum()) < 16:
+        return torch.arange(len(fields), 0, -1.0)
+    where = inside.nonzero().float()
+    design = torch.cat([where, torch.ones(len(where), 1)], dim=1)
+    moved = fields[:, :, inside].transpose(1, 2).float()  # (K, voxels, D)
+    affine = torch.linalg.lstsq(design.expand(len(fields), -1, -1), moved).solution
+    return (moved - design @ affine).square().sum(-1).mean(-1).sqrt()
 
 
 def _to_grid(ddf: Tensor, protocol: Protocol) -> Tensor:
@@ -171,17 +253,58 @@ def _elastic(protocol: Protocol, setting: Setting) -> Callable[[int], Tensor]:
     return draw
 
 
+def _torchio(protocol: Protocol, setting: Setting) -> Callable[[int], Tensor]:
+    """TorchIO's elastic deformation, as a field."""
+    try:
+        import torchio
+    except ImportError:
+        raise SystemExit("arm torchio needs TorchIO: pip install torchio") from None
+    dims = len(protocol.grid)
+    grid = identity_grid(tuple(n + 2 * _MARGIN for n in protocol.grid))
+    transform = torchio.RandomElasticDeformation(max_displacement=(setting.high,) * dims + (0,) * (3 - dims))
+    inner = (slice(None), *(slice(_MARGIN, _MARGIN + n) for n in protocol.grid))
+
+    def draw(seed: int) -> Tensor:
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            return (transform(grid if dims == 3 else grid[..., None]).view_as(grid) - grid)[inner]
+
+    return draw
+
+
+def stack(seed: int) -> Compose:
+    """Intensity transforms as of Zhang et al., Generalizing deep learning for medical image segmentation (2020)."""
+    transforms = Compose(
+        [
+            RandGaussianSharpen(prob=0.5),
+            RandGaussianSmooth((0.25, 1.5), (0.25, 1.5), (0.25, 1.5), prob=0.5),
+            RandGaussianNoise(prob=0.5, std=0.1),
+            RandShiftIntensity(0.1, prob=0.5),
+            RandAdjustContrast(prob=0.5, gamma=(0.5, 2.0)),
+            RandScaleIntensity(0.1, prob=0.5),
+        ]
+    )
+    return transforms.set_random_state(seed)
+
+
 class Augmenter:
     """Random training batches of one arm."""
 
-    def __init__(self, protocol: Protocol, setting: Setting, cases: list[Case], banks: list[Tensor | None]) -> None:
-        self.protocol, self.setting = protocol, setting
+    def __init__(
+        self,
+        protocol: Protocol,
+        setting: Setting,
+        cases: list[Case],
+        banks: list[Tensor | None],
+        stack: Compose | None = None,
+    ) -> None:
+        self.protocol, self.setting, self.stack = protocol, setting, stack
         self.images = torch.cat([case.image for case in cases])
         self.labels = torch.cat([case.label for case in cases])
         there = [bank for bank in banks if bank is not None]
         self.bank = torch.cat(there) if there else None
 
-    def batch(self, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def batch(self, generator: torch.Generator, iteration: int) -> tuple[Tensor, Tensor]:
         """``(B, 1, *grid)`` image and label."""
         count, size = len(self.images), self.protocol.batch
         chosen = torch.randint(count, (size,), generator=generator)
@@ -191,11 +314,29 @@ class Augmenter:
         centre = torch.tensor([(n - 1) / 2 for n in shape]).view(form)
         turned = torch.einsum("bij,bj...->bi...", matrix, identity_grid(shape).expand(size, -1, *shape) - centre)
         position = turned + centre + shift.view(size, -1, *form[2:])
-        fires = torch.rand(size, generator=generator) < self.setting.prob
-        draw = torch.randint(self.protocol.bank, (size,), generator=generator)
         if self.bank is not None:
-            ddf = self.bank[chosen, draw].float() * fires.view(-1, 1, *form[2:])
+            ddf = self._ddf(chosen, generator, iteration)
             position = position + sample(ddf, position)
         image = sample(self.images[chosen], position)
         label = sample(self.labels[chosen], position, "nearest")
+        if self.stack is not None:
+            return torch.stack([self.stack(one).as_tensor().clamp(0, 1) for one in image]), label
         return change_appearance(image, generator, INTENSITY), label
+
+    def _ddf(self, chosen: Tensor, generator: torch.Generator, iteration: int) -> Tensor:
+        assert self.bank is not None
+        setting, size = self.setting, len(chosen)
+
+        def drawn() -> Tensor:
+            return self.bank[chosen, torch.randint(self.bank.shape[1], (size,), generator=generator)].float()
+
+        def chance(prob: float) -> Tensor:
+            return (torch.rand(size, generator=generator) < prob).view(-1, 1, *(1,) * len(self.protocol.grid))
+
+        fires = chance(setting.prob * min(1.0, iteration / setting.ramp) if setting.ramp else setting.prob)
+        ddf = drawn() * fires
+        if setting.second:
+            ddf = compose(ddf, drawn() * (fires & chance(setting.second)))
+        if setting.amplitude < 1:
+            ddf = ddf * uniform(generator, (size, *(1,) * (ddf.ndim - 1)), setting.amplitude, 1.0)
+        return ddf

@@ -22,14 +22,13 @@ import copy
 import hashlib
 import time
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import append_rows, machine, read_rows, RESULTS
-from few_shot_arms import ARMS, Augmenter, candidates, Fields, Setting
+from few_shot_arms import ARMS, Augmenter, candidates, CORE, Fields, Setting, stack
 from few_shot_protocols import (
     build_segmenter,
     Case,
@@ -67,7 +66,7 @@ def train(
     started = time.perf_counter()
     banks = [fields.bank(arm, setting, protocol, case) for case in tqdm(cases, desc="fields", leave=False)]
     drawn, started = time.perf_counter() - started, time.perf_counter()
-    augmenter = Augmenter(protocol, setting, cases, banks)
+    augmenter = Augmenter(protocol, setting, cases, banks, stack(seed) if ARMS[arm].stacked else None)
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     network = build_segmenter(protocol)
@@ -78,7 +77,7 @@ def train(
     best, best_weights, risen, at = -1.0, copy.deepcopy(averaged.module), 0, -1.0
     bar = tqdm(range(1, protocol.cap + 1), desc=f"{protocol.name} {arm} {count} subjects seed {seed}", mininterval=5)
     for iteration in bar:
-        image, label = augmenter.batch(generator)
+        image, label = augmenter.batch(generator, iteration)
         for group in optimiser.param_groups:
             group["lr"] = protocol.learning_rate * min(1.0, iteration / _WARM_UP)
         network.train()
@@ -142,17 +141,19 @@ def chosen_setting(protocol: Protocol, arm: str) -> Setting:
     """What an arm's search found best on validation subjects."""
     if arm == "none":
         return Setting()
-    rows = [r for r in read_rows(SEARCH) if (r["recipe"], r["arm"]) == (recipe(protocol), arm)]
+    searched = ARMS[arm].setting_of or arm
+    rows = [r for r in read_rows(SEARCH) if (r["recipe"], r["arm"]) == (recipe(protocol), searched)]
     if not rows:
-        raise SystemExit(f"{protocol.name}: no search of {arm!r} yet; run the search first.")
-    return Setting(**max(rows, key=lambda row: row["validation"])["setting"])
+        raise SystemExit(f"{protocol.name}: no search of {searched!r} yet; run the search first.")
+    found = Setting(**max(rows, key=lambda row: row["validation"])["setting"])
+    return found if ARMS[arm].posed else Setting(low=found.low, high=found.high, prob=found.prob)
 
 
 def search(protocol: Protocol, arm: str, fields: Fields) -> None:
     """Every candidate of an arm once, on validation subjects."""
-    pose = Setting() if arm in ("none", "affine") else chosen_setting(protocol, "affine")
+    pose = Setting() if arm == "affine" else chosen_setting(protocol, "affine")
     for setting in candidates(arm, len(protocol.grid), pose):
-        key = {"protocol": protocol.name, "recipe": recipe(protocol), "arm": arm, "setting": asdict(setting)}
+        key = {"protocol": protocol.name, "recipe": recipe(protocol), "arm": arm, "setting": setting.row()}
         key |= {"subjects": SEARCH_SUBJECTS, "seed": SEARCH_SEED, "network": fields.name_for(arm, protocol)}
         if not _has(SEARCH, key):
             _, story = train(protocol, arm, setting, SEARCH_SUBJECTS, SEARCH_SEED, fields)
@@ -162,7 +163,7 @@ def search(protocol: Protocol, arm: str, fields: Fields) -> None:
 def run(protocol: Protocol, arm: str, count: int, seed: int, fields: Fields) -> None:
     """One final run: train with the chosen setting, evaluate on test subjects."""
     key = {"protocol": protocol.name, "recipe": recipe(protocol), "arm": arm, "subjects": count, "seed": seed}
-    key |= {"setting": asdict(chosen_setting(protocol, arm)), "network": fields.name_for(arm, protocol)}
+    key |= {"setting": chosen_setting(protocol, arm).row(), "network": fields.name_for(arm, protocol)}
     if not _has(results(protocol.name), key):
         segmenter, story = train(protocol, arm, chosen_setting(protocol, arm), count, seed, fields)
         append_rows(results(protocol.name), key | story | judge(protocol, segmenter) | machine())
@@ -176,7 +177,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("search", "run", "table"))
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="acdc")
-    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=["affine", "elastic", "random", "drdm"])
+    parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(CORE[:4]))
     parser.add_argument("--subjects", nargs="+", type=int, default=[1, 5])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--network", help="network of arm drdm-tuned: a .safetensors file")

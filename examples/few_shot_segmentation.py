@@ -20,6 +20,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from monai.data import CacheDataset, DataLoader, Dataset, list_data_collate
 from monai.inferers import SimpleInferer
@@ -46,6 +47,8 @@ KEYS = ["image", "label"]
 LABELLED = 5
 ARMS = {"affine": 0.0, "affine + DRDM": 0.5}
 """Compared pipelines, and how often each deforms."""
+Run = dict[str, Any]
+"""Of one training: `steps`, `dice` at each, the `network`, and the images `judged`."""
 
 
 def draw_heart(generator: np.random.Generator, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -124,7 +127,7 @@ def load(size: int) -> list[Any]:
 
 def augment(prob: float) -> list[Any]:
     """Flips, affine maps and noise, then DRDM with probability ``prob``."""
-    drdm = RandDRDMDeformd(keys=KEYS, mode=["bilinear", "nearest"], prob=prob, deformation_level=(0.3, 0.8))
+    drdm = RandDRDMDeformd(keys=KEYS, mode=["bilinear", "nearest"], prob=prob, deformation_level=(0.2, 0.5))
     return [
         RandFlipd(keys=KEYS, prob=0.5, spatial_axis=0),
         RandFlipd(keys=KEYS, prob=0.5, spatial_axis=1),
@@ -142,31 +145,47 @@ def augment(prob: float) -> list[Any]:
     ]
 
 
-def train(name: str, entries: tuple[list[Any], list[Any]], classes: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One network: its validation curve, and what it says of the scans it did not see."""
-    set_determinism(args.seed)
-    training = CacheDataset(entries[0], Compose(load(args.size) + augment(ARMS[name])), progress=False)
+def train(
+    transforms: list[Any],
+    labelled: list[Any],
+    others: list[Any],
+    *,
+    name: str = "",
+    size: int = 96,
+    steps: int = 600,
+    every: int = 50,
+    seed: int = 0,
+) -> Run:
+    """One network learns from the labelled slices and is judged on the others every so many steps."""
+    set_determinism(seed)
+    training = CacheDataset(labelled, Compose(load(size) + transforms), progress=False)
     loader = DataLoader(training, batch_size=LABELLED, shuffle=True, collate_fn=list_data_collate)
-    judged = Dataset([Compose(load(args.size))(entry) for entry in entries[1]])
+    judged = Dataset([Compose(load(size))(entry) for entry in others])
+    classes = count_classes(labelled + others)
     network = UNet(2, 1, classes, channels=(16, 32, 64, 96), strides=(2, 2, 2), num_res_units=1)
     optimiser = torch.optim.AdamW(network.parameters(), 2e-3)
     loss = DiceCELoss(to_onehot_y=True, softmax=True)
-    steps, dice = [], []
-    with tqdm(total=args.steps, desc=name) as bar:
-        while bar.n < args.steps:
+    at, dice = [], []
+    with tqdm(total=steps, desc=name) as bar:
+        while bar.n < steps:
             for batch in loader:
                 network.train()
                 optimiser.zero_grad()
                 loss(network(batch["image"]), batch["label"]).backward()
                 optimiser.step()
                 bar.update()
-                if bar.n % args.every == 0 or bar.n == args.steps:
-                    steps.append(bar.n)
+                if bar.n % every == 0 or bar.n == steps:
+                    at.append(bar.n)
                     dice.append(judge(network, judged, classes))
                     bar.set_postfix(dice=f"{dice[-1]:.3f}")
-                if bar.n == args.steps:
+                if bar.n == steps:
                     break
-    return {"steps": steps, "dice": dice, "network": network, "judged": judged}
+    return {"steps": at, "dice": dice, "network": network, "judged": judged}
+
+
+def count_classes(entries: list[Any]) -> int:
+    """With the background."""
+    return 1 + max(int(np.asanyarray(nib.load(entry["label"]).dataobj).max()) for entry in entries)
 
 
 @torch.no_grad()
@@ -180,7 +199,7 @@ def judge(network: torch.nn.Module, judged: Dataset, classes: int) -> float:
     return float(metric.aggregate())
 
 
-def draw_curves(found: dict[str, Any], path: Path) -> None:
+def draw_curves(found: dict[str, Run]) -> Figure:
     """Dice against steps."""
     figure = Figure(figsize=(6, 4), layout="constrained")
     axes = figure.subplots()
@@ -188,11 +207,11 @@ def draw_curves(found: dict[str, Any], path: Path) -> None:
         axes.plot(run["steps"], run["dice"], label=f"{name}: {run['dice'][-1]:.3f}")
     axes.set(xlabel="training step", ylabel="mean Dice, scans not seen", title=f"{LABELLED} labelled scans")
     axes.legend(loc="lower right")
-    figure.savefig(path, dpi=120)
+    return figure
 
 
 @torch.no_grad()
-def draw_overlays(found: dict[str, Any], path: Path, count: int = 4) -> None:
+def draw_overlays(found: dict[str, Run], count: int = 4) -> Figure:
     """True outlines, and those of each network."""
     judged = next(iter(found.values()))["judged"]
     chosen = np.linspace(0, len(judged) - 1, min(count, len(judged))).round().astype(int)
@@ -202,12 +221,17 @@ def draw_overlays(found: dict[str, Any], path: Path, count: int = 4) -> None:
         image = judged[int(index)]["image"]
         maps = [judged[int(index)]["label"][0], *(run["network"](image[None]).argmax(1)[0] for run in found.values())]
         for axes, title, label in zip(rows[:, column], ["truth", *found], maps):
-            axes.imshow(np.asarray(image[0]).T, cmap="gray", origin="lower")
-            for value in np.unique(np.asarray(label))[1:]:
-                axes.contour(value == np.asarray(label).T, levels=[0.5], colors=[f"C{int(value)}"], linewidths=1.2)
-            axes.set_title(title, fontsize=9)
-            axes.axis("off")
-    figure.savefig(path, dpi=120)
+            show(axes, image, label, title)
+    return figure
+
+
+def show(axes: Axes, image: torch.Tensor, label: torch.Tensor, title: str = "") -> None:
+    """A slice ``(1, H, W)`` and the outlines of its label ``(H, W)``."""
+    axes.imshow(np.asarray(image[0]).T, cmap="gray", origin="lower")
+    for value in np.unique(np.asarray(label))[1:]:
+        axes.contour(value == np.asarray(label).T, levels=[0.5], colors=[f"C{int(value)}"], linewidths=1.2)
+    axes.set_title(title, fontsize=9)
+    axes.axis("off")
 
 
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
@@ -227,11 +251,10 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     else:
         cut_volumes(args.data, args.out / "data")
     entries = split(args.out / "data")
-    labels = [np.asanyarray(nib.load(entry["label"]).dataobj) for part in entries for entry in part]
-    classes = int(max(label.max() for label in labels)) + 1
-    found = {name: train(name, entries, classes, args) for name in ARMS}
-    draw_curves(found, args.out / "curves.png")
-    draw_overlays(found, args.out / "overlays.png")
+    options = {"size": args.size, "steps": args.steps, "every": args.every, "seed": args.seed}
+    found = {name: train(augment(prob), *entries, name=name, **options) for name, prob in ARMS.items()}
+    draw_curves(found).savefig(args.out / "curves.png", dpi=120)
+    draw_overlays(found).savefig(args.out / "overlays.png", dpi=120)
     result = {name: run["dice"][-1] for name, run in found.items()}
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print("\n".join(f"{name}: mean Dice {dice:.3f}" for name, dice in result.items()))

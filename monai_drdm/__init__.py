@@ -6,10 +6,18 @@ the same patient. Method: Zheng et al., Medical Image Analysis 110, 2026, 103987
 
 from monai_drdm._version import __version__
 from monai_drdm.networks import list_networks, load_network
-from monai_drdm.transforms import ApplyDDFd, RandDRDMDeform, RandDRDMDeformD, RandDRDMDeformd, RandDRDMDeformDict
+from monai_drdm.transforms import (
+    ApplyDDFd,
+    BatchRandDRDMDeformd,
+    RandDRDMDeform,
+    RandDRDMDeformD,
+    RandDRDMDeformd,
+    RandDRDMDeformDict,
+)
 
 __all__ = [
     "ApplyDDFd",
+    "BatchRandDRDMDeformd",
     "RandDRDMDeform",
     "RandDRDMDeformD",
     "RandDRDMDeformDict",

@@ -65,3 +65,23 @@ def test_few_shot_segmentation_learns_with_and_without(tmp_path):
     own = example.main(["--out", str(tmp_path / "run"), "--data", str(tmp_path / "own"), *short, "--steps", "2"])
     assert all(0 <= dice <= 1 for dice in own.values())
     assert len(list((tmp_path / "run" / "data" / "images").iterdir())) == 12
+
+
+def test_few_shot_notebook_runs_and_was_run(monkeypatch):
+    """All cells at a small size; the committed outputs hold their pictures and no error."""
+    notebook = json.loads((EXAMPLES / "few_shot_segmentation.ipynb").read_text())
+    cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
+    outputs = [output for cell in cells for output in cell["outputs"]]
+    assert all(cell["execution_count"] for cell in cells)
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    assert all(output["output_type"] != "error" for output in outputs)
+    monkeypatch.syspath_prepend(EXAMPLES)
+    monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
+    names: dict = {}
+    for cell in cells:
+        source = "".join(cell["source"])
+        if source.startswith("DATA = None"):
+            source = "DATA, STEPS, SIZE, SCANS = None, 20, 32, 7"
+        exec(compile(source, "notebook", "exec"), names)
+    assert set(names["trained"]) == {"affine", "affine + DRDM"}
+    assert all(run["dice"][-1] > 0.1 for run in names["trained"].values())

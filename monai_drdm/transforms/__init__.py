@@ -2,6 +2,7 @@
 
 from monai_drdm.transforms.apply import ApplyDDFD, ApplyDDFd, ApplyDDFDict
 from monai_drdm.transforms.array import RandDRDMDeform
+from monai_drdm.transforms.batch import BatchRandDRDMDeformD, BatchRandDRDMDeformd, BatchRandDRDMDeformDict
 from monai_drdm.transforms.dictionary import RandDRDMDeformD, RandDRDMDeformd, RandDRDMDeformDict
 from monai_drdm.transforms.record import Deformation, DeformationParams, DeformationStatistics
 
@@ -9,6 +10,9 @@ __all__ = [
     "ApplyDDFD",
     "ApplyDDFDict",
     "ApplyDDFd",
+    "BatchRandDRDMDeformD",
+    "BatchRandDRDMDeformDict",
+    "BatchRandDRDMDeformd",
     "Deformation",
     "DeformationParams",
     "DeformationStatistics",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Sequence
 from numbers import Real
+from typing import Any
 
 import numpy as np
 import torch
@@ -43,6 +44,7 @@ class DRDMRandomness(RandomizableTransform, TracedTransform):
     """
 
     drawer: FieldDrawer
+    last: Any = None
     backend = [TransformBackends.TORCH]  # noqa: RUF012  # MONAI declares it so
 
     def __init__(self, prob: float, drawer: FieldDrawer) -> None:
@@ -50,7 +52,6 @@ class DRDMRandomness(RandomizableTransform, TracedTransform):
             raise ValueError(f"prob must be in [0, 1], got {prob!r}.")
         RandomizableTransform.__init__(self, prob)
         self.drawer = drawer
-        self.last: Deformation | None = None
         self._seed: int | None = None
 
     def randomize(self, data: object = None) -> None:
@@ -111,7 +112,7 @@ class DRDMRandomness(RandomizableTransform, TracedTransform):
     def __getstate__(self) -> dict[str, object]:
         """Everything but the last field, which may be large."""
         state: dict[str, object] = super().__getstate__()  # type: ignore[no-untyped-call]  # MONAI leaves it without types
-        return {**state, "last": None}
+        return {key: value for key, value in state.items() if key != "last"}
 
 
 class RandDRDMDeform(DRDMRandomness):
@@ -178,6 +179,7 @@ class RandDRDMDeform(DRDMRandomness):
             device=device,
         )
         DRDMRandomness.__init__(self, prob, drawer)
+        self.last: Deformation | None = None
         check_modes(mode, padding_mode, 2, "RandDRDMDeform")
         self.mode: Mode = mode
         self.padding_mode: PaddingMode = padding_mode

@@ -17,7 +17,7 @@ from monai_drdm.transforms.draw import FieldDrawer
 from monai_drdm.transforms.inputs import as_tensor, check_keys_agree, checked_pixdim, flushed, spacing_of
 from monai_drdm.transforms.keyed import KeyedDeformation
 from monai_drdm.transforms.points import PointSpace
-from monai_drdm.transforms.record import DeformationParams
+from monai_drdm.transforms.record import Deformation, DeformationParams
 from monai_drdm.transforms.seeds import stable_hash
 from monai_drdm.transforms.trace import in_plain_mode
 
@@ -109,6 +109,7 @@ class RandDRDMDeformd(DRDMRandomness, KeyedDeformation):
             device=device,
         )
         DRDMRandomness.__init__(self, prob, drawer)
+        self.last: Deformation | None = None
         self.image_key = self.keys[0] if image_key is None else image_key
         self.pixdim = checked_pixdim(pixdim)
         self.seed_key = seed_key

@@ -103,53 +103,90 @@ class FieldDrawer:
         seed: int | None = None,
         params: DeformationParams | None = None,
     ) -> Deformation:
-        """Draw the field of an image from a seed, or replay a record.
+        """Draw the field of one image; see ``draw_batch``."""
+        seeds, records = None if seed is None else [seed], None if params is None else [params]
+        return self.draw_batch([image], [spacing], seeds=seeds, params=records)[0]
+
+    def draw_batch(
+        self,
+        images: Sequence[Tensor],
+        spacings: Sequence[Sequence[float]],
+        *,
+        seeds: Sequence[int] | None = None,
+        params: Sequence[DeformationParams] | None = None,
+    ) -> list[Deformation]:
+        """Draw the fields of images from seeds, or replay records; images of one shape and spacing at once.
 
         Args:
-            image: ``(C, *S)``, any real dtype.
-            spacing: mm per voxel along each axis.
-            seed: fixes level and field.
-            params: a record to replay instead.
+            images: ``(C, *S)`` each, any real dtype, all of the same number of axes and on one device.
+            spacings: of each, mm per voxel along each axis.
+            seeds: of each; fixes level and field.
+            params: of each, a record to replay instead.
 
         Returns:
-            The field on the image's device, after the displacement limit and the fold policy.
+            The fields on the images' device, after the displacement limit and the fold policy.
 
         Raises:
             RuntimeError: CUDA asked for in a forked process.
-            ValueError: the image does not fit the network, is not finite, or the record is of another network;
+            ValueError: an image does not fit the network, is not finite, or a record is of another network;
                 under ``on_fold="raise"`` a field that folds too much.
         """
-        settings = self if params is None else params
-        view = _network_view(image, spacing, settings.image_channel, settings.slice_axis)
-        network = self.source.load(view.image.ndim - 1, image.device if self.device is None else self.device)
+        if not images:
+            return []
+        settings: Sequence[FieldDrawer | DeformationParams] = [self] * len(images) if params is None else params
+        views = [
+            _network_view(image, spacing, one.image_channel, one.slice_axis)
+            for image, spacing, one in zip(images, spacings, settings)
+        ]
+        device = images[0].device
+        network = self.source.load(views[0].image.ndim - 1, device if self.device is None else self.device)
         if params is not None:
-            model = DRDM(network, params.sampler, params.steps)
-            _check_record(params, model)
-            drawn = _sample(model, view, params.deformation_level, params.seed)
-            replayed = _scaled(drawn, params.scale, view, params.seed)  # this transform's own limits do not apply
-            return _deformation(image, spacing, view, replayed, params, action="none", draws=1)
-        assert seed is not None
+            models = [DRDM(network, one.sampler, one.steps) for one in params]
+            for one, model in zip(params, models):
+                _check_record(one, model)
+            drawn = _sample(models, views, [one.deformation_level for one in params], [one.seed for one in params])
+            return [  # this transform's own limits do not apply
+                _deformation(device, spacing, view, _scaled(ddf, one.scale, view, one.seed), one, "none", 1)
+                for spacing, view, ddf, one in zip(spacings, views, drawn, params)
+            ]
+        assert seeds is not None
         model = DRDM(network, self.sampler, self.steps)
-        record = self._record(model, seed)
-        draws: list[_Draw] = []
-        for one_seed in _seed_chain(seed, 1 + (_MAX_REDRAWS if self.on_fold == "resample" else 0)):
-            draws.append(self._draw_one(model, view, record.deformation_level, one_seed))
+        records = [self._record(model, seed) for seed in seeds]
+        drawn = _sample([model] * len(views), views, [one.deformation_level for one in records], seeds)
+        return [
+            self._finish(model, view, record, ddf, spacing, device)
+            for view, record, ddf, spacing in zip(views, records, drawn, spacings)
+        ]
+
+    def _finish(
+        self,
+        model: DRDM,
+        view: _View,
+        record: DeformationParams,
+        drawn: Tensor,
+        spacing: Sequence[float],
+        device: torch.device,
+    ) -> Deformation:
+        """Apply the displacement limit and the fold policy to a drawn field."""
+        draws = [self._limited(_scaled(drawn, 1.0, view, record.seed), view)]
+        for seed in _seed_chain(record.seed, _MAX_REDRAWS if self.on_fold == "resample" else 0):
             if draws[-1].folds <= self.max_fold_fraction:
                 break
+            (again,) = _sample([model], [view], [record.deformation_level], [seed])
+            draws.append(self._limited(_scaled(again, 1.0, view, seed), view))
         best, action = min(draws, key=lambda draw: draw.folds), "none" if len(draws) == 1 else "resample"
         if best.folds > self.max_fold_fraction:
             best, action = self._settle(best, view, action)
         params = replace(record, seed=best.seed, scale=best.scale)
-        return _deformation(image, spacing, view, best, params, action=action, draws=len(draws))
+        return _deformation(device, spacing, view, best, params, action, len(draws))
 
-    def _draw_one(self, model: DRDM, view: _View, level: float, seed: int) -> _Draw:
-        """One field, scaled down to the displacement limit."""
-        draw = _scaled(_sample(model, view, level, seed), 1.0, view, seed)
+    def _limited(self, draw: _Draw, view: _View) -> _Draw:
+        """A field scaled down to the displacement limit."""
         if self.max_displacement_mm is None:
             return draw
         limit = self.max_displacement_mm
         while (largest := float(voxels_to_mm(draw.planar, view.spacing).norm(dim=1).max())) > limit:
-            draw = _scaled(draw.drawn, draw.scale * limit / largest * _LIMIT_MARGIN, view, seed)
+            draw = _scaled(draw.drawn, draw.scale * limit / largest * _LIMIT_MARGIN, view, draw.seed)
         return draw
 
     def _settle(self, draw: _Draw, view: _View, action: str) -> tuple[_Draw, str]:
@@ -186,8 +223,21 @@ class FieldDrawer:
         )
 
 
-def _sample(model: DRDM, view: _View, level: float, seed: int) -> Tensor:
-    return model.sample(view.image[None], level, [seed], view.spacing, compact=True)
+def _sample(
+    models: Sequence[DRDM], views: Sequence[_View], levels: Sequence[float], seeds: Sequence[int]
+) -> list[Tensor]:
+    """Compact fields ``(1, D, *C)``; what has one model, shape and spacing goes through the network together."""
+    alike: dict[object, list[int]] = {}
+    for i, (model, view) in enumerate(zip(models, views)):
+        alike.setdefault((model.sampler, model.steps, view.image.shape, view.spacing), []).append(i)
+    found: dict[int, Tensor] = {}
+    for group in alike.values():
+        view, batch = views[group[0]], torch.stack([views[i].image for i in group])
+        fields = models[group[0]].sample(
+            batch, [levels[i] for i in group], [seeds[i] for i in group], view.spacing, compact=True
+        )
+        found |= {i: fields[row : row + 1] for row, i in enumerate(group)}
+    return [found[i] for i in range(len(views))]
 
 
 def _scaled(drawn: Tensor, scale: float, view: _View, seed: int) -> _Draw:
@@ -197,17 +247,16 @@ def _scaled(drawn: Tensor, scale: float, view: _View, seed: int) -> _Draw:
 
 
 def _deformation(
-    image: Tensor,
+    device: torch.device,
     spacing: Sequence[float],
     view: _View,
     draw: _Draw,
     params: DeformationParams,
-    *,
     action: str,
     draws: int,
 ) -> Deformation:
     return Deformation(
-        draw.stored.ddf(image.device),
+        draw.stored.ddf(device),
         spacing,
         params,
         stored=draw.stored,
@@ -270,6 +319,6 @@ def _level_range(level: float | Sequence[float]) -> tuple[float, float]:
 
 
 def _seed_chain(seed: int, count: int) -> list[int]:
-    """The seed and the ones that follow it when fields are drawn again."""
-    later = np.random.RandomState(seed % 2**32).randint(0, 2**32, size=_MAX_REDRAWS, dtype=np.uint64)
-    return [seed, *(int(s) for s in later)][:count]
+    """The seeds that follow a seed when fields are drawn again."""
+    later = np.random.RandomState(seed % 2**32).randint(0, 2**32, size=count, dtype=np.uint64)
+    return [int(one) for one in later]
