@@ -116,7 +116,7 @@ ARMS = {
     "elastic": Arm("elastic"),
     "random": Arm("random"),
     "drdm": Arm("drdm"),
-    "drdm-tuned": Arm("drdm", network="tuned"),
+    "drdm-tuned": Arm("drdm", network="tuned", setting_of="drdm"),
     "torchio": Arm("torchio"),
     "bigaug": Arm("elastic", setting_of="elastic", stacked=True),
     "drdm-published": Arm("drdm", network="zheng2026-cmr-2d", setting_of="drdm"),

@@ -5,6 +5,7 @@ the same patient. Method: Zheng et al., Medical Image Analysis 110, 2026, 103987
 """
 
 from monai_drdm._version import __version__
+from monai_drdm.bank import DeformationBank, RandDRDMBankd
 from monai_drdm.networks import list_networks, load_network
 from monai_drdm.transforms import (
     ApplyDDFd,
@@ -18,6 +19,8 @@ from monai_drdm.transforms import (
 __all__ = [
     "ApplyDDFd",
     "BatchRandDRDMDeformd",
+    "DeformationBank",
+    "RandDRDMBankd",
     "RandDRDMDeform",
     "RandDRDMDeformD",
     "RandDRDMDeformDict",

@@ -20,7 +20,7 @@ CORE = {
 """What each part of the core may import of this package."""
 
 FOREIGN = {
-    "monai": {"transforms", "demo", "augment", "io", "train"},
+    "monai": {"transforms", "bank", "demo", "augment", "io", "train"},
     "ignite": {"train", "registration"},
     "nibabel": {"io", "demo"},
     "SimpleITK": {"io"},

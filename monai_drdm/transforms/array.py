@@ -48,9 +48,7 @@ class DRDMRandomness(RandomizableTransform, TracedTransform):
     backend = [TransformBackends.TORCH]  # noqa: RUF012  # MONAI declares it so
 
     def __init__(self, prob: float, drawer: FieldDrawer) -> None:
-        if not isinstance(prob, Real) or not 0.0 <= prob <= 1.0:
-            raise ValueError(f"prob must be in [0, 1], got {prob!r}.")
-        RandomizableTransform.__init__(self, prob)
+        RandomizableTransform.__init__(self, checked_prob(prob))
         self.drawer = drawer
         self._seed: int | None = None
 
@@ -113,6 +111,18 @@ class DRDMRandomness(RandomizableTransform, TracedTransform):
         """Everything but the last field, which may be large."""
         state: dict[str, object] = super().__getstate__()  # type: ignore[no-untyped-call]  # MONAI leaves it without types
         return {key: value for key, value in state.items() if key != "last"}
+
+
+def checked_prob(prob: object) -> float:
+    """A number in [0, 1].
+
+    Raises:
+        ValueError: it is not.
+    """
+    number = float(prob) if isinstance(prob, Real) else np.nan
+    if not 0.0 <= number <= 1.0:
+        raise ValueError(f"prob must be in [0, 1], got {prob!r}.")
+    return number
 
 
 class RandDRDMDeform(DRDMRandomness):

@@ -190,7 +190,8 @@ def field_info(deformation: Deformation | None, shape: tuple[int, ...]) -> dict[
     """What every record of one call shares: the field, and the parameters as JSON (empty without)."""
     if deformation is None or deformation.skipped:
         return {"field": StoredField.identity(shape), "params": ""}
-    return {"field": deformation.stored, "params": "" if deformation.params is None else deformation.params.to_json()}
+    record = deformation.banked or deformation.params
+    return {"field": deformation.stored, "params": "" if record is None else record.to_json()}
 
 
 def take_back(transform: TracedTransform, data: NdarrayOrTensor, name: str, inverses: dict[int, Tensor]) -> Tensor:

@@ -75,11 +75,54 @@ class DeformationParams:
 
 
 @dataclass(frozen=True)
+class BankedParams:
+    """Everything that fixes a deformation by a field of a bank, given the bank: the same record replays it."""
+
+    identity: str
+    """What the image is called."""
+    index: int
+    """Of the field."""
+    scale: float
+    """Factor on its displacement."""
+    matrix: tuple[tuple[float, ...], ...] | None
+    """Homogeneous affine map about the centre, in voxels, which comes before the field."""
+    bank: str
+    """Digest of the bank's settings."""
+    field: str
+    """Record that replays the field without the bank: a ``DeformationParams`` as JSON."""
+    version: str
+
+    def to_json(self) -> str:
+        """The record as JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> BankedParams:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ValueError: not the JSON of a record.
+        """
+        try:
+            values = json.loads(text)
+            names = {f.name for f in fields(cls)}
+            if not isinstance(values, dict) or set(values) != names:
+                raise ValueError(f"expected exactly the entries {sorted(names)}")
+            matrix = values["matrix"]
+            values["matrix"] = None if matrix is None else tuple(tuple(float(v) for v in row) for row in matrix)
+            if type(values["index"]) is not int or not 0.0 <= values["scale"] <= 1.0:
+                raise ValueError("an index or a scale out of range")
+            return cls(**values)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"BankedParams.from_json: not a record: {text[:80]!r} ({error}).") from None
+
+
+@dataclass(frozen=True)
 class DeformationStatistics(FieldStatistics):
     """Statistics of the applied field and how it came about."""
 
     scale: float
-    """Factor applied to the drawn field by ``max_displacement_mm`` and the fold policy."""
+    """Factor applied to the drawn field by ``max_displacement_mm``, the fold policy and a bank's transform."""
     fold_action: str
     """What the fold policy did: ``none``, ``rescale``, ``resample``, ``resample+rescale``, ``skip`` or ``keep``."""
     draws: int
@@ -96,6 +139,7 @@ class Deformation:
         spacing: mm per voxel along each axis.
         params: the record that replays it; None for a field that was given.
         stored: the form in which records keep the field; None: a copy of ``ddf``, made when asked for.
+        banked: what ``RandDRDMBankd`` made of the field that ``params`` replays.
         fold_action: as in ``DeformationStatistics``.
         draws: as in ``DeformationStatistics``.
         notes: as in ``DeformationStatistics``.
@@ -108,6 +152,7 @@ class Deformation:
         params: DeformationParams | None = None,
         *,
         stored: StoredField | None = None,
+        banked: BankedParams | None = None,
         fold_action: str = "none",
         draws: int = 0,
         notes: tuple[str, ...] = (),
@@ -115,9 +160,10 @@ class Deformation:
         self.ddf = ddf
         self.spacing = tuple(spacing)
         self.params = params
+        self.banked = banked
         self._stored = stored
         self._account = {
-            "scale": 1.0 if params is None else params.scale,
+            "scale": (1.0 if params is None else params.scale) * (1.0 if banked is None else banked.scale),
             "fold_action": fold_action,
             "draws": draws,
             "notes": notes,

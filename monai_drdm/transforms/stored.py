@@ -10,7 +10,7 @@ import torch
 from monai.utils import TraceKeys
 from torch import Tensor
 
-from monai_drdm.fields import invert, resize_ddf
+from monai_drdm.fields import compose, identity_grid, invert, resize_ddf
 from monai_drdm.fields.invert import Inverse
 
 _INT16_BITS = 15
@@ -35,6 +35,8 @@ class StoredField:
     """Spatial shape that the field was applied to."""
     slice_axis: int | None = None
     """Spatial axis along which an in-plane field is repeated."""
+    matrix: tuple[tuple[float, ...], ...] | None = None
+    """Homogeneous affine map about the centre of the grid of the data, in voxels, which comes before the field."""
 
     @classmethod
     def quantised(cls, ddf: Tensor, shape: tuple[int, ...], slice_axis: int | None = None) -> StoredField:
@@ -63,11 +65,23 @@ class StoredField:
 
     def inverse(self, device: torch.device | str = "cpu") -> Inverse:
         """The inverse ``(1, D, *S)`` of the applied field."""
-        found = invert(self.planar(device)[None])
-        return found._replace(ddf=self._spread(found.ddf[0])[None])
+        found = invert(self._unposed(device)[None])
+        ddf = found.ddf
+        if self.matrix is not None:
+            back = torch.linalg.inv(torch.tensor(self.matrix, dtype=torch.float64))
+            ddf = _affine_ddf(back, ddf) + ddf
+        return found._replace(ddf=self._spread(ddf[0])[None])
 
     def planar(self, device: torch.device | str) -> Tensor:
         """The field on the grid of the data, ``(2, *P)`` in-plane or ``(D, *S)``."""
+        ddf = self._unposed(device)
+        if self.matrix is None:
+            return ddf
+        matrix = torch.tensor(self.matrix, dtype=torch.float64)
+        return compose(ddf[None], _affine_ddf(matrix, torch.zeros_like(ddf)[None]))[0]
+
+    def _unposed(self, device: torch.device | str) -> Tensor:
+        """The field without the affine map before it."""
         values = self.values.to(device)
         if values.is_floating_point():
             return values
@@ -82,6 +96,18 @@ class StoredField:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredField:
         return self
+
+
+def _affine_ddf(matrix: Tensor, moved: Tensor) -> Tensor:
+    """Displacement ``(1, D, *S)`` by an affine map about the centre, of voxels that ``moved`` has displaced already."""
+    grid = identity_grid(moved.shape[2:], device=moved.device, dtype=moved.dtype)
+    centre = torch.tensor([(n - 1) / 2 for n in moved.shape[2:]], device=moved.device, dtype=moved.dtype)
+    matrix = matrix.to(device=moved.device, dtype=moved.dtype)
+    form = (1, -1, *(1,) * (moved.ndim - 2))
+    at = grid + moved - centre.view(form)
+    return torch.einsum("ij,bj...->bi...", matrix[:-1, :-1] - torch.eye(len(centre)).to(matrix), at) + matrix[
+        :-1, -1
+    ].view(form)
 
 
 # caches on disk are read with weights_only=True; MONAI's own names for the parts of a record are an enumeration

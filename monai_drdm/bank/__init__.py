@@ -1,0 +1,7 @@
+"""Fields drawn ahead of training, so that no training step waits for a network."""
+
+from monai_drdm.bank.bank import DeformationBank
+from monai_drdm.bank.settings import BankSettings
+from monai_drdm.bank.transform import RandDRDMBankD, RandDRDMBankd, RandDRDMBankDict
+
+__all__ = ["BankSettings", "DeformationBank", "RandDRDMBankD", "RandDRDMBankDict", "RandDRDMBankd"]

@@ -1,0 +1,184 @@
+"""The fields of one image, in memory and as a file that is read where it lies."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open, SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from monai_drdm.io.files import atomically
+from monai_drdm.transforms.stored import StoredField
+
+_META = "monai_drdm_bank"
+_VALUES = "values"
+_PRINT_SAMPLES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class BankEntry:
+    """All fields of one image."""
+
+    identity: str
+    fingerprint: str
+    """Of the image they were drawn on."""
+    shape: tuple[int, ...]
+    """Spatial shape of the image."""
+    spacing: tuple[float, ...]
+    slice_axis: int | None
+    steps: tuple[float, ...]
+    """Of each field: voxels per unit of ``values``."""
+    params: tuple[str, ...]
+    """Of each field: the record that replays it, as JSON."""
+    settings: str
+    """Digest of the bank's settings."""
+    values: Tensor
+    """``(K, D, *C)`` int16."""
+
+    @classmethod
+    def of(
+        cls,
+        identity: str,
+        image: Tensor,
+        spacing: tuple[float, ...],
+        fields: list[StoredField],
+        params: list[str],
+        settings: str,
+    ) -> BankEntry:
+        """From fields of one image ``(C, *S)``."""
+        return cls(
+            identity,
+            fingerprint(image),
+            tuple(image.shape[1:]),
+            spacing,
+            fields[0].slice_axis,
+            tuple(field.step for field in fields),
+            tuple(params),
+            settings,
+            torch.stack([field.values for field in fields]),
+        )
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    @property
+    def nbytes(self) -> int:
+        """Of the fields."""
+        return self.values.numel() * self.values.element_size()
+
+    def field(self, index: int) -> StoredField:
+        """One field."""
+        return StoredField(self.values[index], self.steps[index], self.shape, self.slice_axis)
+
+    def save(self, path: Path) -> None:
+        """Write to a file, whole or not at all.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        meta = {
+            "identity": self.identity,
+            "fingerprint": self.fingerprint,
+            "shape": self.shape,
+            "spacing": self.spacing,
+            "slice_axis": self.slice_axis,
+            "steps": self.steps,
+            "params": self.params,
+            "settings": self.settings,
+            "crc32": [_checksum(one) for one in self.values],
+        }
+        tensors, metadata = {_VALUES: self.values.contiguous()}, {_META: json.dumps(meta, sort_keys=True)}
+
+        def write(part: str) -> None:
+            try:
+                save_file(tensors, part, metadata)
+            except SafetensorError as error:  # its word for a full disk
+                raise OSError(str(error)) from error
+
+        atomically(path, write)
+
+
+class EntryFile:
+    """A file of fields, opened once and mapped into memory: a field that is read is all that is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._file = safe_open(path, framework="pt")
+            meta: dict[str, Any] = json.loads((self._file.metadata() or {})[_META])  # type: ignore[no-untyped-call]
+            self._values = self._file.get_slice(_VALUES)  # type: ignore[no-untyped-call]
+            self.identity, self.fingerprint, self.settings = (
+                str(meta[key]) for key in ("identity", "fingerprint", "settings")
+            )
+            self.shape, self.spacing = tuple(meta["shape"]), tuple(meta["spacing"])
+            self.slice_axis: int | None = meta["slice_axis"]
+            self.steps, self.params, self._crc32 = (tuple(meta[key]) for key in ("steps", "params", "crc32"))
+            kind, size = self._values.get_dtype(), self._values.get_shape()
+            if kind != "I16" or not size[0] == len(self.steps) == len(self.params) == len(self._crc32) > 0:
+                raise ValueError(f"{kind} {size} for {len(self.steps)} fields")
+        except FileNotFoundError:
+            raise
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(_damaged(path, error)) from error
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def field(self, index: int) -> StoredField:
+        """One field, its checksum checked.
+
+        Raises:
+            ValueError: the file is damaged.
+        """
+        values = self._values[index : index + 1][0]
+        if _checksum(values) != self._crc32[index]:
+            raise ValueError(_damaged(self.path, f"wrong checksum of field {index}"))
+        return StoredField(values, self.steps[index], self.shape, self.slice_axis)
+
+
+def file_name(identity: str) -> str:
+    """File of an image's fields: readable, and one for each identity."""
+    readable = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in identity)[-60:].lstrip(".")
+    return f"{readable}-{hashlib.sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.safetensors"
+
+
+def fingerprint(image: Tensor) -> str:
+    """Tells images ``(C, *S)`` apart: by shape, and by at most 4,096 values spread over them."""
+    flat = image.detach().reshape(-1)
+    stride = max(1, flat.numel() // _PRINT_SAMPLES)
+    while stride > 1 and any(n % stride == 0 for n in image.shape[1:] if n > 1):  # else it sees some columns only
+        stride += 1
+    values = flat[::stride].to(torch.float32).cpu().contiguous().numpy()
+    return hashlib.sha256(f"{tuple(image.shape)}".encode() + values.tobytes()).hexdigest()[:32]
+
+
+def identity_of(value: object) -> str:
+    """The name by which a bank knows an image.
+
+    Raises:
+        TypeError: not a string, path or whole number.
+    """
+    if isinstance(value, Tensor) and value.ndim == 0:
+        value = value.item()
+    if isinstance(value, bool) or not isinstance(value, (str, os.PathLike, int)):
+        raise TypeError(f"the identity of an image must be a string, a path or a whole number, got {value!r}.")
+    return str(value if isinstance(value, (str, int)) else os.fspath(value))
+
+
+def _checksum(values: Tensor) -> int:
+    return zlib.crc32(values.contiguous().numpy().tobytes())
+
+
+def _damaged(path: Path, why: object) -> str:
+    return (
+        f"{path} is not a whole file of a deformation bank ({why}). Build the bank again: only what is damaged or "
+        "missing is drawn."
+    )

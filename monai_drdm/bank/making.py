@@ -1,0 +1,88 @@
+"""Drawing the fields of one image, in any process."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from monai.config import NdarrayOrTensor
+from monai.data import MetaTensor
+from torch import Tensor
+
+from monai_drdm.bank.entry import BankEntry, identity_of
+from monai_drdm.bank.settings import BankSettings, field_seed
+from monai_drdm.diffusion import DRDM
+from monai_drdm.networks import network_sha256
+from monai_drdm.transforms.draw import FieldDrawer
+
+
+@dataclass(frozen=True)
+class Maker:
+    """How the fields of a bank are drawn."""
+
+    drawer: FieldDrawer
+    count: int
+    pixdim: tuple[float, ...] | None
+    seed: int
+
+    def settings(self, image: Tensor) -> BankSettings:
+        """Of a bank of images like this ``(C, *S)``: the network may depend on their dimensions."""
+        drawer = self.drawer
+        dims = image.ndim - 1 - (drawer.slice_axis is not None)
+        model = DRDM(drawer.source.load(dims, drawer.device or image.device), drawer.sampler, drawer.steps)
+        return BankSettings(
+            network=model.network.card.name,
+            network_sha256=network_sha256(model.network),
+            fields_per_image=self.count,
+            deformation_level=drawer.levels,
+            sampler=model.sampler,
+            steps=model.steps,
+            image_channel=drawer.image_channel,
+            max_displacement_mm=drawer.max_displacement_mm,
+            on_fold=drawer.on_fold,
+            max_fold_fraction=drawer.max_fold_fraction,
+            slice_axis=drawer.slice_axis,
+            pixdim=self.pixdim,
+            seed=self.seed,
+        )
+
+
+class Job(NamedTuple):
+    """One image to draw the fields of."""
+
+    drawer: FieldDrawer
+    settings: BankSettings
+    identity: str
+    image: Tensor
+    spacing: tuple[float, ...]
+
+
+def draw_entry(
+    drawer: FieldDrawer, settings: BankSettings, identity: str, image: Tensor, spacing: tuple[float, ...]
+) -> BankEntry:
+    """All fields of one image."""
+    count = settings.fields_per_image
+    seeds = [field_seed(settings.seed, identity, k) for k in range(count)]
+    with torch.no_grad():
+        drawn = drawer.draw_batch([image] * count, [spacing] * count, seeds=seeds)
+    records = ["" if one.params is None else one.params.to_json() for one in drawn]
+    return BankEntry.of(identity, image, spacing, [one.stored for one in drawn], records, settings.digest)
+
+
+def item_identity(item: Mapping[Any, Any], image: NdarrayOrTensor, id_key: Hashable | None) -> str:
+    """What an image is called: the value at a key, or the file name in its metadata.
+
+    Raises:
+        TypeError: not a string, path or whole number.
+        ValueError: the key, or the file name, is missing.
+    """
+    if id_key is not None:
+        if id_key not in item:
+            raise ValueError(f"id_key {id_key!r} is missing from the sample: {sorted(map(str, item))}.")
+        return identity_of(item[id_key])
+    name = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
+    if name is None:
+        raise ValueError("the image's metadata hold no file name to know it by; give id_key=, a key of its name.")
+    return identity_of(name)

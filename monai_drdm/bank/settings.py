@@ -1,0 +1,95 @@
+"""What the fields of a bank depend on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class BankSettings:
+    """Everything that, with an image and its identity, fixes the fields of a bank."""
+
+    network: str
+    """Name of the network."""
+    network_sha256: str
+    fields_per_image: int
+    deformation_level: tuple[float, float]
+    sampler: str
+    steps: int
+    image_channel: int | None
+    max_displacement_mm: float | None
+    on_fold: str
+    max_fold_fraction: float
+    slice_axis: int | None
+    pixdim: tuple[float, ...] | None
+    seed: int
+    format: int = FORMAT
+
+    @property
+    def digest(self) -> str:
+        """Names these settings."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()
+
+    def to_json(self) -> str:
+        """As a line of JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> BankSettings:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ValueError: something else, or a format that this version does not know.
+        """
+        try:
+            values: dict[str, Any] = json.loads(text)
+            if set(values) != {field.name for field in fields(cls)}:
+                raise ValueError("other entries than a bank has")
+            if values["format"] != FORMAT:
+                raise ValueError(f"format {values['format']!r}, this version reads {FORMAT}")
+            values["deformation_level"] = tuple(values["deformation_level"])
+            values["pixdim"] = None if values["pixdim"] is None else tuple(values["pixdim"])
+            return cls(**values)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"not the settings of a deformation bank ({error})") from None
+
+    def differences(self, other: BankSettings) -> list[str]:
+        """Where two settings differ, in words."""
+        mine, others = asdict(self), asdict(other)
+        return [f"{name} {mine[name]!r} against {others[name]!r}" for name in mine if mine[name] != others[name]]
+
+
+def field_seed(seed: int, identity: str, index: int) -> int:
+    """Seed of one field: it depends on nothing but these, so any split of the work gives the same bank."""
+    digest = hashlib.sha256(json.dumps([seed, identity, index]).encode()).digest()
+    return int.from_bytes(digest[:4], "big")
+
+
+def check_count(value: int, name: str) -> int:
+    """A whole number of 1 or more.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}.")
+    return value
+
+
+def check_shard(shard: Sequence[int] | None) -> tuple[int, int]:
+    """``(I, N)``: the part I of N, counted from 0.
+
+    Raises:
+        ValueError: no such part.
+    """
+    if shard is None:
+        return 0, 1
+    if len(shard) != 2 or not 0 <= shard[0] < shard[1]:
+        raise ValueError(f"shard must be (I, N) with 0 <= I < N, got {tuple(shard)!r}.")
+    return int(shard[0]), int(shard[1])

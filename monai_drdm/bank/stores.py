@@ -1,0 +1,197 @@
+"""Where the fields of a bank are kept: in memory, or in a folder that any number of processes share."""
+
+from __future__ import annotations
+
+import os
+import time
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+from monai_drdm.bank.entry import BankEntry, EntryFile, file_name
+from monai_drdm.bank.settings import BankSettings
+from monai_drdm.io.files import atomically
+
+_SETTINGS = "bank.json"
+_OPEN_FILES = 256
+
+
+class MemoryStore:
+    """Entries in memory, which worker processes read where they are."""
+
+    path: Path | None = None
+
+    def __init__(self) -> None:
+        self._entries: OrderedDict[str, BankEntry] = OrderedDict()
+
+    def settings(self) -> BankSettings | None:
+        """Nothing was settled elsewhere."""
+        return None
+
+    def settle(self, settings: BankSettings) -> None:
+        """There is nobody to agree with."""
+
+    def find(self, identity: str, settings: BankSettings | None, mend: bool) -> BankEntry | None:
+        """The entry of an image; None if there is none."""
+        if identity in self._entries:
+            self._entries.move_to_end(identity)
+        return self._entries.get(identity)
+
+    def keep(self, entry: BankEntry) -> None:
+        """Add an entry."""
+        entry.values.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it without types
+        self._entries[entry.identity] = entry
+
+    def shrink(self, limit: int, newest: str) -> None:
+        """Drop what was not asked for the longest until the rest is within ``limit`` bytes."""
+        while self.nbytes > limit and len(self._entries) > 1:
+            self._entries.popitem(last=False)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the fields take."""
+        return sum(entry.nbytes for entry in self._entries.values())
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+
+class FolderStore:
+    """One file for each image, and one for the settings that all of them share."""
+
+    def __init__(self, path: Path, *, track_use: bool = False) -> None:
+        self.path = path
+        self.track_use = track_use
+        self._files: OrderedDict[str, EntryFile] = OrderedDict()
+
+    def settings(self) -> BankSettings | None:
+        """Those of the bank in the folder; None if there is none.
+
+        Raises:
+            ValueError: they cannot be read.
+        """
+        try:
+            text = (self.path / _SETTINGS).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return None
+        try:
+            return BankSettings.from_json(text)
+        except ValueError as error:
+            raise ValueError(f"{self.path / _SETTINGS}: {error}.") from None
+
+    def make(self) -> None:
+        """Make the folder, or find a bank in it.
+
+        Raises:
+            FileExistsError: there is something else.
+        """
+        taken = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
+        if taken and (not self.path.is_dir() or self.settings() is None):
+            raise FileExistsError(f"{self.path} holds something else than a bank. Choose another folder.")
+        self.path.mkdir(parents=True, exist_ok=True)
+
+    def settle(self, settings: BankSettings) -> None:
+        """Write the settings, or find that they are those of the bank that is there.
+
+        Raises:
+            FileExistsError: they are others.
+        """
+        there = self.settings()
+        if there is None:
+            text = settings.to_json() + "\n"
+            atomically(self.path / _SETTINGS, lambda part: Path(part).write_text(text, encoding="utf-8"))
+        elif there != settings:
+            raise FileExistsError(
+                f"{self.path} is a deformation bank with other settings: {'; '.join(settings.differences(there))}. "
+                "Choose another folder, or repeat those settings."
+            )
+
+    def find(self, identity: str, settings: BankSettings | None, mend: bool) -> EntryFile | None:
+        """The entry of an image; None if there is none, or, with ``mend``, if it is damaged.
+
+        Raises:
+            ValueError: it is damaged, or of another bank.
+        """
+        if identity in self._files:
+            self._files.move_to_end(identity)
+            self._used(self._files[identity].path)
+            return self._files[identity]
+        path = self.path / file_name(identity)
+        try:
+            found = EntryFile(path)
+        except FileNotFoundError:
+            return None
+        except ValueError as error:
+            if not mend:
+                raise
+            warnings.warn(f"{error} It is drawn again.", stacklevel=4)
+            return None
+        settings = settings or self.settings()
+        if found.identity != identity or settings is None or found.settings != settings.digest:
+            raise ValueError(f"{path} belongs to another deformation bank. Remove it, or build in another folder.")
+        self._files[identity] = found
+        if len(self._files) > _OPEN_FILES:
+            self._files.popitem(last=False)
+        self._used(path)
+        return found
+
+    def is_whole(self, identity: str) -> bool:
+        """Whether all fields of an entry that was found have their checksums; one that has not is forgotten."""
+        entry = self._files[identity]
+        try:
+            for index in range(len(entry)):
+                entry.field(index)
+        except ValueError as error:
+            warnings.warn(f"{error} It is drawn again.", stacklevel=5)
+            del self._files[identity]
+            return False
+        return True
+
+    def keep(self, entry: BankEntry) -> None:
+        """Write an entry.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        try:
+            entry.save(self.path / file_name(entry.identity))
+        except OSError as error:
+            raise OSError(f"{error}. What is finished stays; the same call goes on from it.") from error
+
+    def shrink(self, limit: int, newest: str) -> None:
+        """Drop what was not asked for the longest until the rest is within ``limit`` bytes."""
+        known = []
+        for path in self._paths():
+            with suppress(FileNotFoundError):  # another process was faster
+                known.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        total = sum(size for _, size, _ in known)
+        for _, size, path in sorted(known):
+            if total <= limit:
+                return
+            if path.name != file_name(newest):
+                path.unlink(missing_ok=True)
+                total -= size
+                self._files = OrderedDict((k, v) for k, v in self._files.items() if v.path != path)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the files take."""
+        return sum(path.stat().st_size for path in self._paths())
+
+    def __len__(self) -> int:
+        return sum(1 for _ in self._paths())
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without open files."""
+        return {**self.__dict__, "_files": OrderedDict()}
+
+    def _paths(self) -> Iterator[Path]:
+        return (path for path in self.path.glob("*.safetensors") if not path.name.startswith("."))
+
+    def _used(self, path: Path) -> None:
+        if self.track_use:
+            with suppress(FileNotFoundError):  # dropped by another process; what is open stays readable
+                os.utime(path, ns=(time.time_ns(),) * 2)  # left to itself, the system takes a coarser clock

@@ -1,0 +1,266 @@
+"""``RandDRDMBankd``: fields that were drawn ahead of training."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from monai.config import KeysCollection, NdarrayOrTensor
+from monai.transforms import RandAffineGrid, RandomizableTransform
+from monai.utils import TransformBackends
+from torch import Tensor
+
+from monai_drdm._version import __version__
+from monai_drdm.bank.bank import DeformationBank
+from monai_drdm.bank.making import item_identity
+from monai_drdm.fields import shrink_to_fold_limit
+from monai_drdm.fields.warp import Mode, PaddingMode
+from monai_drdm.transforms.array import checked_prob
+from monai_drdm.transforms.inputs import as_tensor, check_keys_agree, flushed, spacing_of
+from monai_drdm.transforms.keyed import KeyedDeformation
+from monai_drdm.transforms.points import PointSpace
+from monai_drdm.transforms.record import BankedParams, Deformation, DeformationParams
+from monai_drdm.transforms.seeds import stable_hash
+from monai_drdm.transforms.stored import StoredField
+from monai_drdm.transforms.trace import in_plain_mode
+
+Range = float | Sequence[float] | Sequence[Sequence[float]]
+
+
+class _Choice(NamedTuple):
+    """What is random about one call."""
+
+    fires: bool
+    which: float  # in [0, 1): the field
+    scale: float
+    pose: RandAffineGrid
+
+
+class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
+    """Deform every key by one of the fields that a bank holds for the image: no network runs.
+
+    Optionally its displacement is scaled down, and a random affine map goes with it, so that images and labels are
+    still resampled once. Put it before all random transforms: the fields belong to the image as the bank was built
+    with it. Labels, landmarks, boxes, inverses and records are those of ``RandDRDMDeformd``.
+
+    Args:
+        keys: keys to deform. They must agree in spatial shape and affine; channels and dtypes may differ.
+        bank: the fields.
+        id_key: key of what the image is called, as when the bank was built; None: the file name in its metadata.
+        prob: chance that the transform fires.
+        mode: one, or one per key.
+        padding_mode: one, or one per key.
+        image_key: key of the image that the fields were drawn on; None: the first key.
+        displacement_scale: range in [0, 1] of a factor on the displacement. Below 1 folds are counted again, and the
+            factor is lowered until they are within the bank's limit.
+        rotate_range: radians, as in MONAI's ``RandAffine``.
+        shear_range: as in MONAI's ``RandAffine``.
+        translate_range: voxels, as in MONAI's ``RandAffine``.
+        scale_range: as in MONAI's ``RandAffine``. Of a bank with ``slice_axis`` all four are those of the plane.
+        point_keys: as in ``RandDRDMDeformd``.
+        point_space: as in ``RandDRDMDeformd``.
+        box_keys: as in ``RandDRDMDeformd``.
+        box_mode: as in ``RandDRDMDeformd``.
+        seed_key: key whose value, hashed, replaces the random state.
+        invertible: record on the outputs what ``inverse`` needs.
+        allow_missing_keys: leave keys alone that the data lack. The image key must be there.
+
+    ``.last`` holds the latest deformation.
+
+    Raises:
+        TypeError: arguments of a wrong type.
+        ValueError: arguments out of range, or a number of modes that is neither 1 nor the number of keys.
+    """
+
+    backend = [TransformBackends.TORCH]  # noqa: RUF012  # MONAI declares it so
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        *,
+        bank: DeformationBank,
+        id_key: Hashable | None = None,
+        prob: float = 0.1,
+        mode: Mode | Sequence[Mode] = "bilinear",
+        padding_mode: PaddingMode | Sequence[PaddingMode] = "border",
+        image_key: Hashable | None = None,
+        displacement_scale: float | Sequence[float] = (1.0, 1.0),
+        rotate_range: Range | None = None,
+        shear_range: Range | None = None,
+        translate_range: Range | None = None,
+        scale_range: Range | None = None,
+        point_keys: KeysCollection = (),
+        point_space: PointSpace = "voxel",
+        box_keys: KeysCollection = (),
+        box_mode: str = "standard",
+        seed_key: Hashable | None = None,
+        invertible: bool = True,
+        allow_missing_keys: bool = False,
+    ) -> None:
+        KeyedDeformation.__init__(
+            self,
+            keys,
+            mode,
+            padding_mode,
+            point_keys,
+            point_space,
+            box_keys,
+            box_mode,
+            invertible,
+            allow_missing_keys,
+        )
+        if not isinstance(bank, DeformationBank):
+            raise TypeError(f"bank must be a DeformationBank, got {type(bank).__name__}.")
+        RandomizableTransform.__init__(self, checked_prob(prob))
+        self.bank = bank
+        self.id_key = id_key
+        self.image_key = self.keys[0] if image_key is None else image_key
+        self.seed_key = seed_key
+        self.displacement_scale = _scale_range(displacement_scale)
+        ranges = (rotate_range, shear_range, translate_range, scale_range)
+        self.poses = any(one is not None for one in ranges)
+        self._pose = RandAffineGrid(*ranges)  # type: ignore[arg-type]  # MONAI checks them where it draws
+        self.last: Deformation | None = None
+        self._choice: _Choice | None = None
+
+    def randomize(self, data: object = None) -> None:
+        """Draw whether to fire, which field, its factor and the affine map, whether or not it fires.
+
+        Args:
+            data: a value whose hash takes the place of the random state; None: the state alone.
+
+        Raises:
+            TypeError: a value that has no hash that is the same in every process.
+        """
+        self._choice = self._choose(self.R)
+        if data is not None:
+            self._choice = self._choose(np.random.RandomState(stable_hash(data)))
+        self._do_transform = self._choice.fires
+
+    def _choose(self, state: np.random.RandomState) -> _Choice:
+        fires, which = bool(state.rand() < self.prob), float(state.random_sample())
+        low, high = self.displacement_scale
+        scale = float(low + (high - low) * state.random_sample())
+        pose = copy.copy(self._pose)
+        pose.R = state
+        pose.randomize()
+        return _Choice(fires, which, scale, pose)
+
+    @in_plain_mode
+    def __call__(
+        self,
+        data: Mapping[Any, NdarrayOrTensor],
+        randomize: bool = True,
+        *,
+        params: BankedParams | None = None,
+    ) -> dict[Any, NdarrayOrTensor]:
+        """Deform all keys of a sample by one field of its image.
+
+        Args:
+            data: a dictionary with ``(C, *S)`` values at the keys, and points and boxes at theirs.
+            randomize: False replays the last draw.
+            params: replays a record instead.
+
+        Returns:
+            A new dictionary; the input and its tensors are left as they are.
+
+        Raises:
+            KeyError: a key is missing (and not allowed to), or the bank does not know the image and draws nothing.
+            TypeError: a value is not an array or tensor of a real numeric type.
+            ValueError: anything that does not fit: an image other than the one the fields were drawn on, a damaged
+                bank, a record of another one.
+        """
+        result = dict(data)
+        names = [key for key, *_ in self.present(result)]
+        for key in (self.image_key, *(() if self.seed_key is None else (self.seed_key,))):
+            if key not in result:
+                raise KeyError(f"RandDRDMBankd: {key!r} is missing from the data: {sorted(map(str, result))}.")
+        for key in {self.image_key, *names}:
+            result[key] = flushed(result[key])
+        image, name = result[self.image_key], repr(self.image_key)
+        for key in (self.image_key, *names):
+            as_tensor(result[key], repr(key))
+        check_keys_agree(result, self.image_key, names)
+        self.check_geometry(result, image.ndim - 1)
+        if randomize and params is None:
+            self.randomize(None if self.seed_key is None else result[self.seed_key])
+        choice = self._choice
+        if params is None and choice is None:
+            raise ValueError("randomize=False replays the last draw, and there is none yet.")
+        deformation = None
+        if params is not None or (choice is not None and choice.fires):
+            deformation = self._deformation(result, image, name, choice, params)
+        self.last = deformation
+        self.move(result, image, name, deformation)  # threads may share this transform, and with it ``last``
+        return result
+
+    def _deformation(
+        self,
+        data: Mapping[Any, Any],
+        image: NdarrayOrTensor,
+        name: str,
+        choice: _Choice | None,
+        params: BankedParams | None,
+    ) -> Deformation:
+        identity = item_identity(data, image, self.id_key)
+        entry = self.bank.entry(identity, image)
+        device = as_tensor(image, name).device
+        if params is None:
+            assert choice is not None
+            index = int(choice.which * len(entry))
+            stored = entry.field(index)
+            scale, stored = self._scaled(stored, choice.scale, device)
+            stored = replace(stored, matrix=self._matrix(choice.pose, stored))
+            params = BankedParams(
+                identity, index, scale, stored.matrix, entry.settings, entry.params[index], __version__
+            )
+        else:
+            if params.bank != entry.settings or params.identity != identity or not 0 <= params.index < len(entry):
+                raise ValueError(
+                    f"params were recorded for image {params.identity!r}, field {params.index} of bank "
+                    f"{params.bank[:12]}…; this is {identity!r}, {len(entry)} fields of bank {entry.settings[:12]}…."
+                )
+            stored = entry.field(params.index)
+            stored = replace(stored, step=stored.step * params.scale, matrix=params.matrix)
+        pixdim = None if self.bank.settings is None else self.bank.settings.pixdim
+        spacing, record = spacing_of(image, pixdim, name), DeformationParams.from_json(params.field)
+        return Deformation(stored.ddf(device), spacing, record, stored=stored, banked=params)
+
+    def _scaled(self, stored: StoredField, scale: float, device: torch.device) -> tuple[float, StoredField]:
+        """A field with less displacement, and no more folds than the bank allows."""
+        if scale >= 1.0:
+            return 1.0, stored
+        settings = self.bank.settings
+        scaled = replace(stored, step=stored.step * scale)
+        if settings is not None and settings.on_fold != "keep" and scale > 0.0:
+            factor = float(shrink_to_fold_limit(scaled.planar(device)[None], settings.max_fold_fraction)[1][0])
+            scale *= factor
+            scaled = replace(stored, step=stored.step * scale)
+        return scale, scaled
+
+    def _matrix(self, pose: RandAffineGrid, stored: StoredField) -> tuple[tuple[float, ...], ...] | None:
+        if not self.poses:
+            return None
+        dims = len(stored.shape) - (stored.slice_axis is not None)
+        pose(spatial_size=(1,) * dims, randomize=False)
+        matrix: Tensor = torch.as_tensor(pose.get_transformation_matrix())
+        return tuple(tuple(float(v) for v in row) for row in matrix)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Everything but the last field."""
+        state: dict[str, object] = super().__getstate__()  # type: ignore[no-untyped-call]  # MONAI leaves it without types
+        return {**state, "last": None}
+
+
+def _scale_range(scale: float | Sequence[float]) -> tuple[float, float]:
+    numbers = tuple(scale) if isinstance(scale, Sequence) else (scale, scale)
+    if len(numbers) != 2 or not 0.0 <= numbers[0] <= numbers[1] <= 1.0:
+        raise ValueError(f"displacement_scale must be a number in [0, 1] or a range of them, got {scale!r}.")
+    return float(numbers[0]), float(numbers[1])
+
+
+RandDRDMBankD = RandDRDMBankDict = RandDRDMBankd

@@ -1,0 +1,287 @@
+from __future__ import annotations
+
+import json
+import multiprocessing
+import os
+import pickle
+import signal
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+
+import pytest
+import torch
+from monai.data import DataLoader, Dataset, MetaTensor
+from safetensors.torch import load_file
+
+from monai_drdm import DeformationBank, RandDRDMBankd, RandDRDMDeform
+from monai_drdm.networks import save_network
+from monai_drdm.transforms.record import DeformationParams
+
+FIELDS = 3
+
+
+def scan(number, shape=(40, 36)):
+    generator = torch.Generator().manual_seed(number)
+    coarse = torch.rand(1, 1, *(6 for _ in shape), generator=generator)
+    mode = "bilinear" if len(shape) == 2 else "trilinear"
+    image = torch.nn.functional.interpolate(coarse, shape, mode=mode, align_corners=True)[0]
+    return {"image": image, "label": (image > 0.5).to(torch.uint8), "name": f"ward/{number}"}
+
+
+@pytest.fixture
+def items():
+    return [scan(number) for number in range(5)]
+
+
+@pytest.fixture
+def network(small_network, tmp_path):
+    """A file, as processes that draw would load it."""
+    path = tmp_path / "network.safetensors"
+    save_network(small_network(2), path)
+    return path
+
+
+@pytest.fixture
+def build(network):
+    """``DeformationBank.build`` with small settings."""
+
+    def built(items, **options):
+        settings = {"id_key": "name", "network": network, "fields_per_image": FIELDS, "progress": False}
+        return DeformationBank.build(items, **settings | options)
+
+    return built
+
+
+def contents(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_fields_are_those_of_their_records(build, items, network):
+    """Every field is what ``RandDRDMDeform`` makes of the record beside it."""
+    bank = build(items[:2])
+    transform = RandDRDMDeform(network, prob=1.0)
+    for item in items[:2]:
+        entry = bank.entry(item["name"], item["image"])
+        assert len(entry) == FIELDS
+        levels = set()
+        for index in range(FIELDS):
+            record = DeformationParams.from_json(entry.params[index])
+            transform(item["image"], params=record)
+            assert (transform.last.ddf - entry.field(index).ddf()).abs().max() < 1e-3
+            levels.add(record.deformation_level)
+        assert len(levels) == FIELDS
+
+
+@pytest.mark.parametrize("split", ["shards", "threads", "processes", "interrupted"])
+def test_files_are_the_same_whatever_the_split(build, items, tmp_path, split):
+    build(items, path=tmp_path / "whole")
+    folder = tmp_path / "split"
+    if split == "shards":
+        for part in (2, 0, 1):
+            build(items, path=folder, shard=(part, 3))
+    elif split == "threads":
+        with ThreadPoolExecutor(3) as executor:
+            build(items, path=folder, executor=executor)
+    elif split == "processes":
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as executor:
+            build(items, path=folder, executor=executor)
+    else:
+        with pytest.raises(ZeroDivisionError):
+            build((item if item["name"] != "ward/3" else 1 / 0 for item in items), path=folder)
+        assert 0 < len(DeformationBank(folder)) < len(items)
+        build(items, path=folder)
+    assert contents(folder) == contents(tmp_path / "whole")
+
+
+def test_memory_and_folder_hold_the_same(build, items, tmp_path):
+    memory, folder = build(items), build(items, path=tmp_path / "bank")
+    opened = DeformationBank(tmp_path / "bank")
+    assert len(memory) == len(folder) == len(opened) == len(items)
+    assert opened.settings == memory.settings
+    for item in items:
+        assert item["name"] in opened
+        for index in range(FIELDS):
+            fields = [bank.entry(item["name"], item["image"]).field(index).ddf() for bank in (memory, opened)]
+            assert torch.equal(*fields)
+
+
+class _Dies:
+    """An image whose worker is killed the first time."""
+
+    def __init__(self, mark):
+        self.mark = mark
+
+    def __reduce__(self):
+        return _die_once, (str(self.mark),)
+
+
+def _die_once(mark):
+    if not os.path.exists(mark):
+        open(mark, "w").close()
+        os.kill(os.getpid(), signal.SIGKILL)
+    return 0
+
+
+def test_a_lost_worker_costs_nothing(build, items, tmp_path):
+    """A worker is killed while it draws: its images, and those it never got, are drawn all the same."""
+    build(items, path=tmp_path / "whole")
+    executor = ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+    executor.submit(pickle.dumps, 0).result()  # it runs
+    executor.submit(int, _Dies(tmp_path / "mark"))
+    with pytest.warns(UserWarning, match="worker was lost"), executor:
+        build(items, path=tmp_path / "bank", executor=executor)
+    assert contents(tmp_path / "bank") == contents(tmp_path / "whole")
+
+
+@pytest.mark.parametrize("damage", ["torn", "flipped", "emptied", "foreign"])
+def test_damage_is_noticed_and_mended(build, items, tmp_path, damage):
+    """A damaged file is an error for who reads it, and drawn again by who builds."""
+    folder = tmp_path / "bank"
+    build(items, path=folder)
+    whole = contents(folder)
+    path = next(path for path in sorted(folder.iterdir()) if path.name.startswith("ward_2"))
+    data = path.read_bytes()
+    if damage == "torn":
+        path.write_bytes(data[: len(data) // 2])
+    elif damage == "flipped":
+        path.write_bytes(data[:-7] + bytes([data[-7] ^ 1]) + data[-6:])
+    elif damage == "emptied":
+        path.write_bytes(b"")
+    else:
+        build(items, path=tmp_path / "other", seed=1)
+        path.write_bytes((tmp_path / "other" / path.name).read_bytes())
+    transform = RandDRDMBankd("image", bank=DeformationBank(folder), id_key="name", prob=1.0)
+    expected = "another deformation bank" if damage == "foreign" else "not a whole file"
+    with pytest.raises(ValueError, match=expected):
+        list(map(transform, [items[2]] * 4 * FIELDS))  # the flipped bit is in one field
+    assert transform(items[1])["image"].shape == items[1]["image"].shape
+    if damage == "foreign":
+        with pytest.raises(ValueError, match=expected):
+            build(items, path=folder)
+        return
+    with pytest.warns(UserWarning, match="drawn again"):
+        build(items, path=folder)
+    assert contents(folder) == whole
+
+
+def test_other_images_and_strangers(build, items, tmp_path):
+    bank = build(items, path=tmp_path / "bank")
+    image = items[0]["image"]
+    for other, message in ((image.flip(1), "other values"), (image[:, 1:], "of shape"), (image + 0.1, "other values")):
+        with pytest.raises(ValueError, match=message):
+            bank.entry("ward/0", other)
+    affine = torch.diag(torch.tensor([2.0, 2.0, 1.0, 1.0]))
+    with pytest.raises(ValueError, match="spacing"):
+        bank.entry("ward/0", MetaTensor(image, affine=affine))
+    with pytest.raises(KeyError, match="not in the deformation bank"):
+        bank.entry("ward/9", image)
+    with pytest.raises(ValueError, match="drawn on another image"):
+        build([*items, {**items[1], "name": "ward/0"}], path=tmp_path / "bank")
+
+
+def test_folders_that_are_no_bank_are_left_alone(build, items, tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "letter.txt").write_text("dear")
+    with pytest.raises(FileExistsError, match="something else"):
+        build(items, path=tmp_path / "mine")
+    assert [path.name for path in (tmp_path / "mine").iterdir()] == ["letter.txt"]
+    with pytest.raises(ValueError, match="holds no deformation bank"):
+        DeformationBank(tmp_path / "mine")
+    with pytest.raises(FileNotFoundError, match="no deformation bank"):
+        DeformationBank(tmp_path / "nowhere")
+    build(items[:1], path=tmp_path / "bank")
+    with pytest.raises(FileExistsError, match=r"other settings: fields_per_image 4 against 3"):
+        build(items, path=tmp_path / "bank", fields_per_image=4)
+    settings = json.loads((tmp_path / "bank" / "bank.json").read_text())
+    (tmp_path / "bank" / "bank.json").write_text(json.dumps(settings | {"format": 99}))
+    with pytest.raises(ValueError, match="format 99"):
+        DeformationBank(tmp_path / "bank")
+
+
+def test_items_that_cannot_be_used(build, items, tmp_path):
+    broken = [items[0], {**items[1], "image": items[1]["image"] * torch.nan}, items[2], {"label": 0, "name": "x"}]
+    with pytest.raises(ValueError, match="NaN"):
+        build(broken, path=tmp_path / "bank")
+    bank = build(broken, path=tmp_path / "bank", skip_failed=True)
+    assert len(bank) == 2
+    assert set(bank.failed) == {"ward/1", "item 3"}
+    with pytest.raises(ValueError, match="id_key 'age' is missing"):
+        build(items, id_key="age")
+    with pytest.raises(ValueError, match="no file name"):
+        build(items, id_key=None)
+    with pytest.raises(TypeError, match="identity of an image"):
+        build([{**items[0], "name": 1.5}])
+    with pytest.raises(ValueError, match="shard must be"):
+        build(items, shard=(3, 3))
+    with pytest.raises(ValueError, match="fields_per_image"):
+        build(items, fields_per_image=0)
+
+
+def test_limit_of_size(build, items, network, tmp_path):
+    """Built banks refuse to grow beyond it; those that draw on demand drop what was not asked for the longest."""
+    size = build(items[:1], path=tmp_path / "one").nbytes
+    with pytest.raises(ValueError, match="fill max_bytes"):
+        build(items, path=tmp_path / "two", max_bytes=int(2.5 * size))
+    assert len(DeformationBank(tmp_path / "two")) == 2
+    for path in (None, tmp_path / "three"):
+        bank = DeformationBank.on_demand(path, network=network, fields_per_image=FIELDS, max_bytes=int(2.5 * size))
+        for number in (0, 1, 0, 2):
+            bank.entry(items[number]["name"], items[number]["image"])
+        assert [f"ward/{number}" in bank for number in range(3)] == [True, False, True]
+        assert bank.nbytes <= 2.5 * size
+
+
+def test_the_disk_is_full(build, items, tmp_path, monkeypatch):
+    """What was written stays, nothing half is left, and the same call goes on."""
+    from monai_drdm.bank import entry
+
+    save, calls = entry.save_file, []
+
+    def full(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        save(*args)
+
+    monkeypatch.setattr(entry, "save_file", full)
+    with pytest.raises(OSError, match=r"No space left.*the same call goes on"):
+        build(items, path=tmp_path / "bank")
+    monkeypatch.undo()
+    assert len(DeformationBank(tmp_path / "bank")) == 2
+    assert not list((tmp_path / "bank").glob(".part*"))
+    assert len(build(items, path=tmp_path / "bank")) == len(items)
+
+
+def test_names_of_any_kind_get_files_of_their_own(build, items, tmp_path):
+    names = ["a/b", "a_b", "ä", "x" * 300, "..", "", 7, "A/B"]
+    bank = build([{**items[0], "name": name} for name in names], path=tmp_path / "bank")
+    assert len(bank) == len(names)
+    assert all(name in bank for name in names)
+    first = next((tmp_path / "bank").glob("*.safetensors"))
+    assert load_file(first)["values"].dtype == torch.int16
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn"])
+@pytest.mark.parametrize("where", ["memory", "folder", "on demand"])
+def test_workers_read_it(build, items, network, tmp_path, context, where):
+    """Any number of worker processes give what one process gives."""
+    if where == "on demand":
+        bank = DeformationBank.on_demand(tmp_path / "bank", network=network, fields_per_image=FIELDS)
+    else:
+        bank = build(items, path=None if where == "memory" else tmp_path / "bank")
+    transform = RandDRDMBankd(
+        ["image", "label"], bank=bank, id_key="name", prob=1.0, seed_key="name", mode=["bilinear", "nearest"]
+    )
+    expected = [transform(item)["image"] for item in items]
+    if where == "on demand":
+        for path in (tmp_path / "bank").glob("ward*"):
+            path.unlink()
+        bank = DeformationBank.on_demand(tmp_path / "bank", network=network, fields_per_image=FIELDS)
+        transform.bank = bank
+    loader = DataLoader(
+        Dataset(items, transform), batch_size=1, num_workers=2, multiprocessing_context=context, persistent_workers=True
+    )
+    for _ in range(2):
+        for batch, image in zip(loader, expected):
+            torch.testing.assert_close(batch["image"][0].as_tensor(), image.as_tensor(), atol=1e-4, rtol=0)
+    if where != "memory":
+        assert len(DeformationBank(tmp_path / "bank")) == len(items)
