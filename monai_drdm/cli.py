@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import sys
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 from monai_drdm._version import __version__
@@ -52,6 +53,8 @@ def _parser() -> argparse.ArgumentParser:
     demo.set_defaults(run=_demo)
 
     _add_augment(commands.add_parser("augment", help="deform a data set on disk", description=_AUGMENT, epilog=_CODES))
+
+    _add_bank(commands.add_parser("bank", help="draw fields ahead of training"))
 
     weights = commands.add_parser("weights", help="list, pull, convert and verify network weights")
     actions = weights.add_subparsers(dest="action", required=True)
@@ -101,6 +104,7 @@ def _add_augment(parser: argparse.ArgumentParser) -> None:
         "--label-mode", choices=("nearest", "label"), default="nearest", help="how labels are resampled"
     )
     parser.add_argument("--device", help="where the network runs (default: cpu)")
+    _add_split(parser)
     parser.add_argument("--figure", action="store_true", help="draw the first cases before and after: overview.png")
     parser.add_argument("--force", action="store_true", help="draw everything again; replaces files of the same name")
     parser.set_defaults(run=_augment)
@@ -108,6 +112,7 @@ def _add_augment(parser: argparse.ArgumentParser) -> None:
 
 def _augment(options: argparse.Namespace) -> int:
     from monai_drdm.augment import augment, AugmentSettings, draw_overview
+    from monai_drdm.executors import workers
     from monai_drdm.io import find_cases, read_cases
 
     if options.figure:
@@ -130,12 +135,114 @@ def _augment(options: argparse.Namespace) -> int:
         draws=options.draws,
         seed=options.seed,
     )
-    report = augment(cases, options.out, settings, force=options.force, device=options.device, progress=True)
+    with workers(options.workers) as executor:
+        report = augment(
+            cases,
+            options.out,
+            settings,
+            force=options.force,
+            device=options.device,
+            progress=True,
+            executor=executor,
+            shard=options.shard,
+        )
     print(f"{report.written} written, {report.kept} already there, {len(report.failed)} cases skipped")
     print(report.datalist)
     if options.figure and report.written + report.kept:
         print(draw_overview(report))
     return _SKIPPED if report.failed else 0
+
+
+def _add_split(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--workers", type=int, default=1, help="processes that share the work (default: 1)")
+    parser.add_argument(
+        "--shard", type=_shard, metavar="I/N", help="only part I of N, counted from 0: for array jobs into one folder"
+    )
+
+
+def _shard(text: str) -> tuple[int, int]:
+    part, _, parts = text.partition("/")
+    if not (part.isdigit() and parts.isdigit() and int(part) < int(parts)):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with 0 <= I < N, such as 0/4")
+    return int(part), int(parts)
+
+
+_BANK = (
+    "Draw fields for every image ahead of training, as RandDRDMBankd takes them. Images are known by their file names "
+    "without suffix: give RandDRDMBankd the same as id_key, and apply it to images as they are on disk, before "
+    "anything changes their grid or their values. An interrupted build goes on when it is called again."
+)
+
+
+def _add_bank(parser: argparse.ArgumentParser) -> None:
+    actions = parser.add_subparsers(dest="action", required=True)
+    build = actions.add_parser(
+        "build", help="draw the fields of a folder or datalist", description=_BANK, epilog=_CODES
+    )
+    source = build.add_mutually_exclusive_group(required=True)
+    source.add_argument("--images", type=Path, help="folder of images (NIfTI, .mha, .nrrd, .png)")
+    source.add_argument("--datalist", type=Path, help="MONAI datalist (JSON) instead of a folder")
+    build.add_argument("--section", default="training", help="section of the datalist (default: training)")
+    build.add_argument("--out", type=Path, required=True, help="new folder, or one to go on in")
+    build.add_argument("--network", default="auto", help="network name or .safetensors file (default: auto)")
+    build.add_argument("--fields", type=int, default=16, help="fields for each image (default: 16)")
+    build.add_argument(
+        "--level", type=float, nargs=2, default=(0.3, 0.8), metavar=("LOW", "HIGH"), help="range of deformation levels"
+    )
+    build.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
+    build.add_argument("--sampler", default="auto", help="sampler (default: the network's)")
+    build.add_argument("--steps", type=int, help="recovery steps (default: the network's)")
+    build.add_argument("--slice-axis", type=int, help="one in-plane field across this axis of volumes (0, 1, 2)")
+    build.add_argument("--max-displacement-mm", type=float, help="scale fields down to this")
+    build.add_argument("--max-bytes", type=int, help="stop with an error before the bank grows larger")
+    build.add_argument("--device", help="where the network runs (default: cpu)")
+    _add_split(build)
+    build.set_defaults(run=_bank_build)
+    info = actions.add_parser("info", help="what a bank holds")
+    info.add_argument("folder", type=Path)
+    info.set_defaults(run=_bank_info)
+
+
+def _bank_build(options: argparse.Namespace) -> int:
+    from monai_drdm.bank import DeformationBank
+    from monai_drdm.bank.files import CaseImages
+    from monai_drdm.executors import workers
+    from monai_drdm.io import find_cases, read_cases
+
+    cases = read_cases(options.datalist, options.section) if options.datalist else find_cases(options.images)
+    with workers(options.workers) as executor:
+        bank = DeformationBank.build(
+            CaseImages(cases, keep_slice=options.slice_axis is not None),
+            id_key="name",
+            path=options.out,
+            executor=executor,
+            shard=options.shard,
+            skip_failed=True,
+            network=options.network,
+            fields_per_image=options.fields,
+            deformation_level=tuple(options.level),
+            sampler=options.sampler,
+            steps=options.steps,
+            slice_axis=options.slice_axis,
+            max_displacement_mm=options.max_displacement_mm,
+            seed=options.seed,
+            device=options.device,
+            max_bytes=options.max_bytes,
+        )
+    for name, why in bank.failed.items():
+        print(f"skipped {name}: {why}", file=sys.stderr)
+    print(f"{len(bank)} images, {len(bank.failed)} skipped, {bank.nbytes / 1e6:.1f} MB in {options.out}")
+    return _SKIPPED if bank.failed else 0
+
+
+def _bank_info(options: argparse.Namespace) -> int:
+    from monai_drdm.bank import DeformationBank
+
+    bank = DeformationBank(options.folder)
+    assert bank.settings is not None
+    print(f"{len(bank)} images, {bank.nbytes / 1e6:.1f} MB")
+    print("\n".join(f"{name}: {value}" for name, value in asdict(bank.settings).items()))
+    return 0
 
 
 def _require_matplotlib() -> None:

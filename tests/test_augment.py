@@ -18,6 +18,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 
 from monai_drdm import ApplyDDFd
 from monai_drdm.cli import main
+from monai_drdm.io.files import locked
 from monai_drdm.networks import save_network
 
 LEVELS = ("0.3", "0.6")
@@ -415,3 +416,30 @@ def test_a_field_of_a_png_lies_on_it_as_monai_loads_it(folders, network_file):
     ours = read({"image": str(folders / "p" / "x.png")})["image"][0].numpy()
     theirs = SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(folders / "out" / "images" / f"{name}.png"))).T
     assert np.abs(ours - theirs).max() <= 0.51
+
+
+@pytest.mark.parametrize("split", ["workers", "shards"])
+def test_files_are_the_same_whatever_the_split(command, folders, split):
+    assert main(command(out="whole")) == 0
+    if split == "workers":
+        assert main(command(out="split", workers=2)) == 0
+    else:
+        for part in (1, 2, 0):
+            assert main(command(out="split", shard=f"{part}/3")) == 0
+    assert hashes(folders / "split") == hashes(folders / "whole")
+
+
+def test_shards_run_side_by_side_but_not_beside_a_whole_run(command, folders, capsys):
+    assert main(command(shard="0/2")) == 0
+    with locked(folders / "out", shared=True):
+        assert main(command(shard="1/2")) == 0
+        assert main(command()) == 1
+        assert "another run is writing" in capsys.readouterr().err
+    assert main([*command(shard="0/2"), "--force"]) == 1
+    assert "force and shard do not go together" in capsys.readouterr().err
+
+
+def test_bad_cases_of_workers_are_skipped_too(command, folders, capsys):
+    nib.save(nib.Nifti1Image(np.full((8, 8, 2), np.nan, np.float32), OBLIQUE), folders / "images" / "case1.nii.gz")
+    assert main(command(workers=2)) == 3
+    assert "4 written, 0 already there, 1 cases skipped" in capsys.readouterr().out

@@ -6,7 +6,8 @@ import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -16,12 +17,12 @@ import torch
 from tqdm import tqdm
 
 from monai_drdm.augment.settings import AugmentSettings
+from monai_drdm.executors import check_shard, in_turn, through
 from monai_drdm.io import Case, ImageFile, load_image, save_ddf
-from monai_drdm.io.files import atomically, locked
+from monai_drdm.io.files import atomically, is_taken, locked, PART
 
 _SETTINGS = "settings.json"
 _DATALIST = "datalist.json"
-_PART = ".part-*"
 
 
 class AugmentReport(NamedTuple):
@@ -44,6 +45,8 @@ def augment(
     force: bool = False,
     device: str | None = None,
     progress: bool = False,
+    executor: Executor | None = None,
+    shard: tuple[int, int] | None = None,
 ) -> AugmentReport:
     """Write deformed images, labels, fields and records of all cases, and a datalist of them.
 
@@ -52,11 +55,15 @@ def augment(
 
     Args:
         cases: what to augment.
-        out: new or empty folder, or that of an earlier run with the same settings. One run at a time.
+        out: new or empty folder, or that of an earlier run with the same settings. One run at a time, or one for each
+            shard.
         settings: levels, draws and how to deform.
         force: write into any folder and draw everything again; files of the same name are replaced.
         device: where the network runs; None: the CPU.
         progress: show a progress bar.
+        executor: any ``concurrent.futures.Executor`` whose workers reach the folders; the files are the same.
+        shard: ``(I, N)``: only part I of N of the cases (from 0), for array jobs that fill one folder. Run each part
+            once.
 
     Returns:
         What was written, what was there already, and which cases failed and why; the others are complete.
@@ -67,34 +74,43 @@ def augment(
         OSError: the output cannot be written, as when the disk is full; what is finished stays.
     """
     _check_device(device)
-    run = _Run(Path(out), settings, device)
+    part, parts = check_shard(shard)
+    if force and parts > 1:
+        raise ValueError("force and shard do not go together: a part would remove what another has drawn.")
+    run, mine = _Run(Path(out), settings, device), cases[part::parts]
     written, kept, failed = 0, 0, dict[str, str]()
-    each = len(settings.levels) * settings.draws
-    with run.alone(force), tqdm(total=len(cases) * each, disable=not progress, unit="draw") as bar:
+    each, finished = len(settings.levels) * settings.draws, 0
+    with run.open(force, shared=parts > 1), tqdm(total=len(mine) * each, disable=not progress, unit="draw") as bar:
         if force:
-            run.forget(cases)
-        for number, case in enumerate(cases, start=1):
-            try:
-                inputs = _hashes(case)
-                todo = run.unfinished(case, inputs)
-                kept += each - len(todo)
-                bar.update(each - len(todo))
-                files = run.load(case) if todo else {}
-                for draw in todo:
-                    run.write(case, inputs, files, draw)
-                    written += 1
-                    bar.update()
-            except _BadCaseError as error:
-                failed[case.name] = str(error)
-                bar.write(f"skipped {case.name}: {error}", file=sys.stderr)
-                bar.update(each * number - bar.n)
-            except FileExistsError:
-                raise
-            except OSError as error:
+            run.forget(mine)
+        jobs = ((run, case, None if executor else bar.update) for case in mine)
+        for (_, case, _), done in in_turn(_augment, jobs) if executor is None else through(executor, _augment, jobs):
+            if isinstance(done, _BadCaseError):
+                failed[case.name] = str(done)
+                bar.write(f"skipped {case.name}: {done}", file=sys.stderr)
+            elif isinstance(done, OSError) and not isinstance(done, FileExistsError):
                 raise OSError(
-                    f"{error}. What is finished in {run.folder} stays; the same call goes on from it."
-                ) from error
+                    f"{done}. What is finished in {run.folder} stays; the same call goes on from it."
+                ) from done
+            elif isinstance(done, Exception):
+                raise done
+            else:
+                written, kept = written + done, kept + each - done
+            finished += 1
+            bar.update(each * finished - bar.n)
         return AugmentReport(written, kept, failed, run.write_datalist())
+
+
+def _augment(run: _Run, case: Case, tick: Callable[[], object] | None) -> int:
+    """Write what is missing of a case, in any process; how many draws that were."""
+    inputs = _hashes(case)
+    todo = run.unfinished(case, inputs)
+    files = run.load(case) if todo else {}
+    for draw in todo:
+        run.write(case, inputs, files, draw)
+        if tick is not None:
+            tick()
+    return len(todo)
 
 
 class _BadCaseError(Exception):
@@ -116,14 +132,14 @@ class _Run:
         self.digest = hashlib.sha256(self.described.encode()).hexdigest()
 
     @contextmanager
-    def alone(self, force: bool) -> Iterator[None]:
-        """Have the folder to oneself, made or found to be one to go on in.
+    def open(self, force: bool, *, shared: bool) -> Iterator[None]:
+        """Have the folder to oneself or with other shards, made or found to be one to go on in.
 
         Raises:
             FileExistsError: the folder holds something else, or another run is at it.
         """
         there = self.folder / _SETTINGS
-        if self.folder.exists() and not force and (not self.folder.is_dir() or any(self.folder.iterdir())):
+        if not force and is_taken(self.folder):
             if not there.is_file():
                 raise FileExistsError(f"{self.folder} holds something else. Choose another folder, or use --force.")
             if there.read_text(encoding="utf-8") != self.described:
@@ -132,11 +148,11 @@ class _Run:
                     "settings to go on, or use --force to draw everything again."
                 )
         self.folder.mkdir(parents=True, exist_ok=True)
-        with locked(self.folder):
+        with locked(self.folder, shared=shared):
             _write_text(there, self.described)
             for name in (".", "images", "labels", "fields", "records"):
                 (self.folder / name).mkdir(exist_ok=True)
-                for part in (self.folder / name).glob(_PART):
+                for part in () if shared else (self.folder / name).glob(f"{PART}*"):
                     part.unlink()  # a killed run's unfinished file
             yield
 
@@ -212,13 +228,15 @@ class _Run:
 
     def write_datalist(self) -> Path:
         """A MONAI datalist of all draws in the folder that were finished with these settings, relative to it."""
-        records = [self._read_record(path) for path in sorted((self.folder / "records").glob("*.json"))]
-        entries = [
-            {key: name for key, name in record["files"].items() if key != "field"} for record in records if record
-        ]
-        path = self.folder / _DATALIST
-        _write_text(path, json.dumps({"training": entries}, indent=2) + "\n")
+        path, entries = self.folder / _DATALIST, None
+        while entries != (found := self._entries()):  # another shard may have finished meanwhile
+            entries = found
+            _write_text(path, json.dumps({"training": entries}, indent=2) + "\n")
         return path
+
+    def _entries(self) -> list[dict[str, str]]:
+        records = [self._read_record(path) for path in sorted((self.folder / "records").glob("*.json"))]
+        return [{key: name for key, name in record["files"].items() if key != "field"} for record in records if record]
 
     def _record_path(self, name: str) -> Path:
         return self.folder / "records" / f"{name}.json"

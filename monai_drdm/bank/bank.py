@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
 from concurrent.futures import Executor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,9 @@ from tqdm import tqdm
 
 from monai_drdm.bank.entry import BankEntry, EntryFile, fingerprint, identity_of
 from monai_drdm.bank.making import draw_entry, item_identity, Job, Maker
-from monai_drdm.bank.settings import BankSettings, check_count, check_shard
+from monai_drdm.bank.settings import BankSettings, check_count
 from monai_drdm.bank.stores import FolderStore, MemoryStore
-from monai_drdm.bank.work import in_turn, through
+from monai_drdm.executors import check_shard, in_turn, through
 from monai_drdm.networks import RecoveryNetwork
 from monai_drdm.transforms.draw import FieldDrawer
 from monai_drdm.transforms.inputs import as_tensor, checked_pixdim, flushed, spacing_of
@@ -164,17 +165,16 @@ class DeformationBank:
         """
         part, parts = check_shard(shard)
         bank = cls.on_demand(path, **options)
-        total = len(items) if isinstance(items, Sized) else None
+        total = len(range(part, len(items), parts)) if isinstance(items, Sized) else None
         with tqdm(total=total, desc="bank", unit="image", disable=not progress) as bar:
 
             def jobs() -> Iterator[Job]:
-                for number, item in enumerate(items):
-                    if number % parts == part:
-                        job = bank._job_of(item, image_key, id_key, number, skip_failed)
-                        if job is not None:
-                            yield job
-                            continue
-                    bar.update()
+                for number, item in _part_of(items, part, parts):
+                    job = bank._job_of(item, image_key, id_key, number, skip_failed)
+                    if job is None:
+                        bar.update()
+                    else:
+                        yield job
 
             for job, entry in (
                 in_turn(draw_entry, jobs()) if executor is None else through(executor, draw_entry, jobs())
@@ -258,11 +258,17 @@ class DeformationBank:
         return spacing_of(image, None if known is None else known.pixdim, identity)
 
     def _job_of(
-        self, item: Mapping[Any, Any], image_key: Hashable, id_key: Hashable | None, number: int, skip_failed: bool
+        self,
+        fetch: Callable[[], Mapping[Any, Any]],
+        image_key: Hashable,
+        id_key: Hashable | None,
+        number: int,
+        skip_failed: bool,
     ) -> Job | None:
         """What is to be drawn for an item; None where its fields are there."""
         identity = f"item {number}"
         try:
+            item = fetch()
             if image_key not in item:
                 raise ValueError(f"item {number} has no {image_key!r}: {sorted(map(str, item))}.")
             image = flushed(item[image_key])
@@ -310,3 +316,19 @@ class DeformationBank:
         self._store.keep(entry)
         if self.max_bytes is not None:
             self._store.shrink(self.max_bytes, entry.identity)
+
+
+def _part_of(
+    items: Iterable[Mapping[Any, Any]], part: int, parts: int
+) -> Iterator[tuple[int, Callable[[], Mapping[Any, Any]]]]:
+    """Numbers of items, and how to get them: where they can be asked for by number, those of other parts are not."""
+    if isinstance(items, Sized) and hasattr(items, "__getitem__"):
+        yield from ((number, partial(items.__getitem__, number)) for number in range(part, len(items), parts))
+        return
+    for number, item in enumerate(items):
+        if number % parts == part:
+            yield number, partial(_itself, item)
+
+
+def _itself(item: Mapping[Any, Any]) -> Mapping[Any, Any]:
+    return item

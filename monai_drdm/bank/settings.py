@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
@@ -80,16 +79,3 @@ def check_count(value: int, name: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise ValueError(f"{name} must be a whole number of 1 or more, got {value!r}.")
     return value
-
-
-def check_shard(shard: Sequence[int] | None) -> tuple[int, int]:
-    """``(I, N)``: the part I of N, counted from 0.
-
-    Raises:
-        ValueError: no such part.
-    """
-    if shard is None:
-        return 0, 1
-    if len(shard) != 2 or not 0 <= shard[0] < shard[1]:
-        raise ValueError(f"shard must be (I, N) with 0 <= I < N, got {tuple(shard)!r}.")
-    return int(shard[0]), int(shard[1])

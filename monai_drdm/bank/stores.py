@@ -13,7 +13,7 @@ from typing import Any
 
 from monai_drdm.bank.entry import BankEntry, EntryFile, file_name
 from monai_drdm.bank.settings import BankSettings
-from monai_drdm.io.files import atomically
+from monai_drdm.io.files import atomically, is_taken
 
 _SETTINGS = "bank.json"
 _OPEN_FILES = 256
@@ -88,8 +88,7 @@ class FolderStore:
         Raises:
             FileExistsError: there is something else.
         """
-        taken = self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir()))
-        if taken and (not self.path.is_dir() or self.settings() is None):
+        if is_taken(self.path) and (not self.path.is_dir() or self.settings() is None):
             raise FileExistsError(f"{self.path} holds something else than a bank. Choose another folder.")
         self.path.mkdir(parents=True, exist_ok=True)
 

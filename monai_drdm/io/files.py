@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+
+PART = ".part-"
+"""What the names of unfinished files begin with."""
+
+_UNFINISHED = re.compile(re.escape(PART) + "[0-9a-f]{32}-")
 
 ITK_FORMATS = {".mha": "MetaImageIO", ".nrrd": "NrrdImageIO", ".png": "PNGImageIO"}
 """ITK's readers and writers by suffix; left to itself, ITK does not know some suffixes in capitals."""
@@ -42,7 +48,7 @@ def atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> 
         OSError: what writing raised; nothing is left behind, and what was at ``path`` stays.
     """
     path = Path(path)
-    part = path.with_name(f".part-{uuid.uuid4().hex}-{path.name}".lower())
+    part = path.with_name(f"{PART}{uuid.uuid4().hex}-{path.name}".lower())
     try:
         write(str(part))
         os.replace(part, path)
@@ -54,9 +60,18 @@ def atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> 
         part.unlink(missing_ok=True)
 
 
+def is_taken(path: Path) -> bool:
+    """Whether there is a file at a path, or a folder that holds something other than what ``atomically`` writes at."""
+    return path.exists() and (not path.is_dir() or not all(_UNFINISHED.match(one.name) for one in path.iterdir()))
+
+
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     """Keep other runs out of a folder; the system lets go when the process ends, however it ends.
+
+    Args:
+        folder: to be locked.
+        shared: let others in that share it, but none that wants it alone.
 
     Raises:
         FileExistsError: another run is at it.
@@ -68,7 +83,7 @@ def locked(folder: Path) -> Iterator[None]:
         return
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         os.close(handle)
         raise FileExistsError(f"another run is writing to {folder}. Wait for it, or choose another folder.") from None
