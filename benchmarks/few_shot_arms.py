@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -30,7 +32,9 @@ from monai.transforms import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import monai_drdm.diffusion.model as model_module
 from monai_drdm.diffusion import DRDM
+from monai_drdm.diffusion.recover_velocity import OVER_RELAXATION
 from monai_drdm.fields import compose, gaussian_smooth, identity_grid, resize_ddf, sample
 from monai_drdm.networks import load_network, network_sha256
 from monai_drdm.train.process import Appearance, change_appearance, Pose, random_pose, uniform
@@ -61,10 +65,12 @@ class Setting:
     """Lever: so many fields are drawn for each that is kept, those that change the label most."""
     ramp: int = 0
     """Lever: iterations over which the probability rises from 0."""
+    relax: float = OVER_RELAXATION
+    """Lever: factor on every recovery step; less of it leaves more of the random field."""
 
     def row(self) -> dict[str, float]:
         """As JSON lines name it: levers only where they are pulled."""
-        levers = ("amplitude", "second", "smooth", "guided", "ramp")
+        levers = ("amplitude", "second", "smooth", "guided", "ramp", "relax")
         return {
             k: v for k, v in asdict(self).items() if k not in levers or v != Setting.__dataclass_fields__[k].default
         }
@@ -156,8 +162,7 @@ class Fields:
             "case": case.name,
             "network": self.name_for(arm, protocol),
         }
-        if setting.guided > 1:
-            key["guided"] = setting.guided
+        key |= {name: value for name, value in setting.row().items() if name in ("guided", "relax")}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         path = self.folder / f"{kind}-{case.name}-{digest}.safetensors"
         if not path.is_file():
@@ -203,7 +208,9 @@ def _draw(model: DRDM | None, kind: str, setting: Setting, protocol: Protocol, c
                 peer = {"elastic": _elastic, "torchio": _torchio}[kind](protocol, setting)
                 drawn.append(torch.stack([peer(one) for one in seeds]))
             elif kind == "drdm":
-                drawn.append(_to_grid(model.sample(image.expand(protocol.bank, *image.shape), levels, seeds), protocol))
+                with _relaxed(setting.relax):
+                    fields = model.sample(image.expand(protocol.bank, *image.shape), levels, seeds)
+                drawn.append(_to_grid(fields, protocol))
             else:
                 drawn.append(_to_grid(model.diffuse(image.shape[1:], levels, seeds), protocol))
         fields = torch.cat(drawn)
@@ -211,6 +218,17 @@ def _draw(model: DRDM | None, kind: str, setting: Setting, protocol: Protocol, c
             fields = fields[_reshaping(fields, case.label[i, 0] > 0).topk(protocol.bank).indices]
         found.append(fields)
     return torch.stack(found)
+
+
+@contextmanager
+def _relaxed(factor: float) -> Iterator[None]:
+    """Let the sampler take steps of another size."""
+    kept = model_module.recover_velocity
+    model_module.recover_velocity = partial(kept, over_relaxation=factor)
+    try:
+        yield
+    finally:
+        model_module.recover_velocity = kept
 
 
 def _reshaping(fields: Tensor, inside: Tensor) -> Tensor:

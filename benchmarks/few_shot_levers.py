@@ -52,6 +52,9 @@ LEVERS = {
     "drdm-guided": Lever("drdm", "drdm", _LOW | {"guided": 4}),
     "drdm-ramp": Lever("drdm", "drdm", _LOW | {"ramp": 2000}),
     "drdm-fresh": Lever("drdm", "drdm", _LOW, {"bank": 64}),
+    "drdm-relax-0.6": Lever("drdm", "drdm", _LOW | {"low": 0.3, "high": 0.8, "relax": 0.6}),
+    "drdm-relax-0.3": Lever("drdm", "drdm", _LOW | {"low": 0.3, "high": 0.8, "relax": 0.3}),
+    "drdm-relax-0.3-half": Lever("drdm", "drdm", _LOW | {"low": 0.3, "high": 0.8, "relax": 0.3, "prob": 0.5}),
     "affine-long": Lever("affine", "affine", {}, {"cap": 10000, "patience": 2500}),
     "drdm-long": Lever("drdm", "affine-long", _LOW, {"cap": 10000, "patience": 2500}),
 }
