@@ -55,8 +55,11 @@ LEVERS = {
     "drdm-relax-0.6": Lever("drdm", "drdm", _LOW | {"low": 0.3, "high": 0.8, "relax": 0.6}),
     "drdm-relax-0.3": Lever("drdm", "drdm", _LOW | {"low": 0.3, "high": 0.8, "relax": 0.3}),
     "drdm-relax-0.3-half": Lever("drdm", "drdm", _LOW | {"low": 0.3, "high": 0.8, "relax": 0.3, "prob": 0.5}),
-    "affine-long": Lever("affine", "affine", {}, {"cap": 10000, "patience": 2500}),
-    "drdm-long": Lever("drdm", "affine-long", _LOW, {"cap": 10000, "patience": 2500}),
+    "drdm-relax-0.3-long": Lever(
+        "drdm", "affine-long", _LOW | {"low": 0.3, "high": 0.8, "relax": 0.3}, {"cap": 8000, "patience": 2000}
+    ),
+    "affine-long": Lever("affine", "affine", {}, {"cap": 8000, "patience": 2000}),
+    "drdm-long": Lever("drdm", "affine-long", _LOW, {"cap": 8000, "patience": 2000}),
 }
 
 
