@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -32,11 +30,9 @@ from monai.transforms import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-import monai_drdm.diffusion.model as model_module
 from monai_drdm.diffusion import DRDM
-from monai_drdm.diffusion.recover_velocity import OVER_RELAXATION
 from monai_drdm.fields import compose, gaussian_smooth, identity_grid, resize_ddf, sample
-from monai_drdm.networks import load_network, network_sha256
+from monai_drdm.networks import load_network, network_sha256, RecoveryNetwork
 from monai_drdm.train.process import Appearance, change_appearance, Pose, random_pose, uniform
 
 INTENSITY = Appearance(gamma=0.25, contrast=0.2, bias=0.1, blur_vox=0.5, noise=0.03)
@@ -65,12 +61,12 @@ class Setting:
     """Lever: so many fields are drawn for each that is kept, those that change the label most."""
     ramp: int = 0
     """Lever: iterations over which the probability rises from 0."""
-    relax: float = OVER_RELAXATION
+    recovery: float = 1.0
     """Lever: factor on every recovery step; less of it leaves more of the random field."""
 
     def row(self) -> dict[str, float]:
         """As JSON lines name it: levers only where they are pulled."""
-        levers = ("amplitude", "second", "smooth", "guided", "ramp", "relax")
+        levers = ("amplitude", "second", "smooth", "guided", "ramp", "recovery")
         return {
             k: v for k, v in asdict(self).items() if k not in levers or v != Setting.__dataclass_fields__[k].default
         }
@@ -147,14 +143,14 @@ class Fields:
 
     def __init__(self, folder: Path, tuned: str | None = None) -> None:
         self.folder, self.tuned = folder, tuned
-        self._models: dict[str, DRDM] = {}
+        self._networks: dict[str, RecoveryNetwork] = {}
 
     def bank(self, arm: str, setting: Setting, protocol: Protocol, case: Case) -> Tensor | None:
         """``(N, K, D, *grid)`` voxels for the images of a case; None for arms without fields."""
         kind = ARMS[arm].fields
         if not kind:
             return None
-        model = self._model(arm, protocol) if kind in ("random", "drdm") else None
+        model = self._model(arm, protocol, setting.recovery) if kind in ("random", "drdm") else None
         key = {
             "kind": kind,
             "range": [setting.low, setting.high],
@@ -162,7 +158,7 @@ class Fields:
             "case": case.name,
             "network": self.name_for(arm, protocol),
         }
-        key |= {name: value for name, value in setting.row().items() if name in ("guided", "relax")}
+        key |= {name: value for name, value in setting.row().items() if name in ("guided", "recovery")}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         path = self.folder / f"{kind}-{case.name}-{digest}.safetensors"
         if not path.is_file():
@@ -185,16 +181,16 @@ class Fields:
         model = self._model(arm, protocol)
         return f"{model.network.card.name} {network_sha256(model.network)[:8]}, {model.steps} steps"
 
-    def _model(self, arm: str, protocol: Protocol) -> DRDM:
+    def _model(self, arm: str, protocol: Protocol, recovery: float = 1.0) -> DRDM:
         shipped = {2: "anatomy-2d", 3: "anatomy-3d"}[len(protocol.grid)]
         name = ARMS[arm].network or shipped
         if name == "tuned":
             if self.tuned is None:
                 raise SystemExit(f"arm {arm} needs --network, a network tuned on the pool's images.")
             name = self.tuned
-        if name not in self._models:
-            self._models[name] = DRDM(load_network(name))
-        return self._models[name]
+        if name not in self._networks:
+            self._networks[name] = load_network(name)
+        return DRDM(self._networks[name], recovery=recovery)
 
 
 def _draw(model: DRDM | None, kind: str, setting: Setting, protocol: Protocol, case: Case, seed: int) -> Tensor:
@@ -208,9 +204,7 @@ def _draw(model: DRDM | None, kind: str, setting: Setting, protocol: Protocol, c
                 peer = {"elastic": _elastic, "torchio": _torchio}[kind](protocol, setting)
                 drawn.append(torch.stack([peer(one) for one in seeds]))
             elif kind == "drdm":
-                with _relaxed(setting.relax):
-                    fields = model.sample(image.expand(protocol.bank, *image.shape), levels, seeds)
-                drawn.append(_to_grid(fields, protocol))
+                drawn.append(_to_grid(model.sample(image.expand(protocol.bank, *image.shape), levels, seeds), protocol))
             else:
                 drawn.append(_to_grid(model.diffuse(image.shape[1:], levels, seeds), protocol))
         fields = torch.cat(drawn)
@@ -218,17 +212,6 @@ def _draw(model: DRDM | None, kind: str, setting: Setting, protocol: Protocol, c
             fields = fields[_reshaping(fields, case.label[i, 0] > 0).topk(protocol.bank).indices]
         found.append(fields)
     return torch.stack(found)
-
-
-@contextmanager
-def _relaxed(factor: float) -> Iterator[None]:
-    """Let the sampler take steps of another size."""
-    kept = model_module.recover_velocity
-    model_module.recover_velocity = partial(kept, over_relaxation=factor)
-    try:
-        yield
-    finally:
-        model_module.recover_velocity = kept
 
 
 def _reshaping(fields: Tensor, inside: Tensor) -> Tensor:

@@ -52,11 +52,11 @@ LEVERS = {
     "drdm-guided": Lever("drdm", "drdm", _LOW | {"guided": 4}),
     "drdm-ramp": Lever("drdm", "drdm", _LOW | {"ramp": 2000}),
     "drdm-fresh": Lever("drdm", "drdm", _LOW, {"bank": 64}),
-    "drdm-relax-0.6": Lever("drdm", "drdm", _LOW | {"low": 0.3, "high": 0.8, "relax": 0.6}),
-    "drdm-relax-0.3": Lever("drdm", "drdm", _LOW | {"low": 0.3, "high": 0.8, "relax": 0.3}),
-    "drdm-relax-0.3-half": Lever("drdm", "drdm", _LOW | {"low": 0.3, "high": 0.8, "relax": 0.3, "prob": 0.5}),
-    "drdm-relax-0.3-long": Lever(
-        "drdm", "affine-long", _LOW | {"low": 0.3, "high": 0.8, "relax": 0.3}, {"cap": 8000, "patience": 2000}
+    "drdm-recovery-0.48": Lever("drdm", "drdm", _LOW | {"low": 0.3, "high": 0.8, "recovery": 0.48}),
+    "drdm-recovery-0.24": Lever("drdm", "drdm", _LOW | {"low": 0.3, "high": 0.8, "recovery": 0.24}),
+    "drdm-recovery-0.24-half": Lever("drdm", "drdm", _LOW | {"low": 0.3, "high": 0.8, "recovery": 0.24, "prob": 0.5}),
+    "drdm-recovery-0.24-long": Lever(
+        "drdm", "affine-long", _LOW | {"low": 0.3, "high": 0.8, "recovery": 0.24}, {"cap": 8000, "patience": 2000}
     ),
     "affine-long": Lever("affine", "affine", {}, {"cap": 8000, "patience": 2000}),
     "drdm-long": Lever("drdm", "affine-long", _LOW, {"cap": 8000, "patience": 2000}),

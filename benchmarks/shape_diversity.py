@@ -11,6 +11,7 @@ that is what there is to learn; between a label and its deformed copies it is wh
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,16 @@ from tqdm import tqdm
 from monai_drdm.fields import warp
 
 PATH = RESULTS / "shape_diversity.jsonl"
-PATIENTS, PAIRS, STEPS = 20, 60, 150
+PATIENTS, PAIRS, COPIES, STEPS = 20, 60, 3, 150
 ARMS: dict[str, list[dict[str, float]]] = {
     "elastic": [{"high": 1.5}, {"high": 3.0}, {"high": 6.0}],
     "random": [{"low": 0.02, "high": 0.1}, {"low": 0.05, "high": 0.2}],
     "drdm": [
         {"low": 0.2, "high": 0.5},
+        {"low": 0.3, "high": 0.8},
         {"low": 0.6, "high": 1.0},
-        {"low": 0.3, "high": 0.8, "relax": 0.6},
-        {"low": 0.3, "high": 0.8, "relax": 0.3},
+        {"low": 0.3, "high": 0.8, "recovery": 0.48},
+        {"low": 0.3, "high": 0.8, "recovery": 0.24},
     ],
 }
 
@@ -99,10 +101,12 @@ def run(fields: Fields) -> None:
 
 def _deformed(arm: str, setting: Setting, protocol: Protocol, chosen: list[tuple[Case, int]], fields: Fields) -> Tensor:
     found = []
+    few = replace(protocol, bank=COPIES)
     for case, i in tqdm(chosen, desc=arm, leave=False):
-        bank = fields.bank(arm, setting, protocol, case)
+        slices = (tensor[i : i + 1] for tensor in (case.source, case.image, case.label))
+        bank = fields.bank(arm, setting, few, Case(f"{case.name}-middle", *slices))
         assert bank is not None
-        ddf = bank[i, :3].float()
+        ddf = bank[0].float()
         label = case.label[i].expand(len(ddf), -1, -1, -1)
         found.append(aligned_dice(warp(label, ddf, "nearest"), label))
     return torch.cat(found)

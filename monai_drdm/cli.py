@@ -96,6 +96,7 @@ def _add_augment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--sampler", default="auto", help="sampler (default: the network's)")
     parser.add_argument("--steps", type=int, help="recovery steps (default: the network's)")
+    parser.add_argument("--recovery", type=float, default=1.0, help="factor on recovery steps in [0, 1] (default: 1)")
     parser.add_argument(
         "--slice-axis", type=int, help="deform volumes by one in-plane field across this axis (0, 1, 2)"
     )
@@ -128,6 +129,7 @@ def _augment(options: argparse.Namespace) -> int:
         network=options.network,
         sampler=options.sampler,
         steps=options.steps,
+        recovery=options.recovery,
         slice_axis=options.slice_axis,
         max_displacement_mm=options.max_displacement_mm,
         label_mode=options.label_mode,
@@ -192,6 +194,7 @@ def _add_bank(parser: argparse.ArgumentParser) -> None:
     build.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     build.add_argument("--sampler", default="auto", help="sampler (default: the network's)")
     build.add_argument("--steps", type=int, help="recovery steps (default: the network's)")
+    build.add_argument("--recovery", type=float, default=1.0, help="factor on recovery steps in [0, 1] (default: 1)")
     build.add_argument("--slice-axis", type=int, help="one in-plane field across this axis of volumes (0, 1, 2)")
     build.add_argument("--max-displacement-mm", type=float, help="scale fields down to this")
     build.add_argument("--max-bytes", type=int, help="stop with an error before the bank grows larger")
@@ -223,6 +226,7 @@ def _bank_build(options: argparse.Namespace) -> int:
             deformation_level=tuple(options.level),
             sampler=options.sampler,
             steps=options.steps,
+            recovery=options.recovery,
             slice_axis=options.slice_axis,
             max_displacement_mm=options.max_displacement_mm,
             seed=options.seed,

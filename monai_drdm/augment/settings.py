@@ -24,6 +24,7 @@ class AugmentSettings:
     network: str = "auto"
     sampler: str = "auto"
     steps: int | None = None
+    recovery: float = 1.0
     slice_axis: int | None = None
     max_displacement_mm: float | None = None
     label_mode: Mode = "nearest"
@@ -50,6 +51,7 @@ class AugmentSettings:
             deformation_level=level,
             sampler=self.sampler,
             steps=self.steps,
+            recovery=self.recovery,
             mode=["bilinear", self.label_mode][: len(keys)],
             slice_axis=self.slice_axis,
             max_displacement_mm=self.max_displacement_mm,

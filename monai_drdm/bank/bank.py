@@ -67,6 +67,7 @@ class DeformationBank:
         deformation_level: float | Sequence[float] = (0.3, 0.8),
         sampler: str = "auto",
         steps: int | None = None,
+        recovery: float = 1.0,
         image_channel: int | None = None,
         max_displacement_mm: float | None = None,
         on_fold: str = "rescale",
@@ -87,6 +88,7 @@ class DeformationBank:
             deformation_level: as in ``RandDRDMDeform``; drawn for each field.
             sampler: as in ``RandDRDMDeform``.
             steps: as in ``RandDRDMDeform``.
+            recovery: as in ``RandDRDMDeform``.
             image_channel: as in ``RandDRDMDeform``.
             max_displacement_mm: as in ``RandDRDMDeform``.
             on_fold: as in ``RandDRDMDeform``.
@@ -108,6 +110,7 @@ class DeformationBank:
             deformation_level=deformation_level,
             sampler=sampler,
             steps=steps,
+            recovery=recovery,
             image_channel=image_channel,
             max_displacement_mm=max_displacement_mm,
             on_fold=on_fold,

@@ -31,7 +31,9 @@ class Maker:
         """Of a bank of images like this ``(C, *S)``: the network may depend on their dimensions."""
         drawer = self.drawer
         dims = image.ndim - 1 - (drawer.slice_axis is not None)
-        model = DRDM(drawer.source.load(dims, drawer.device or image.device), drawer.sampler, drawer.steps)
+        model = DRDM(
+            drawer.source.load(dims, drawer.device or image.device), drawer.sampler, drawer.steps, drawer.recovery
+        )
         return BankSettings(
             network=model.network.card.name,
             network_sha256=network_sha256(model.network),
@@ -39,6 +41,7 @@ class Maker:
             deformation_level=drawer.levels,
             sampler=model.sampler,
             steps=model.steps,
+            recovery=model.recovery,
             image_channel=drawer.image_channel,
             max_displacement_mm=drawer.max_displacement_mm,
             on_fold=drawer.on_fold,

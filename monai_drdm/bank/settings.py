@@ -21,6 +21,7 @@ class BankSettings:
     deformation_level: tuple[float, float]
     sampler: str
     steps: int
+    recovery: float
     image_channel: int | None
     max_displacement_mm: float | None
     on_fold: str

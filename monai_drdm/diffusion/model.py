@@ -10,8 +10,8 @@ from torch import Tensor
 
 from monai_drdm.diffusion.diffuse import diffuse, diffuse_published
 from monai_drdm.diffusion.recover import Callback, recover_fast, recover_reference, strided_times
-from monai_drdm.diffusion.recover_velocity import recover_velocity
-from monai_drdm.diffusion.schedule import levels_of_batch, time_step
+from monai_drdm.diffusion.recover_velocity import OVER_RELAXATION, recover_velocity
+from monai_drdm.diffusion.schedule import check_recovery, levels_of_batch, time_step
 from monai_drdm.diffusion.working_grid import WorkingGrid
 from monai_drdm.fields import crop, fractions_to_voxels, mend_folds
 from monai_drdm.networks import RecoveryNetwork, RecResACNet, VelocityUNet
@@ -30,12 +30,16 @@ class DRDM:
         sampler: ``reference`` (as released) or ``fast`` for published networks, ``velocity`` for ours, or ``auto``: the
             card's.
         steps: recovery steps; None is the card's. ``reference`` always takes 80.
+        recovery: factor on every recovery step, in [0, 1], of ``velocity`` only: less than 1 leaves more of the random
+            field, shapes differ more and are less plausible; 0 is no recovery.
 
     Raises:
-        ValueError: a sampler the network does not know, or a number of steps it cannot take.
+        ValueError: a sampler the network does not know, or steps or a recovery that it cannot take.
     """
 
-    def __init__(self, network: RecoveryNetwork, sampler: str = "auto", steps: int | None = None) -> None:
+    def __init__(
+        self, network: RecoveryNetwork, sampler: str = "auto", steps: int | None = None, recovery: float = 1.0
+    ) -> None:
         known = SAMPLERS[network.card.kind]
         if sampler not in ("auto", *known):
             raise ValueError(f"sampler must be 'auto' or one of {known} for {network.card.name!r}, got {sampler!r}.")
@@ -55,6 +59,9 @@ class DRDM:
                 strided_times(self.steps)
             elif self.steps < 1:
                 raise ValueError(f"sampler 'velocity': steps must be 1 or more, got {self.steps}.")
+        self.recovery = check_recovery(recovery)
+        if self.recovery != 1.0 and self.sampler != "velocity":
+            raise ValueError(f"recovery below 1 needs sampler 'velocity', got {recovery} for {self.sampler!r}.")
 
     @torch.no_grad()
     def sample(
@@ -129,7 +136,14 @@ class DRDM:
         network = self.network
         if isinstance(network, VelocityUNet):
             return recover_velocity(
-                network, working, ddf, levels, steps=self.steps, callback=callback, progress=progress
+                network,
+                working,
+                ddf,
+                levels,
+                steps=self.steps,
+                over_relaxation=self.recovery * OVER_RELAXATION,
+                callback=callback,
+                progress=progress,
             )
         assert isinstance(network, RecResACNet)
         if self.sampler == "reference":

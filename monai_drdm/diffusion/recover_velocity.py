@@ -58,7 +58,8 @@ def recover_velocity(
         ddf: ``(B, D, *H)`` voxels of the half grid, the diffused field.
         levels: deformation level of each image.
         steps: number of steps, 1 or more; each costs a prediction, every fourth one two.
-        over_relaxation: factor on every step; more of it stays closer to the original.
+        over_relaxation: factor on every step; more of it stays closer to the original, less leaves more of the random
+            field.
         callback: called after each step; its ``time`` is the number of steps left.
         progress: show a progress bar.
 

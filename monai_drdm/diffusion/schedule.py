@@ -28,6 +28,17 @@ def check_level(level: float, function: str) -> float:
     return float(level)
 
 
+def check_recovery(recovery: float) -> float:
+    """A factor on recovery steps.
+
+    Raises:
+        ValueError: not a number in [0, 1].
+    """
+    if isinstance(recovery, bool) or not isinstance(recovery, (int, float)) or not 0.0 <= recovery <= 1.0:
+        raise ValueError(f"recovery must be a number in [0, 1], got {recovery!r}.")
+    return float(recovery)
+
+
 def levels_of_batch(level: float | Sequence[float], batch: int, function: str) -> list[float]:
     """One checked level per sample, from one number or one per sample.
 

@@ -138,6 +138,8 @@ class RandDRDMDeform(DRDMRandomness):
         deformation_level: the paper's T'/T in (0, 1], a number or a range drawn uniformly.
         sampler: ``"reference"``, ``"fast"``, or ``"auto"``: the network card's.
         steps: recovery steps; None: the network card's.
+        recovery: factor on every recovery step, in [0, 1]: less leaves more of the random field, so that shapes differ
+            more and are less plausible. Below 1 for ``velocity`` only.
         mode: ``bilinear``, ``nearest``, ``bicubic`` (2D) or ``label``.
         padding_mode: ``border``, ``zeros`` or ``reflection``.
         image_channel: channel that the network sees; None: the mean over channels.
@@ -164,6 +166,7 @@ class RandDRDMDeform(DRDMRandomness):
         deformation_level: float | Sequence[float] = (0.3, 0.8),
         sampler: str = "auto",
         steps: int | None = None,
+        recovery: float = 1.0,
         mode: Mode = "bilinear",
         padding_mode: PaddingMode = "border",
         image_channel: int | None = None,
@@ -181,6 +184,7 @@ class RandDRDMDeform(DRDMRandomness):
             deformation_level=deformation_level,
             sampler=sampler,
             steps=steps,
+            recovery=recovery,
             image_channel=image_channel,
             max_displacement_mm=max_displacement_mm,
             on_fold=on_fold,

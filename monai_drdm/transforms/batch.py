@@ -53,6 +53,7 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         deformation_level: as in ``RandDRDMDeform``; drawn for every sample.
         sampler: as in ``RandDRDMDeform``.
         steps: as in ``RandDRDMDeform``.
+        recovery: as in ``RandDRDMDeform``.
         mode: one, or one per key.
         padding_mode: one, or one per key.
         image_key: key of the images that the network sees; None: the first key.
@@ -86,6 +87,7 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         deformation_level: float | Sequence[float] = (0.3, 0.8),
         sampler: str = "auto",
         steps: int | None = None,
+        recovery: float = 1.0,
         mode: Mode | Sequence[Mode] = "bilinear",
         padding_mode: PaddingMode | Sequence[PaddingMode] = "border",
         image_key: Hashable | None = None,
@@ -119,6 +121,7 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
             deformation_level=deformation_level,
             sampler=sampler,
             steps=steps,
+            recovery=recovery,
             image_channel=image_channel,
             max_displacement_mm=max_displacement_mm,
             on_fold=on_fold,

@@ -32,6 +32,7 @@ class RandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         deformation_level: as in ``RandDRDMDeform``.
         sampler: as in ``RandDRDMDeform``.
         steps: as in ``RandDRDMDeform``.
+        recovery: as in ``RandDRDMDeform``.
         mode: one, or one per key.
         padding_mode: one, or one per key.
         image_key: key of the image that the network sees; None: the first key. It is moved only if it is in ``keys``.
@@ -66,6 +67,7 @@ class RandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         deformation_level: float | Sequence[float] = (0.3, 0.8),
         sampler: str = "auto",
         steps: int | None = None,
+        recovery: float = 1.0,
         mode: Mode | Sequence[Mode] = "bilinear",
         padding_mode: PaddingMode | Sequence[PaddingMode] = "border",
         image_key: Hashable | None = None,
@@ -101,6 +103,7 @@ class RandDRDMDeformd(DRDMRandomness, KeyedDeformation):
             deformation_level=deformation_level,
             sampler=sampler,
             steps=steps,
+            recovery=recovery,
             image_channel=image_channel,
             max_displacement_mm=max_displacement_mm,
             on_fold=on_fold,

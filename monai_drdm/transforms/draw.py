@@ -16,6 +16,7 @@ from torch import Tensor
 
 from monai_drdm._version import __version__
 from monai_drdm.diffusion import DRDM, SAMPLERS
+from monai_drdm.diffusion.schedule import check_recovery
 from monai_drdm.fields import fold_fraction, shrink_to_fold_limit, voxels_to_mm
 from monai_drdm.networks import network_sha256, RecoveryNetwork
 from monai_drdm.transforms.record import Deformation, DeformationParams
@@ -60,6 +61,7 @@ class FieldDrawer:
         deformation_level: float | Sequence[float],
         sampler: str,
         steps: int | None,
+        recovery: float,
         image_channel: int | None,
         max_displacement_mm: float | None,
         on_fold: str,
@@ -79,6 +81,7 @@ class FieldDrawer:
         self.levels = _level_range(deformation_level)
         self.sampler = sampler
         self.steps = _optional_index(steps, "steps")
+        self.recovery = check_recovery(recovery)
         self.image_channel = _optional_index(image_channel, "image_channel")
         self.max_displacement_mm = max_displacement_mm
         self.on_fold = on_fold
@@ -87,7 +90,7 @@ class FieldDrawer:
         self.device = None if device is None else _device(device)
         # wrong arguments fail here, not when the transform first fires
         if isinstance(network, RecoveryNetwork):
-            DRDM(network, sampler, self.steps)
+            DRDM(network, sampler, self.steps, self.recovery)
             return
         known = sorted({one for samplers in SAMPLERS.values() for one in samplers})
         if sampler not in ("auto", *known):
@@ -141,7 +144,7 @@ class FieldDrawer:
         device = images[0].device
         network = self.source.load(views[0].image.ndim - 1, device if self.device is None else self.device)
         if params is not None:
-            models = [DRDM(network, one.sampler, one.steps) for one in params]
+            models = [DRDM(network, one.sampler, one.steps, one.recovery) for one in params]
             for one, model in zip(params, models):
                 _check_record(one, model)
             drawn = _sample(models, views, [one.deformation_level for one in params], [one.seed for one in params])
@@ -150,7 +153,7 @@ class FieldDrawer:
                 for spacing, view, ddf, one in zip(spacings, views, drawn, params)
             ]
         assert seeds is not None
-        model = DRDM(network, self.sampler, self.steps)
+        model = DRDM(network, self.sampler, self.steps, self.recovery)
         records = [self._record(model, seed) for seed in seeds]
         drawn = _sample([model] * len(views), views, [one.deformation_level for one in records], seeds)
         return [
@@ -216,6 +219,7 @@ class FieldDrawer:
             network_sha256=network_sha256(model.network),
             sampler=model.sampler,
             steps=model.steps,
+            recovery=model.recovery,
             image_channel=self.image_channel,
             slice_axis=self.slice_axis,
             scale=1.0,
@@ -229,7 +233,7 @@ def _sample(
     """Compact fields ``(1, D, *C)``; what has one model, shape and spacing goes through the network together."""
     alike: dict[object, list[int]] = {}
     for i, (model, view) in enumerate(zip(models, views)):
-        alike.setdefault((model.sampler, model.steps, view.image.shape, view.spacing), []).append(i)
+        alike.setdefault((model.sampler, model.steps, model.recovery, view.image.shape, view.spacing), []).append(i)
     found: dict[int, Tensor] = {}
     for group in alike.values():
         view, batch = views[group[0]], torch.stack([views[i].image for i in group])

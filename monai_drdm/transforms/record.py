@@ -25,6 +25,8 @@ class DeformationParams:
     network_sha256: str
     sampler: str
     steps: int
+    recovery: float
+    """Factor on every recovery step."""
     image_channel: int | None
     """Channel that the network saw; None: the mean."""
     slice_axis: int | None
@@ -44,7 +46,11 @@ class DeformationParams:
         for name, value in integers.items():
             if type(value) is not int:
                 raise TypeError(f"{name} must be an integer, got {value!r}")
-        for name, number in (("deformation_level", self.deformation_level), ("scale", self.scale)):
+        for name, number in (
+            ("deformation_level", self.deformation_level),
+            ("recovery", self.recovery),
+            ("scale", self.scale),
+        ):
             if type(number) not in (int, float) or not 0.0 <= number <= 1.0:
                 raise ValueError(f"{name} must be a number in [0, 1], got {number!r}")
         for name, text in (("network", self.network), ("sampler", self.sampler), ("version", self.version)):

@@ -241,6 +241,33 @@ def test_impossible_steps(filled_network, sampler, steps):
         DRDM(filled_network(2), sampler, steps)
 
 
+@pytest.mark.parametrize("recovery", [1.5, -0.1, True, "all", float("nan")])
+def test_impossible_recovery(filled_network, recovery):
+    with pytest.raises(ValueError, match="recovery must be a number"):
+        DRDM(filled_network(2), recovery=recovery)
+
+
+@pytest.mark.parametrize("sampler", ["fast", "reference"])
+def test_recovery_is_whole_for_published_samplers(filled_network, sampler):
+    with pytest.raises(ValueError, match="needs sampler 'velocity'"):
+        DRDM(filled_network(2), sampler, recovery=0.5)
+
+
+def test_less_recovery_leaves_more_of_the_random_field():
+    """None at all is a network that says nothing; the more, the farther the field goes from there."""
+    network = load_network("anatomy-2d")
+    image = images(2, 65, 65)
+    found = [DRDM(network, recovery=recovery).sample(image, 0.4, [1, 2]) for recovery in (0.0, 0.3, 0.6, 1.0)]
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.zero_()
+    silent = DRDM(network).sample(image, 0.4, [1, 2])
+    torch.testing.assert_close(found[0], silent)
+    away = [float((ddf - silent).norm(dim=1).mean()) for ddf in found]
+    assert away == sorted(away)
+    assert away[1] > 0.2
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_image_that_is_not_finite(small, value):
     image = images(2, 20, 20)

@@ -423,3 +423,19 @@ def test_pickle_is_small_and_replays(small_network, scan):
     assert pickle.loads(pickle.dumps(transform)).last is None
     again = pickle.loads(pickle.dumps(transform))(image, randomize=False)
     torch.testing.assert_close(out, again, rtol=0, atol=0)
+
+
+def test_recovery_is_recorded_and_replayed(scan):
+    """A record replays its own recovery, whatever that of the transform that replays it."""
+    image = scan((65, 65))["image"]
+    partial = RandDRDMDeform(prob=1.0, deformation_level=0.4, recovery=0.3).set_random_state(1)
+    partial(image)
+    record = DeformationParams.from_json(partial.last.params.to_json())
+    assert record.recovery == 0.3
+    whole = RandDRDMDeform(prob=1.0, deformation_level=0.4).set_random_state(1)
+    whole(image)
+    assert (whole.last.ddf - partial.last.ddf).abs().max() > 0.5
+    whole(image, params=record)
+    torch.testing.assert_close(whole.last.ddf, partial.last.ddf, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="recovery must be a number"):
+        RandDRDMDeform(recovery=2)
