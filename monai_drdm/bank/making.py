@@ -16,6 +16,9 @@ from monai_drdm.bank.settings import BankSettings, field_seed
 from monai_drdm.diffusion import DRDM
 from monai_drdm.networks import network_sha256
 from monai_drdm.transforms.draw import FieldDrawer
+from monai_drdm.transforms.stored import StoredField
+
+_VOXELS_AT_ONCE = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -68,10 +71,14 @@ def draw_entry(
     """All fields of one image."""
     count = settings.fields_per_image
     seeds = [field_seed(settings.seed, identity, k) for k in range(count)]
+    at_once = max(1, _VOXELS_AT_ONCE // image[0].numel())  # the same for an image wherever it is drawn
+    fields, records = list[StoredField](), list[str]()
     with torch.no_grad():
-        drawn = drawer.draw_batch([image] * count, [spacing] * count, seeds=seeds)
-    records = ["" if one.params is None else one.params.to_json() for one in drawn]
-    return BankEntry.of(identity, image, spacing, [one.stored for one in drawn], records, settings.digest)
+        for chunk in (seeds[k : k + at_once] for k in range(0, count, at_once)):
+            for one in drawer.draw_batch([image] * len(chunk), [spacing] * len(chunk), seeds=chunk):
+                fields.append(one.stored)
+                records.append("" if one.params is None else one.params.to_json())
+    return BankEntry.of(identity, image, spacing, fields, records, settings.digest)
 
 
 def item_identity(item: Mapping[Any, Any], image: NdarrayOrTensor, id_key: Hashable | None) -> str:

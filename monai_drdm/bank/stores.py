@@ -20,7 +20,7 @@ _OPEN_FILES = 256
 
 
 class MemoryStore:
-    """Entries in memory, which worker processes read where they are."""
+    """Entries in memory; forked workers read them where they are, others are sent them as torch sends tensors."""
 
     path: Path | None = None
 
@@ -42,7 +42,6 @@ class MemoryStore:
 
     def keep(self, entry: BankEntry) -> None:
         """Add an entry."""
-        entry.values.share_memory_()  # type: ignore[no-untyped-call]  # torch leaves it without types
         self._entries[entry.identity] = entry
 
     def shrink(self, limit: int, newest: str) -> None:
