@@ -42,7 +42,7 @@ PATH = RESULTS / "peers.jsonl"
 KEYS, MODES = ["image", "label"], ["bilinear", "nearest"]
 MONAI = {"keys": KEYS, "mode": MODES, "prob": 1.0, "padding_mode": "border"}
 POSE = {"rotate_range": 0.3, "scale_range": 0.1, "translate_range": 5.0}
-BATCH = 8
+BATCH = {2: 8, 3: 2}
 Sample = dict[str, Any]
 Call = Callable[[Sample], object]
 
@@ -63,12 +63,13 @@ def _ours(sample: Sample) -> dict[str, Call]:
     bank = bank_of(sample)
     settings: dict[str, Any] = {"keys": KEYS, "mode": MODES, "prob": 1.0}
     batched = BatchRandDRDMDeformd(**settings)
-    batch = {key: torch.stack([sample[key]] * BATCH) for key in KEYS}
+    size = BATCH[sample["image"].ndim - 1]
+    batch = {key: torch.stack([sample[key]] * size) for key in KEYS}
     return {
         "RandDRDMBankd": RandDRDMBankd(bank=bank, id_key="name", **settings),
         "RandDRDMBankd with affine": RandDRDMBankd(bank=bank, id_key="name", **settings, **POSE),
         "RandDRDMDeformd": RandDRDMDeformd(**settings),
-        f"BatchRandDRDMDeformd, a sample of {BATCH}": lambda _: batched(batch),
+        f"BatchRandDRDMDeformd, a sample of {size}": lambda _: batched(batch),
     }
 
 
@@ -128,7 +129,7 @@ def calls_of(sample: Sample) -> dict[str, Call]:
 
 def share_of(name: str) -> int:
     """Samples that one call makes."""
-    return BATCH if name.startswith("Batch") else 1
+    return int(name.split()[-1]) if name.startswith("Batch") else 1
 
 
 def timed(shape: tuple[int, ...], threads: int, turns: int) -> None:
