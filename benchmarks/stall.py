@@ -64,7 +64,7 @@ def transforms_of(samples: list[dict[str, Any]]) -> dict[str, Any]:
 def steps(transform: Any, samples: list[dict[str, Any]], workers: int) -> Iterator[float]:
     """Seconds of one training step after another."""
     dims = samples[0]["image"].ndim - 1
-    loader = DataLoader(Endless(samples, transform), BATCH[dims], num_workers=workers)
+    loader = DataLoader(Endless(samples, transform), batch_size=BATCH[dims], num_workers=workers)
     network = UNet(dims, 1, 4, (16, 32, 64, 128), (2, 2, 2), num_res_units=2)
     optimiser = torch.optim.AdamW(network.parameters(), 1e-3)
     loss = DiceCELoss(to_onehot_y=True, softmax=True)
