@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +14,15 @@ from torch import Tensor
 from monai_drdm.fields.invert import Inverse
 from monai_drdm.metrics import field_statistics, FieldStatistics
 from monai_drdm.transforms.stored import StoredField
+
+
+def _entries(record: type[DeformationParams] | type[BankedParams], text: str) -> dict[str, Any]:
+    """Exactly the entries of a record, from JSON."""
+    values = json.loads(text)
+    names = {f.name for f in fields(record)}
+    if not isinstance(values, dict) or set(values) != names:
+        raise ValueError(f"expected exactly the entries {sorted(names)}")
+    return values
 
 
 @dataclass(frozen=True)
@@ -69,10 +79,7 @@ class DeformationParams:
             ValueError: not the JSON of a record.
         """
         try:
-            values = json.loads(text)
-            names = {f.name for f in fields(cls)}
-            if not isinstance(values, dict) or set(values) != names:
-                raise ValueError(f"expected exactly the entries {sorted(names)}")
+            values = _entries(cls, text)
             record = cls(**values)
             record._check()
             return record
@@ -110,10 +117,7 @@ class BankedParams:
             ValueError: not the JSON of a record.
         """
         try:
-            values = json.loads(text)
-            names = {f.name for f in fields(cls)}
-            if not isinstance(values, dict) or set(values) != names:
-                raise ValueError(f"expected exactly the entries {sorted(names)}")
+            values = _entries(cls, text)
             matrix = values["matrix"]
             values["matrix"] = None if matrix is None else tuple(tuple(float(v) for v in row) for row in matrix)
             if type(values["index"]) is not int or not 0.0 <= values["scale"] <= 1.0:
