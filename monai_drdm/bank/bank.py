@@ -170,13 +170,18 @@ class DeformationBank:
         bank = cls.on_demand(path, **options)
         total = len(range(part, len(items), parts)) if isinstance(items, Sized) else None
         with tqdm(total=total, desc="bank", unit="image", disable=not progress) as bar:
+            begun: dict[str, str] = {}
 
             def jobs() -> Iterator[Job]:
                 for number, item in _part_of(items, part, parts):
                     job = bank._job_of(item, image_key, id_key, number, skip_failed)
+                    if job is not None and job.identity in begun:  # an executor may still be at it
+                        bank._refuse_twins(job, begun[job.identity], skip_failed)
+                        job = None
                     if job is None:
                         bar.update()
                     else:
+                        begun[job.identity] = fingerprint(job.image)
                         yield job
 
             for job, entry in (
@@ -293,6 +298,14 @@ class DeformationBank:
         assert self._maker is not None
         assert self.settings is not None
         return Job(self._maker.drawer, self.settings, identity, image, spacing)
+
+    def _refuse_twins(self, job: Job, begun: str, skip_failed: bool) -> None:
+        """That an image whose name came before is the same image."""
+        if fingerprint(job.image) != begun:
+            message = f"two images of one identity: {job.identity!r}. Give every image its own."
+            if not skip_failed:
+                raise ValueError(message)
+            self.failed[job.identity] = message
 
     def _settle(self, image: Tensor) -> None:
         """Fix the settings at the first image."""

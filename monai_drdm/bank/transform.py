@@ -189,6 +189,8 @@ class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
         if randomize and params is None:
             self.randomize(None if self.seed_key is None else result[self.seed_key])
         choice = self._choice
+        if self.seed_key is not None and randomize:  # threads may share this transform, and with it ``_choice``
+            choice = self._choose(np.random.RandomState(stable_hash(result[self.seed_key])))
         if params is None and choice is None:
             raise ValueError("randomize=False replays the last draw, and there is none yet.")
         deformation = None

@@ -212,8 +212,9 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
             if points.ndim != 4 or len(points) != len(samples):
                 raise ValueError(f"{key!r} must hold points ({len(samples)}, C, N, D), got {tuple(points.shape)}.")
             check_points(points[0], samples[0].ndim - 1, repr(key))
-        self.last = self._deformations(result, samples, name, randomize, params)
-        self._move(result, samples, present)
+        deformations = self._deformations(result, samples, name, randomize, params)
+        self.last = deformations
+        self._move(result, samples, present, deformations)  # threads may share this transform, and with it ``last``
         return result
 
     def _deformations(
@@ -247,13 +248,17 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         return found
 
     def _move(
-        self, data: dict[Any, Any], samples: list[Tensor], present: Sequence[tuple[Hashable, Mode, PaddingMode]]
+        self,
+        data: dict[Any, Any],
+        samples: list[Tensor],
+        present: Sequence[tuple[Hashable, Mode, PaddingMode]],
+        deformations: list[Deformation | None],
     ) -> None:
         shape = tuple(samples[0].shape[1:])
-        moving = [i for i, one in enumerate(self.last) if one is not None and not one.skipped]
-        fields = [one.ddf for one in self.last if one is not None and not one.skipped]
+        moving = [i for i, one in enumerate(deformations) if one is not None and not one.skipped]
+        fields = [one.ddf for one in deformations if one is not None and not one.skipped]
         ddf = torch.stack(fields) if fields else None
-        infos = [field_info(one, shape) for one in self.last] if self.invertible else []
+        infos = [field_info(one, shape) for one in deformations] if self.invertible else []
         for key, mode, padding in present:
             values = numeric_tensor(data[key], repr(key))
             interpolated = mode in ("bilinear", "bicubic") and not values.is_floating_point()
@@ -263,13 +268,14 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
             info = {"kind": "image", "mode": mode, "padding_mode": padding}
             data[key] = self._recorded_batch(data[key], out, moving, [info | one for one in infos])
         for key in (key for key in self.point_keys if key in data):
-            self._move_batch_of_points(data, key, samples, moving, infos)
+            self._move_batch_of_points(data, key, samples, deformations, moving, infos)
 
     def _move_batch_of_points(
         self,
         data: dict[Any, Any],
         key: Hashable,
         samples: list[Tensor],
+        deformations: list[Deformation | None],
         moving: list[int],
         infos: list[dict[str, Any]],
     ) -> None:
@@ -279,7 +285,7 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         for i, sample in enumerate(samples):
             affine = world_affine(sample, repr(self.image_key)) if self.point_space == "world" else None
             on_device = None if affine is None else affine.to(values.device)
-            deformation = self.last[i]
+            deformation = deformations[i]
             if i in moving and deformation is not None:
                 points, ok = move_points(moved[i], deformation.ddf.to(values.device), on_device)
                 moved[i] = points.to(moved.dtype)

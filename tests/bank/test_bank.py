@@ -178,6 +178,14 @@ def test_other_images_and_strangers(build, items, tmp_path):
         build([*items, {**items[1], "name": "ward/0"}], path=tmp_path / "bank")
 
 
+def test_two_images_of_one_name_are_noticed_while_they_are_drawn(build, items):
+    twins = [items[0], {**items[1], "name": items[0]["name"]}]
+    with ThreadPoolExecutor(2) as executor, pytest.raises(ValueError, match="two images of one identity"):
+        build(twins, executor=executor)
+    with ThreadPoolExecutor(2) as executor:
+        assert len(build([items[0]] * 3, executor=executor)) == 1
+
+
 def test_folders_that_are_no_bank_are_left_alone(build, items, tmp_path):
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "letter.txt").write_text("dear")
