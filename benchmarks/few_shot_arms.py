@@ -87,14 +87,17 @@ AFFINE = (
     Setting(rotation_deg=60.0, scale=0.3, shift_frac=0.1, flip=0.5),
     Setting(rotation_deg=180.0, scale=0.3, shift_frac=0.1, flip=0.5),
 )
-STRENGTHS: dict[str, dict[int, tuple[tuple[float, float], ...]]] = {
+STRENGTHS: dict[str, dict[int, tuple[tuple[float, ...], ...]]] = {
     "elastic": {2: ((0.0, 1.5), (0.0, 3.0), (0.0, 6.0)), 3: ((0.0, 100.0), (0.0, 250.0), (0.0, 500.0))},
     "torchio": {2: ((0.0, 3.0), (0.0, 6.0), (0.0, 10.0)), 3: ((0.0, 2.0), (0.0, 4.0), (0.0, 7.5))},
     "random": {2: ((0.02, 0.1), (0.05, 0.2), (0.1, 0.4)), 3: ((0.05, 0.2), (0.1, 0.4), (0.2, 0.6))},
     "drdm": {2: ((0.2, 0.5), (0.3, 0.8), (0.6, 1.0)), 3: ((0.2, 0.5), (0.3, 0.8), (0.6, 1.0))},
 }
+"""Lowest and highest strength."""
+SPARSE = STRENGTHS | {"drdm": {2: ((0.2, 0.5), (0.3, 0.8), (0.3, 0.8, 0.24)), 3: STRENGTHS["drdm"][3]}}
+"""Those of the search with 1 subject; the third number is the factor on recovery, a lever that helped there."""
 PROBABILITIES = (0.5, 0.9)
-_POSE = ("rotation_deg", "scale", "shift_frac", "flip")
+POSE = ("rotation_deg", "scale", "shift_frac", "flip")
 
 
 @dataclass(frozen=True)
@@ -127,15 +130,24 @@ ARMS = {
 CORE = ("affine", "elastic", "random", "drdm", "drdm-tuned")
 
 
-def candidates(arm: str, dims: int, pose: Setting) -> list[Setting]:
-    """What an arm may choose from: six for each, eight for ``affine``, whose pose the others have."""
+def candidates(
+    arm: str,
+    dims: int,
+    pose: Setting,
+    strengths: dict[str, dict[int, tuple[tuple[float, ...], ...]]] = STRENGTHS,
+    probabilities: tuple[float, ...] = PROBABILITIES,
+) -> list[Setting]:
+    """What an arm may choose from: as many for each, eight for ``affine``, whose pose the others have."""
     if arm == "affine":
         return list(AFFINE)
     if not ARMS[arm].fields or ARMS[arm].setting_of:
         return []
-    kept = {key: getattr(pose, key) for key in _POSE}
-    strengths = STRENGTHS[ARMS[arm].fields][dims]
-    return [Setting(**kept, low=low, high=high, prob=prob) for low, high in strengths for prob in PROBABILITIES]
+    kept = {key: getattr(pose, key) for key in POSE}
+    return [
+        Setting(**kept, low=low, high=high, prob=prob, recovery=rest[0] if rest else 1.0)
+        for low, high, *rest in strengths[ARMS[arm].fields][dims]
+        for prob in probabilities
+    ]
 
 
 class Fields:

@@ -7,12 +7,14 @@ evaluation is a line.
 
     python benchmarks/few_shot_segmentation.py search --protocol acdc --arms affine
     python benchmarks/few_shot_segmentation.py search --protocol acdc --arms elastic random drdm
-    python benchmarks/few_shot_segmentation.py search --protocol acdc --arms drdm-tuned --network tuned.safetensors
+    python benchmarks/few_shot_segmentation.py search --protocol acdc --arms elastic random drdm --subjects 1
     python benchmarks/few_shot_segmentation.py run --protocol acdc --arms affine elastic random drdm --subjects 1 5
+    python benchmarks/few_shot_segmentation.py run --protocol acdc --arms drdm-tuned --network tuned.safetensors
     python benchmarks/few_shot_segmentation.py table
 
 Training ends when the validation curve is flat or at the common cap; the weights are the averaged ones of the iteration
-that was best on validation subjects.
+that was best on validation subjects. With ``FEW_SHOT_COMPILE=1`` the U-Net's training is compiled, which takes a C++
+compiler and is half as long without bfloat16.
 """
 
 from __future__ import annotations
@@ -20,21 +22,37 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import os
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from common import append_rows, machine, read_rows, RESULTS
-from few_shot_arms import ARMS, Augmenter, candidates, CORE, Fields, Setting, stack
+from few_shot_arms import (
+    ARMS,
+    Augmenter,
+    candidates,
+    CORE,
+    Fields,
+    POSE,
+    PROBABILITIES,
+    Setting,
+    SPARSE,
+    stack,
+    STRENGTHS,
+)
 from few_shot_protocols import (
+    autocast,
     build_segmenter,
     Case,
     dice_of,
     hd95_of,
     labelled,
+    PRECISION,
     predict,
     Protocol,
     PROTOCOLS,
@@ -48,7 +66,9 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 SEARCH = RESULTS / "few_shot_search.jsonl"
-SEARCH_SUBJECTS, SEARCH_SEED = 5, 100
+SEARCH_SEEDS: dict[int, tuple[int, ...]] = {5: (100,), 1: (100, 101)}
+"""Draws of subjects of a search, by their number; poses are searched with 5 only."""
+COMPILED = bool(os.environ.get("FEW_SHOT_COMPILE"))
 _WARM_UP, _EMA = 100, 0.99
 
 
@@ -70,6 +90,7 @@ def train(
     generator = torch.Generator().manual_seed(seed)
     torch.manual_seed(seed)
     network = build_segmenter(protocol)
+    forward = torch.compile(network, dynamic=False) if COMPILED else network
     averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(_EMA))
     optimiser = torch.optim.AdamW(network.parameters(), protocol.learning_rate, weight_decay=1e-3)
     loss = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
@@ -81,8 +102,8 @@ def train(
         for group in optimiser.param_groups:
             group["lr"] = protocol.learning_rate * min(1.0, iteration / _WARM_UP)
         network.train()
-        with torch.autocast("cpu", torch.bfloat16):
-            logits = network(image)
+        with autocast():
+            logits = forward(image)
         optimiser.zero_grad(set_to_none=True)
         loss(logits.float(), label).backward()
         nn.utils.clip_grad_norm_(network.parameters(), 5.0)
@@ -103,6 +124,7 @@ def train(
         "best_iteration": (1 + int(np.argmax(curve))) * protocol.every,
         "curve": [round(value, 4) for value in curve],
         "validation": best,
+        "precision": PRECISION,
         "fields_seconds": drawn,
         "seconds": time.perf_counter() - started,
     }
@@ -137,35 +159,43 @@ def recipe(protocol: Protocol) -> str:
     return hashlib.sha256(repr((protocol, RISE, _WARM_UP, _EMA)).encode()).hexdigest()[:8]
 
 
-def chosen_setting(protocol: Protocol, arm: str) -> Setting:
-    """What an arm's search found best on validation subjects."""
+def chosen_setting(protocol: Protocol, arm: str, count: int) -> Setting:
+    """What an arm's search found best on validation subjects; where none had so many subjects, that with 5."""
     if arm == "none":
         return Setting()
     searched = ARMS[arm].setting_of or arm
-    rows = [r for r in read_rows(SEARCH) if (r["recipe"], r["arm"]) == (recipe(protocol), searched)]
-    if not rows:
+    found: dict[int, dict[Setting, list[float]]] = {}
+    for row in read_rows(SEARCH):
+        if (row["recipe"], row["arm"]) == (recipe(protocol), searched):
+            trials = found.setdefault(row["subjects"], {})
+            trials.setdefault(Setting(**row["setting"]), []).append(row["validation"])
+    trials = found.get(count, found.get(5, {}))
+    if not trials:
         raise SystemExit(f"{protocol.name}: no search of {searched!r} yet; run the search first.")
-    found = Setting(**max(rows, key=lambda row: row["validation"])["setting"])
-    return found if ARMS[arm].posed else Setting(low=found.low, high=found.high, prob=found.prob)
+    best = max(trials, key=lambda setting: float(np.mean(trials[setting])))
+    return best if ARMS[arm].posed else replace(best, **dict.fromkeys(POSE, 0.0))
 
 
-def search(protocol: Protocol, arm: str, fields: Fields) -> None:
-    """Every candidate of an arm once, on validation subjects."""
-    pose = Setting() if arm == "affine" else chosen_setting(protocol, "affine")
-    for setting in candidates(arm, len(protocol.grid), pose):
-        key = {"protocol": protocol.name, "recipe": recipe(protocol), "arm": arm, "setting": setting.row()}
-        key |= {"subjects": SEARCH_SUBJECTS, "seed": SEARCH_SEED, "network": fields.name_for(arm, protocol)}
-        if not _has(SEARCH, key):
-            _, story = train(protocol, arm, setting, SEARCH_SUBJECTS, SEARCH_SEED, fields)
-            append_rows(SEARCH, key | story | machine())
+def search(protocol: Protocol, arm: str, count: int, fields: Fields) -> None:
+    """Every candidate of an arm once for each draw of subjects, on validation subjects."""
+    pose = Setting() if arm == "affine" else chosen_setting(protocol, "affine", 5)
+    choice = (STRENGTHS, PROBABILITIES) if count == 5 else (SPARSE, PROBABILITIES[-1:])
+    for setting in candidates(arm, len(protocol.grid), pose, *choice):
+        for seed in SEARCH_SEEDS[count]:
+            key = {"protocol": protocol.name, "recipe": recipe(protocol), "arm": arm, "setting": setting.row()}
+            key |= {"subjects": count, "seed": seed, "network": fields.name_for(arm, protocol)}
+            if not _has(SEARCH, key):
+                _, story = train(protocol, arm, setting, count, seed, fields)
+                append_rows(SEARCH, key | story | machine())
 
 
 def run(protocol: Protocol, arm: str, count: int, seed: int, fields: Fields) -> None:
     """One final run: train with the chosen setting, evaluate on test subjects."""
     key = {"protocol": protocol.name, "recipe": recipe(protocol), "arm": arm, "subjects": count, "seed": seed}
-    key |= {"setting": chosen_setting(protocol, arm).row(), "network": fields.name_for(arm, protocol)}
+    setting = chosen_setting(protocol, arm, count)
+    key |= {"setting": setting.row(), "network": fields.name_for(arm, protocol)}
     if not _has(results(protocol.name), key):
-        segmenter, story = train(protocol, arm, chosen_setting(protocol, arm), count, seed, fields)
+        segmenter, story = train(protocol, arm, setting, count, seed, fields)
         append_rows(results(protocol.name), key | story | judge(protocol, segmenter) | machine())
 
 
@@ -178,18 +208,19 @@ def main() -> None:
     parser.add_argument("what", choices=("search", "run", "table"))
     parser.add_argument("--protocol", choices=tuple(PROTOCOLS), default="acdc")
     parser.add_argument("--arms", nargs="+", choices=tuple(ARMS), default=list(CORE[:4]))
-    parser.add_argument("--subjects", nargs="+", type=int, default=[1, 5])
+    parser.add_argument("--subjects", nargs="+", type=int, help="5 for a search, 1 and 5 for runs, unless given")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--network", help="network of arm drdm-tuned: a .safetensors file")
     parser.add_argument("--fields", type=Path, default=Path("few_shot_fields"), help="folder for fields drawn ahead")
     args = parser.parse_args()
     protocol, fields = PROTOCOLS[args.protocol], Fields(args.fields, args.network)
     if args.what == "search":
-        for arm in args.arms:
-            search(protocol, arm, fields)
+        for count in args.subjects or [5]:
+            for arm in args.arms:
+                search(protocol, arm, count, fields)
     if args.what == "run":
         for seed in args.seeds:
-            for count in args.subjects:
+            for count in args.subjects or [1, 5]:
                 for arm in args.arms:
                     run(protocol, arm, count, seed, fields)
     print(tables(read_rows(SEARCH), [row for name in PROTOCOLS for row in read_rows(results(name))]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from typing import Any
 
@@ -20,23 +21,39 @@ def tables(search: list[Row], final: list[Row]) -> str:
         if found:
             parts += [f"## {name}: search on validation subjects", search_table(found)]
         if runs:
-            parts += [f"## {name}: test subjects", final_table(runs), comparison_table(runs)]
+            chosen, earlier = split(runs)
+            parts += [f"## {name}: test subjects", final_table(chosen), comparison_table(chosen)]
+            if earlier:
+                parts += [f"### {name}: test subjects, settings or networks given up", final_table(earlier)]
     return "\n\n".join(parts)
 
 
+def split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
+    """Rows of the setting and network that each arm had last, and those of others it had before."""
+    last = {(row["subjects"], row["arm"]): (row["setting"], row["network"]) for row in rows}
+    chosen = [row for row in rows if (row["setting"], row["network"]) == last[row["subjects"], row["arm"]]]
+    return chosen, [row for row in rows if row not in chosen]
+
+
 def search_table(rows: list[Row]) -> str:
-    """Best validation Dice of every trial; the best of each arm in bold."""
-    lines = ["| arm | rotation ° | scale | shift | flip | strength | probability | iterations | validation Dice % |"]
-    lines.append("|" + "---|" * 9)
-    best = {arm: max(r["validation"] for r in rows if r["arm"] == arm) for arm in {r["arm"] for r in rows}}
+    """Validation Dice of every trial, mean over draws; the best of each arm in bold."""
+    lines = ["| subjects | arm | rotation ° | scale | shift | flip | strength | probability | iterations | Dice % |"]
+    lines.append("|" + "---|" * 10)
+    trials: dict[tuple[int, str, str], list[Row]] = defaultdict(list)
     for row in rows:
-        s = row["setting"]
-        dice = f"{100 * row['validation']:.1f}"
-        dice = f"**{dice}**" if row["validation"] == best[row["arm"]] else dice
+        trials[row["subjects"], row["arm"], json.dumps(row["setting"])].append(row)
+    means = {trial: float(np.mean([row["validation"] for row in group])) for trial, group in trials.items()}
+    for (count, arm, setting), group in trials.items():
+        s, mean = json.loads(setting), means[count, arm, setting]
+        best = max(value for (n, other, _), value in means.items() if (n, other) == (count, arm))
+        dice = " / ".join(f"{100 * row['validation']:.1f}" for row in group)
+        dice += f": {100 * mean:.1f}" if len(group) > 1 else ""
         strength = f"{s['low']:g} to {s['high']:g}" if s["high"] else "–"
+        strength += f", recovery {s['recovery']:g}" if "recovery" in s else ""
         lines.append(
-            f"| {row['arm']} | {s['rotation_deg']:g} | {s['scale']:g} | {s['shift_frac']:g} | {s['flip']:g} "
-            f"| {strength} | {s['prob']:g} | {row['iterations']} | {dice} |"
+            f"| {count} | {arm} | {s['rotation_deg']:g} | {s['scale']:g} | {s['shift_frac']:g} | {s['flip']:g} "
+            f"| {strength} | {s['prob']:g} | {np.mean([row['iterations'] for row in group]):.0f} "
+            f"| {f'**{dice}**' if mean == best else dice} |"
         )
     return "\n".join(lines)
 
