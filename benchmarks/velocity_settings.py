@@ -25,7 +25,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from monai_drdm.diffusion import DRDM
-from monai_drdm.diffusion.recover_velocity import flatness, recovery_step
+from monai_drdm.diffusion.recover_velocity import flatness, recovery_step, timetable
 from monai_drdm.fields import mend_folds, resize_image, warp
 from monai_drdm.networks import load_network, network_sha256, VelocityUNet
 
@@ -69,11 +69,11 @@ def sample(network: VelocityUNet, image: Tensor, seed: int, variant: Variant) ->
     ddf = model._diffuse(grid, LEVEL, [seed], 1)
     unseen = flatness(working, ddf.shape[2:]) * float(variant.smoothed)
     anchor = None
+    left, share = timetable([LEVEL], variant.steps, ddf)
     for k in range(variant.steps):
-        left, after = ([LEVEL * (1 - done / variant.steps)] for done in (k, k + 1))
         if variant.anchor_every and k % variant.anchor_every == 0:
-            anchor = network(working, torch.tensor(left))
-        ddf = recovery_step(network, working, unseen, ddf, left, after, variant.over_relaxation, anchor)
+            anchor = network(working, left[k])
+        ddf = recovery_step(network, working, unseen, ddf, left[k], variant.over_relaxation * share[k], anchor)
     return mend_folds(grid.ddf_to_full(mend_folds(ddf)))
 
 

@@ -14,6 +14,7 @@ from monai_drdm.transforms import (
     RandDRDMDeformD,
     RandDRDMDeformd,
     RandDRDMDeformDict,
+    RandDRDMPaird,
 )
 
 __all__ = [
@@ -25,6 +26,7 @@ __all__ = [
     "RandDRDMDeformD",
     "RandDRDMDeformDict",
     "RandDRDMDeformd",
+    "RandDRDMPaird",
     "__version__",
     "list_networks",
     "load_network",

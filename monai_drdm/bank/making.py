@@ -13,7 +13,6 @@ from torch import Tensor
 
 from monai_drdm.bank.entry import BankEntry, identity_of
 from monai_drdm.bank.settings import BankSettings, field_seed
-from monai_drdm.diffusion import DRDM
 from monai_drdm.networks import network_sha256
 from monai_drdm.transforms.draw import FieldDrawer
 from monai_drdm.transforms.stored import StoredField
@@ -34,9 +33,7 @@ class Maker:
         """Of a bank of images like this ``(C, *S)``: the network may depend on their dimensions."""
         drawer = self.drawer
         dims = image.ndim - 1 - (drawer.slice_axis is not None)
-        model = DRDM(
-            drawer.source.load(dims, drawer.device or image.device), drawer.sampler, drawer.steps, drawer.recovery
-        )
+        model = drawer.model(drawer.source.load(dims, drawer.device or image.device))
         return BankSettings(
             network=model.network.card.name,
             network_sha256=network_sha256(model.network),
@@ -76,6 +73,7 @@ def draw_entry(
     with torch.no_grad():
         for chunk in (seeds[k : k + at_once] for k in range(0, count, at_once)):
             for one in drawer.draw_batch([image] * len(chunk), [spacing] * len(chunk), seeds=chunk):
+                assert isinstance(one.stored, StoredField)
                 fields.append(one.stored)
                 records.append("" if one.params is None else one.params.to_json())
     return BankEntry.of(identity, image, spacing, fields, records, settings.digest)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -11,7 +12,7 @@ from torch import Tensor
 from monai_drdm.diffusion.diffuse import diffuse, diffuse_published
 from monai_drdm.diffusion.recover import Callback, recover_fast, recover_reference, strided_times
 from monai_drdm.diffusion.recover_velocity import OVER_RELAXATION, recover_velocity
-from monai_drdm.diffusion.schedule import check_recovery, levels_of_batch, time_step
+from monai_drdm.diffusion.schedule import check_precision, check_recovery, levels_of_batch, time_step
 from monai_drdm.diffusion.working_grid import WorkingGrid
 from monai_drdm.fields import crop, fractions_to_voxels, mend_folds
 from monai_drdm.networks import RecoveryNetwork, RecResACNet, VelocityUNet
@@ -32,13 +33,24 @@ class DRDM:
         steps: recovery steps; None is the card's. ``reference`` always takes 80.
         recovery: factor on every recovery step, in [0, 1], of ``velocity`` only: less than 1 leaves more of the random
             field, shapes differ more and are less plausible; 0 is no recovery.
+        precision: ``bfloat16`` computes the convolutions of ``velocity`` in it, where the hardware does so fast; fields
+            and coordinates stay float32. It draws fields a little different from those of ``float32``.
+        compiled: let ``torch.compile`` make the network of ``velocity`` faster, with CUDA graphs on a GPU; the first
+            images of each shape then take a minute.
 
     Raises:
-        ValueError: a sampler the network does not know, or steps or a recovery that it cannot take.
+        ValueError: a sampler the network does not know, or steps, a recovery or a precision that it cannot take.
     """
 
     def __init__(
-        self, network: RecoveryNetwork, sampler: str = "auto", steps: int | None = None, recovery: float = 1.0
+        self,
+        network: RecoveryNetwork,
+        sampler: str = "auto",
+        steps: int | None = None,
+        recovery: float = 1.0,
+        *,
+        precision: str = "float32",
+        compiled: bool = False,
     ) -> None:
         known = SAMPLERS[network.card.kind]
         if sampler not in ("auto", *known):
@@ -62,6 +74,9 @@ class DRDM:
         self.recovery = check_recovery(recovery)
         if self.recovery != 1.0 and self.sampler != "velocity":
             raise ValueError(f"recovery below 1 needs sampler 'velocity', got {recovery} for {self.sampler!r}.")
+        self.precision, self.compiled = check_precision(precision), compiled
+        if (precision != "float32" or compiled) and self.sampler != "velocity":
+            raise ValueError(f"bfloat16 and compiled need sampler 'velocity', got {self.sampler!r}.")
 
     @torch.no_grad()
     def sample(
@@ -142,6 +157,7 @@ class DRDM:
                 levels,
                 steps=self.steps,
                 over_relaxation=self.recovery * OVER_RELAXATION,
+                predict=self._predict,
                 callback=callback,
                 progress=progress,
             )
@@ -149,6 +165,12 @@ class DRDM:
         if self.sampler == "reference":
             return recover_reference(network, working, ddf, callback=callback, progress=progress)
         return recover_fast(network, working, ddf, steps=self.steps, callback=callback, progress=progress)
+
+    def _predict(self, images: Tensor, level: Tensor) -> Tensor:
+        network = _compiled(self.network) if self.compiled else self.network
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
+            velocity: Tensor = network(images, level)
+        return velocity.clone() if self.compiled else velocity  # CUDA graphs write the next one to the same place
 
     @property
     def device(self) -> torch.device:
@@ -187,3 +209,10 @@ class DRDM:
             )
         if not bool(torch.isfinite(images).all()):
             raise ValueError("images must be finite, got NaN or infinity. Clean the image first (numpy.nan_to_num).")
+
+
+@lru_cache(maxsize=8)
+def _compiled(network: RecoveryNetwork) -> Callable[..., Tensor]:
+    """Compiled for every shape it meets; on a GPU its kernels are replayed from a CUDA graph."""
+    graphs = next(network.parameters()).device.type == "cuda"
+    return torch.compile(network, dynamic=False, mode="reduce-overhead" if graphs else None)

@@ -14,6 +14,7 @@ says of the deformed one, carried along by the field. It changes little with the
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
@@ -25,6 +26,9 @@ from monai_drdm.diffusion.schedule import integration_times, levels_of_batch
 from monai_drdm.fields import compose, exp_svf, gaussian_smooth, mend_folds, resize_ddf, resize_image, warp
 from monai_drdm.networks import VelocityUNet
 
+Predict = Callable[[Tensor, Tensor], Tensor]
+"""A network as a function of images and levels."""
+
 OVER_RELAXATION = 1.25
 """Every step goes this much farther than its share of the way: later steps correct what it overshoots."""
 
@@ -32,6 +36,7 @@ _FLAT = 0.07  # an edge of this slope, in units of the intensity range per voxel
 _SMOOTHING = 3 / 80  # standard deviation of the smoothing, as a fraction of the longest side: about one finest node
 _EDGE_SIGMA_VOX, _REACH_SIGMA_VOX = 1.0, 2.0
 _ANCHOR_EVERY = 4
+_SQUARINGS = 6  # steps of up to 8 voxels of the half grid start within 1/8 voxel, larger ones less finely
 
 
 @torch.no_grad()
@@ -43,6 +48,7 @@ def recover_velocity(
     *,
     steps: int = 12,
     over_relaxation: float = OVER_RELAXATION,
+    predict: Predict | None = None,
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
@@ -60,6 +66,8 @@ def recover_velocity(
         steps: number of steps, 1 or more; each costs a prediction, every fourth one two.
         over_relaxation: factor on every step; more of it stays closer to the original, less leaves more of the random
             field.
+        predict: takes the place of ``network`` where velocities are predicted: the same in lower precision or
+            compiled.
         callback: called after each step; its ``time`` is the number of steps left.
         progress: show a progress bar.
 
@@ -67,60 +75,66 @@ def recover_velocity(
         ``(B, D, *H)`` voxels of the half grid.
 
     Raises:
-        ValueError: ``steps`` below 1, or a level outside (0, 1].
+        ValueError: ``steps`` below 1, a level outside (0, 1], or a network whose predictions are not finite.
     """
     if steps < 1:
         raise ValueError(f"sampler 'velocity': steps must be 1 or more, got {steps}.")
-    levels = levels_of_batch(levels, ddf.shape[0], "recover_velocity")
+    levels, predict = levels_of_batch(levels, ddf.shape[0], "recover_velocity"), predict or network
     low, high = network.card.input_range
     unseen = flatness((image - low) / (high - low), ddf.shape[2:])
+    left, share = timetable(levels, steps, ddf)
     for k in tqdm(range(steps), desc="recover", unit="step", disable=not progress):
-        left = [level * (1 - k / steps) for level in levels]
-        after = [level * (1 - (k + 1) / steps) for level in levels]
         if k % _ANCHOR_EVERY == 0:
-            anchor = network(image, torch.tensor(left, device=image.device))
-        ddf = recovery_step(network, image, unseen, ddf, left, after, over_relaxation, anchor)
+            anchor = predict(image, left[k])
+        ddf = recovery_step(predict, image, unseen, ddf, left[k], over_relaxation * share[k], anchor)
         if callback is not None:
             callback(RecoveryStep(k, steps - 1 - k, ddf))
+    if not bool(torch.isfinite(ddf).all()):
+        raise ValueError(
+            f"network {network.card.name!r} predicts velocities that are NaN or infinite. Check its weights."
+        )
     return mend_folds(ddf)
 
 
+def timetable(levels: Sequence[float], steps: int, ddf: Tensor) -> tuple[Tensor, Tensor]:
+    """Level left before each step and time that it takes away, ``(K, B)`` each; on the device before the loop."""
+    left = [[level * (1 - k / steps) for level in levels] for k in range(steps + 1)]
+    times = [integration_times(row, ddf.shape[1]) for row in left]
+    share = [[a - b for a, b in zip(*rows)] for rows in pairwise(times)]
+    return torch.tensor(left[:-1], device=ddf.device), torch.tensor(share, device=ddf.device)
+
+
 def recovery_step(
-    network: Callable[[Tensor, Tensor], Tensor],
+    predict: Predict,
     image: Tensor,
     unseen: Tensor,
     ddf: Tensor,
-    left: Sequence[float],
-    after: Sequence[float],
-    over_relaxation: float = OVER_RELAXATION,
+    level: Tensor,
+    time: Tensor,
     anchor: Tensor | None = None,
 ) -> Tensor:
-    """Smooth what the image does not show, then go from one level to another as the network says.
+    """Smooth what the image does not show, then go a part of the way that the network says. The host waits for nothing.
 
     Args:
-        network: velocities ``(B, D, *H)`` from images and levels.
+        predict: velocities ``(B, D, *H)`` from images and levels.
         image: as in ``recover_velocity``.
         unseen: ``flatness`` of the image.
         ddf: ``(B, D, *H)`` voxels of the half grid.
-        left: level of each field.
-        after: level that each is to have then.
-        over_relaxation: factor on the step.
+        level: ``(B,)`` level of each field.
+        time: ``(B,)`` integration time of the step.
         anchor: ``(B, D, *H)`` what the network says of the original image, to be taken off; None: nothing.
 
     Returns:
         ``(B, D, *H)`` voxels of the half grid.
     """
-    dims = ddf.shape[1]
-    share = [a - b for a, b in zip(integration_times(left, dims), integration_times(after, dims))]
     smooth = gaussian_smooth(ddf, _SMOOTHING * max(ddf.shape[2:]))
     ddf = ddf + warp(unseen, ddf) * (smooth - ddf)
     warped = warp(image, resize_ddf(ddf, image.shape[2:]))
-    velocity = network(warped, torch.tensor(left, device=image.device))
+    velocity = predict(warped, level)
     if anchor is not None:
         velocity = velocity - warp(anchor, ddf)
-    form = (-1, *(1,) * (ddf.ndim - 1))
-    step = torch.tensor(share, device=ddf.device).view(form) * over_relaxation * velocity
-    return compose(ddf, exp_svf(step))
+    step = time.view(-1, *(1,) * (ddf.ndim - 1)) * velocity
+    return compose(ddf, exp_svf(step, at_most=_SQUARINGS))
 
 
 def flatness(image: Tensor, shape: Sequence[int]) -> Tensor:

@@ -39,6 +39,17 @@ def check_recovery(recovery: float) -> float:
     return float(recovery)
 
 
+def check_precision(precision: str) -> str:
+    """The type in which convolutions are computed.
+
+    Raises:
+        ValueError: neither ``float32`` nor ``bfloat16``.
+    """
+    if precision not in ("float32", "bfloat16"):
+        raise ValueError(f"precision must be 'float32' or 'bfloat16', got {precision!r}.")
+    return precision
+
+
 def levels_of_batch(level: float | Sequence[float], batch: int, function: str) -> list[float]:
     """One checked level per sample, from one number or one per sample.
 

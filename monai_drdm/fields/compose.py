@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
@@ -77,7 +75,7 @@ def power(ddf: Tensor, n: int | Tensor) -> Tensor:
     return result
 
 
-def exp_svf(svf: Tensor, squarings: int | None = None) -> Tensor:
+def exp_svf(svf: Tensor, squarings: int | None = None, *, at_most: int | None = None) -> Tensor:
     """The flow of a stationary velocity field after unit time, by scaling and squaring.
 
     ``exp(v) = (id + v / 2^n)^(2^n)``, the powers taken by repeated squaring (Arsigny et al., MICCAI 2006).
@@ -86,27 +84,33 @@ def exp_svf(svf: Tensor, squarings: int | None = None) -> Tensor:
         svf: ``(B, D, *S)`` voxels per unit time.
         squarings: ``n``. None chooses it for each sample from its largest velocity, so that the first step is at most
             1/8 voxel; that reads one number a sample back from the device.
+        at_most: limit of an ``n`` that is chosen. With it nothing is read back from an accelerator, so nothing waits
+            for it, and velocities are not checked.
 
     Returns:
         ``(B, D, *S)`` displacement in voxels, float32 or float64.
 
     Raises:
-        ValueError: negative ``squarings``, or velocities that are not finite.
+        ValueError: negative ``squarings`` or ``at_most``, or velocities that are not finite.
     """
     check_ddf(svf, "exp_svf", "svf")
-    if squarings is not None and squarings < 0:
-        raise ValueError(f"exp_svf: squarings must be 0 or more, got {squarings}.")
-    counts = _squarings(svf) if squarings is None else [squarings] * svf.shape[0]
-    each = torch.tensor(counts, device=svf.device).view(-1, *(1,) * (svf.ndim - 1))
-    ddf = svf.to(field_dtype(svf)) / 2.0**each
-    for done in range(max(counts)):
+    for name, number in (("squarings", squarings), ("at_most", at_most)):
+        if number is not None and number < 0:
+            raise ValueError(f"exp_svf: {name} must be 0 or more, got {number}.")
+    ddf = svf.to(field_dtype(svf))
+    if squarings is not None:
+        ddf = ddf / 2.0**squarings
+        for _ in range(squarings):
+            ddf = compose(ddf, ddf)
+        return ddf
+    largest = ddf.detach().abs().flatten(1).amax(dim=1)
+    if at_most is None and not bool(torch.isfinite(largest).all()):
+        raise ValueError("exp_svf: svf must be finite, got NaN or infinity. Check the network or the draw.")
+    # smallest n with largest / 2^n <= _FIRST_STEP_VOX, for each sample, whatever else is in the batch
+    mantissa, exponent = torch.frexp(largest / _FIRST_STEP_VOX)
+    each = (exponent - (mantissa == 0.5).to(exponent.dtype)).clamp(min=0, max=at_most)
+    each = each.view(-1, *(1,) * (svf.ndim - 1))
+    ddf = ddf / 2.0**each
+    for done in range(int(each.max()) if at_most is None or svf.device.type == "cpu" else at_most):
         ddf = torch.where(each > done, compose(ddf, ddf), ddf)
     return ddf
-
-
-def _squarings(svf: Tensor) -> list[int]:
-    """For each sample the squarings that keep its first step within the limit, whatever else is in the batch."""
-    largest = svf.detach().abs().flatten(1).amax(dim=1).tolist()
-    if not all(math.isfinite(value) for value in largest):
-        raise ValueError("exp_svf: svf must be finite, got NaN or infinity. Check the network or the draw.")
-    return [max(0, math.ceil(math.log2(value / _FIRST_STEP_VOX))) if value > 0 else 0 for value in largest]

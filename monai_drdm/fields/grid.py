@@ -42,6 +42,34 @@ def to_grid_sample(coordinates: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.stack(axes[::-1], dim=-1)
 
 
+def sampling_grid(ddf: Tensor) -> Tensor:
+    """Where ``warp`` samples, ``x + ddf(x)``, in the layout of ``grid_sample``, without an identity grid in between.
+
+    Args:
+        ddf: ``(B, D, *S)`` voxels, floating.
+
+    Returns:
+        ``(B, *S, D)`` coordinates in [-1, 1], last array axis first, in the type of ``ddf``.
+    """
+    batch, dims, *shape = ddf.shape
+    axes = [_axis(size, dims - 1 - d, ddf) for d, size in enumerate(shape)]
+    scales = [2.0 / (size - 1) if size > 1 else 0.0 for size in shape]
+    if torch.is_grad_enabled() and ddf.requires_grad:
+        parts = [torch.add(axis, ddf[:, d], alpha=scale) for d, (axis, scale) in enumerate(zip(axes, scales))]
+        return torch.stack(parts[::-1], dim=-1)
+    grid = ddf.new_empty((batch, *shape, dims))
+    for d, (axis, scale) in enumerate(zip(axes, scales)):
+        torch.add(axis, ddf[:, d], alpha=scale, out=grid[..., dims - 1 - d])
+    return grid
+
+
+def _axis(size: int, behind: int, like: Tensor) -> Tensor:
+    """Coordinates in [-1, 1] along an axis that has ``behind`` more after it; 0 along one of length 1."""
+    if size == 1:
+        return like.new_zeros((1,) * (behind + 1))
+    return torch.linspace(-1.0, 1.0, size, device=like.device, dtype=like.dtype).view(-1, *(1,) * behind)
+
+
 def field_dtype(*tensors: Tensor) -> torch.dtype:
     """The type in which coordinates are computed: float64 if any floating input is, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -32,8 +33,10 @@ def resize_ddf(ddf: Tensor, shape: Sequence[int]) -> Tensor:
     if shape == tuple(ddf.shape[2:]):
         return ddf
     scale = [(new - 1) / (old - 1) if old > 1 and new > 1 else new / old for old, new in zip(ddf.shape[2:], shape)]
-    factors = torch.tensor(scale, device=ddf.device, dtype=field_dtype(ddf)).view(1, -1, *(1,) * dims)
-    return _linear(ddf.to(field_dtype(ddf)), shape) * factors
+    ddf = ddf.to(field_dtype(ddf))
+    factors = _constants(tuple(scale), ddf.device, ddf.dtype).view(1, -1, *(1,) * dims)
+    grows = math.prod(shape) > math.prod(ddf.shape[2:])  # scale where there is less to scale
+    return _linear(ddf * factors, shape) if grows else _linear(ddf, shape) * factors
 
 
 def resize_image(image: Tensor, shape: Sequence[int]) -> Tensor:
@@ -88,6 +91,13 @@ def gaussian_smooth(tensor: Tensor, sigma: float | Sequence[float]) -> Tensor:
         if s > 0 and tensor.shape[axis + 2] > 1:
             tensor = _smooth_axis(tensor, axis + 2, s)
     return tensor
+
+
+@lru_cache(maxsize=64)
+def _constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Numbers on a device, sent there once: every sending makes the host wait for it."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, device=device, dtype=dtype)
 
 
 def _smooth_axis(tensor: Tensor, dim: int, sigma: float) -> Tensor:

@@ -8,13 +8,30 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from monai_drdm.fields.grid import check_ddf, check_same_grid, field_dtype, identity_grid, to_grid_sample
+from monai_drdm.fields.grid import (
+    check_ddf,
+    check_same_grid,
+    field_dtype,
+    identity_grid,
+    sampling_grid,
+    to_grid_sample,
+)
 
 Mode = Literal["bilinear", "nearest", "bicubic", "label"]
 PaddingMode = Literal["border", "zeros", "reflection"]
 
 # torch implements gather for signed integers only; the bit pattern is what is moved, so a signed view is exact
 _SIGNED_VIEW = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+# every value of these is a float32 too
+_FLOAT32_HOLDS = (
+    torch.bool,
+    torch.uint8,
+    torch.int8,
+    torch.int16,
+    torch.float16,
+    torch.bfloat16,
+    torch.float32,
+)
 
 
 def warp(image: Tensor, ddf: Tensor, mode: Mode = "bilinear", padding_mode: PaddingMode = "border") -> Tensor:
@@ -38,9 +55,36 @@ def warp(image: Tensor, ddf: Tensor, mode: Mode = "bilinear", padding_mode: Padd
     if not isinstance(image, Tensor) or image.ndim != dims + 2:
         raise ValueError(f"warp: image must have shape (B, C, *S) with {dims} spatial axes, got {_shape(image)}.")
     check_same_grid(image, ddf, "warp", ("image", "ddf"))
+    check_modes(mode, padding_mode, dims, "warp")
+    _check_real(image)
     dtype = field_dtype(ddf, image)
+    if samples_on_grid(image, mode):
+        return sample_on_grid(image, sampling_grid(ddf.to(dtype)), mode, padding_mode)
     coordinates = ddf.to(dtype) + identity_grid(ddf.shape[2:], device=ddf.device, dtype=dtype)
     return sample(image, coordinates, mode, padding_mode)
+
+
+def samples_on_grid(image: Tensor, mode: Mode) -> bool:
+    """Whether ``sample_on_grid`` serves an image: not the votes of ``label``, nor integers that float32 cannot hold."""
+    return mode in ("bilinear", "bicubic") or (mode == "nearest" and image.dtype in _FLOAT32_HOLDS)
+
+
+def sample_on_grid(image: Tensor, grid: Tensor, mode: Mode, padding_mode: PaddingMode) -> Tensor:
+    """``sample`` with coordinates as ``sampling_grid`` lays them out, for what ``samples_on_grid`` allows.
+
+    Args:
+        image: ``(B, C, *S)``, real.
+        grid: ``(B, *T, D)`` in [-1, 1], last array axis first, of the type to compute in. Either batch size may be 1.
+        mode: ``bilinear``, ``bicubic`` or ``nearest``.
+        padding_mode: as in ``warp``.
+
+    Returns:
+        ``(B, C, *T)``, dtype as in ``warp``.
+    """
+    batch = max(len(image), len(grid))
+    image, grid = image.expand(batch, *image.shape[1:]), grid.expand(batch, *grid.shape[1:])
+    out = F.grid_sample(image.to(grid.dtype), grid, mode=mode, padding_mode=padding_mode, align_corners=True)
+    return out.to(image.dtype) if image.is_floating_point() or mode == "nearest" else out
 
 
 def sample(image: Tensor, coordinates: Tensor, mode: Mode = "bilinear", padding_mode: PaddingMode = "border") -> Tensor:
@@ -60,26 +104,28 @@ def sample(image: Tensor, coordinates: Tensor, mode: Mode = "bilinear", padding_
         ValueError: batch sizes that do not fit, unknown mode or padding mode, or ``bicubic`` outside 2D.
     """
     check_modes(mode, padding_mode, image.ndim - 2, "warp")
-    if image.is_complex():
-        raise TypeError(f"warp: image must be real, got {image.dtype}. Warp real and imaginary part as two channels.")
+    _check_real(image)
     if image.shape[0] != coordinates.shape[0] and 1 not in (image.shape[0], coordinates.shape[0]):
         raise ValueError(
             f"sample: batch sizes of image and coordinates must be equal or 1, got {image.shape[0]} and "
             f"{coordinates.shape[0]}."
         )
+    if samples_on_grid(image, mode):
+        grid = to_grid_sample(coordinates.to(field_dtype(image, coordinates)), image.shape[2:])
+        return sample_on_grid(image, grid, mode, padding_mode)
     batch = max(image.shape[0], coordinates.shape[0])
     image = image.expand(batch, *image.shape[1:])
     coordinates = coordinates.expand(batch, *coordinates.shape[1:])
     if mode == "nearest":
         return _nearest(image, coordinates, padding_mode)
-    if mode == "label":
-        from monai_drdm.fields.labels import sample_labels
+    from monai_drdm.fields.labels import sample_labels
 
-        return sample_labels(image, coordinates, padding_mode)
-    dtype = field_dtype(image, coordinates)
-    grid = to_grid_sample(coordinates.to(dtype), image.shape[2:])
-    out = F.grid_sample(image.to(dtype), grid, mode=mode, padding_mode=padding_mode, align_corners=True)
-    return out.to(image.dtype) if image.is_floating_point() else out
+    return sample_labels(image, coordinates, padding_mode)
+
+
+def _check_real(image: Tensor) -> None:
+    if image.is_complex():
+        raise TypeError(f"warp: image must be real, got {image.dtype}. Warp real and imaginary part as two channels.")
 
 
 def check_modes(mode: str, padding_mode: str, spatial_dims: int, function: str) -> None:

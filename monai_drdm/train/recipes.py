@@ -11,11 +11,12 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn, Tensor
 
+from monai_drdm.diffusion.recover_velocity import Predict
 from monai_drdm.networks import load_network, NetworkCard, RecoveryNetwork, RecResACNet, VelocityUNet
 from monai_drdm.train.config import TrainConfig
 from monai_drdm.train.data import ScanBank
 from monai_drdm.train.published import draw_published_batch, published_folding, published_loss, PublishedTarget
-from monai_drdm.train.step import draw_batch, folding_of, Predict, recovery_loss, Target
+from monai_drdm.train.step import draw_batch, folding_of, recovery_loss, Target
 
 T = TypeVar("T")
 """What a loss compares predictions with."""

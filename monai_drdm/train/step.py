@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from monai_drdm.diffusion.recover_velocity import flatness, recovery_step
+from monai_drdm.diffusion.recover_velocity import flatness, OVER_RELAXATION, Predict, recovery_step, timetable
 from monai_drdm.diffusion.schedule import integration_times
 from monai_drdm.fields import compose, exp_svf, resize_ddf, warp
 from monai_drdm.train.config import TrainConfig
@@ -16,9 +15,6 @@ from monai_drdm.train.data import ScanBank
 from monai_drdm.train.losses import folding_loss, relative_energy, velocity_loss
 from monai_drdm.train.process import change_appearance, deform_images, Deformed, uniform
 from monai_drdm.train.synthetic import synthetic_images
-
-Predict = Callable[[Tensor, Tensor], Tensor]
-"""A network as a function of images and levels."""
 
 _MAX_STEPS = 8
 _MAX_ROLL_OUT = 2
@@ -109,8 +105,8 @@ def _roll_out(batch: Deformed, network: Predict, generator: torch.Generator) -> 
     steps = int(torch.randint(2, _MAX_STEPS + 1, (1,), generator=generator, device=device))
     taken = min(int(torch.randint(1, _MAX_ROLL_OUT + 1, (1,), generator=generator, device=device)), steps - 1)
     ddf, unseen = batch.ddf, flatness(batch.posed, batch.ddf.shape[2:])
+    left, share = timetable(batch.level.tolist(), steps, ddf)
     for k in range(taken):
-        left, after = (batch.level * (1 - done / steps) for done in (k, k + 1))
-        ddf = recovery_step(network, batch.posed, unseen, ddf, left.tolist(), after.tolist())
+        ddf = recovery_step(network, batch.posed, unseen, ddf, left[k], OVER_RELAXATION * share[k])
     image = warp(batch.posed, resize_ddf(ddf, batch.image.shape[2:]))
     return image, batch.level * (1 - taken / steps), ddf

@@ -4,7 +4,14 @@ from monai_drdm.transforms.apply import ApplyDDFD, ApplyDDFd, ApplyDDFDict
 from monai_drdm.transforms.array import RandDRDMDeform
 from monai_drdm.transforms.batch import BatchRandDRDMDeformD, BatchRandDRDMDeformd, BatchRandDRDMDeformDict
 from monai_drdm.transforms.dictionary import RandDRDMDeformD, RandDRDMDeformd, RandDRDMDeformDict
-from monai_drdm.transforms.record import BankedParams, Deformation, DeformationParams, DeformationStatistics
+from monai_drdm.transforms.pairs import DeformedPair, RandDRDMPairD, RandDRDMPaird, RandDRDMPairDict
+from monai_drdm.transforms.record import (
+    BankedParams,
+    Deformation,
+    DeformationParams,
+    DeformationStatistics,
+    PairParams,
+)
 
 __all__ = [
     "ApplyDDFD",
@@ -17,8 +24,13 @@ __all__ = [
     "Deformation",
     "DeformationParams",
     "DeformationStatistics",
+    "DeformedPair",
+    "PairParams",
     "RandDRDMDeform",
     "RandDRDMDeformD",
     "RandDRDMDeformDict",
     "RandDRDMDeformd",
+    "RandDRDMPairD",
+    "RandDRDMPairDict",
+    "RandDRDMPaird",
 ]

@@ -24,8 +24,8 @@ from monai_drdm.transforms.inputs import (
     checked_pixdim,
     flushed,
     idle,
+    Mover,
     spacing_of,
-    warp_like,
 )
 from monai_drdm.transforms.keyed import field_info, take_back
 from monai_drdm.transforms.record import Deformation, DeformationParams
@@ -234,7 +234,7 @@ class RandDRDMDeform(DRDMRandomness):
         spacing = spacing_of(img, self.pixdim, "img")
         self.last = deformation = self.deformation(img, spacing, "img", randomize, params, field)
         ddf = None if deformation is None or deformation.skipped else deformation.ddf
-        out = idle(img, mode) if ddf is None else warp_like(img, ddf, mode, padding_mode, "img")
+        out = idle(img, mode) if ddf is None else Mover(ddf[None]).like(img, mode, padding_mode, "img")
         if not self.invertible:
             return out
         info = {"kind": "image", "mode": mode, "padding_mode": padding_mode}

@@ -14,16 +14,17 @@ from monai.data import MetaTensor
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
-from monai_drdm.fields import warp
 from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
 from monai_drdm.networks import RecoveryNetwork
 from monai_drdm.transforms.array import DRDMRandomness
 from monai_drdm.transforms.draw import FieldDrawer
 from monai_drdm.transforms.inputs import (
     as_tensor,
+    batch_samples,
     check_same_space,
     checked_pixdim,
     like,
+    Mover,
     numeric_tensor,
     spacing_of,
     world_affine,
@@ -67,6 +68,10 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         slice_axis: as in ``RandDRDMDeform``.
         seed_key: key of one value per sample whose hash replaces the random state.
         device: where the network runs; None: where the batch is.
+        precision: ``bfloat16`` computes the network's convolutions in it, where the hardware does so fast; fields and
+            coordinates stay float32. Records say which it was.
+        compiled: let ``torch.compile`` make the network faster, with CUDA graphs on a GPU; the first batch of each
+            shape then takes a minute.
         invertible: record on every sample what ``inverse`` needs; it takes decollated samples.
         allow_missing_keys: leave keys alone that the batch lacks.
 
@@ -101,6 +106,8 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         slice_axis: int | None = None,
         seed_key: Hashable | None = None,
         device: torch.device | str | None = None,
+        precision: str = "float32",
+        compiled: bool = False,
         invertible: bool = True,
         allow_missing_keys: bool = False,
     ) -> None:
@@ -128,6 +135,8 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
             max_fold_fraction=max_fold_fraction,
             slice_axis=slice_axis,
             device=device,
+            precision=precision,
+            compiled=compiled,
         )
         DRDMRandomness.__init__(self, prob, drawer)
         self.image_key = self.keys[0] if image_key is None else image_key
@@ -198,9 +207,9 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
             if key not in result:
                 raise KeyError(f"{type(self).__name__}: {key!r} is missing from the batch: {sorted(map(str, result))}.")
         image, name = result[self.image_key], repr(self.image_key)
-        samples = _samples(image, name)
+        samples = batch_samples(image, name)
         for key, *_ in present:
-            others = _samples(result[key], repr(key))
+            others = batch_samples(result[key], repr(key))
             if len(others) != len(samples):
                 raise ValueError(f"{name} and {key!r} must have one batch size, got {len(samples)} and {len(others)}.")
             for one, other in zip(samples, others):
@@ -257,14 +266,14 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         shape = tuple(samples[0].shape[1:])
         moving = [i for i, one in enumerate(deformations) if one is not None and not one.skipped]
         fields = [one.ddf for one in deformations if one is not None and not one.skipped]
-        ddf = torch.stack(fields) if fields else None
+        mover = Mover(torch.stack(fields)) if fields else None
         infos = [field_info(one, shape) for one in deformations] if self.invertible else []
         for key, mode, padding in present:
             values = numeric_tensor(data[key], repr(key))
             interpolated = mode in ("bilinear", "bicubic") and not values.is_floating_point()
             out = values.to(torch.float32) if interpolated else values.clone()
-            if ddf is not None:
-                out[moving] = warp(values[moving], ddf.to(values.device), mode, padding).to(out.dtype)
+            if mover is not None:
+                out[moving] = mover.warp(values[moving], mode, padding).to(out.dtype)
             info = {"kind": "image", "mode": mode, "padding_mode": padding}
             data[key] = self._recorded_batch(data[key], out, moving, [info | one for one in infos])
         for key in (key for key in self.point_keys if key in data):
@@ -316,24 +325,6 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
 def _operations(collated: Any) -> list[Any]:
     """Of one sample of a batch; MONAI collates none of them as a word."""
     return [] if isinstance(collated, str) else list(collated)
-
-
-def _samples(data: Any, name: str) -> list[Any]:
-    """The samples of a batch, with what they know of their space.
-
-    Raises:
-        TypeError: not an array or tensor of a real numeric type.
-        ValueError: not ``(B, C, *S)``.
-    """
-    values = numeric_tensor(data, name)
-    if values.ndim not in (4, 5) or 0 in values.shape:
-        raise ValueError(
-            f"{name} must be a batch (B, C, *S) with 2 or 3 non-empty spatial axes, got {tuple(values.shape)}."
-        )
-    if not isinstance(data, MetaTensor):
-        return list(values)
-    affines = data.affine if data.affine.ndim == 3 else data.affine.expand(len(values), -1, -1)
-    return [MetaTensor(one, affine=affine) for one, affine in zip(values, affines)]
 
 
 def _values(data: Any, count: int) -> list[object]:

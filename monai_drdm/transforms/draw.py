@@ -16,7 +16,7 @@ from torch import Tensor
 
 from monai_drdm._version import __version__
 from monai_drdm.diffusion import DRDM, SAMPLERS
-from monai_drdm.diffusion.schedule import check_recovery
+from monai_drdm.diffusion.schedule import check_precision, check_recovery
 from monai_drdm.fields import fold_fraction, shrink_to_fold_limit, voxels_to_mm
 from monai_drdm.networks import network_sha256, RecoveryNetwork
 from monai_drdm.transforms.record import Deformation, DeformationParams
@@ -51,7 +51,7 @@ class _Draw(NamedTuple):
 class FieldDrawer:
     """Draws the field of one image. Holds settings only; the network is loaded at the first draw, once per process.
 
-    The arguments are those of ``RandDRDMDeform``.
+    The arguments are those of ``RandDRDMDeform`` and ``DRDM``.
     """
 
     def __init__(
@@ -68,6 +68,8 @@ class FieldDrawer:
         max_fold_fraction: float,
         slice_axis: int | None,
         device: torch.device | str | None,
+        precision: str = "float32",
+        compiled: bool = False,
     ) -> None:
         if on_fold not in FOLD_POLICIES:
             raise ValueError(f"on_fold must be one of {FOLD_POLICIES}, got {on_fold!r}.")
@@ -82,6 +84,7 @@ class FieldDrawer:
         self.sampler = sampler
         self.steps = _optional_index(steps, "steps")
         self.recovery = check_recovery(recovery)
+        self.precision, self.compiled = check_precision(precision), compiled
         self.image_channel = _optional_index(image_channel, "image_channel")
         self.max_displacement_mm = max_displacement_mm
         self.on_fold = on_fold
@@ -90,13 +93,17 @@ class FieldDrawer:
         self.device = None if device is None else _device(device)
         # wrong arguments fail here, not when the transform first fires
         if isinstance(network, RecoveryNetwork):
-            DRDM(network, sampler, self.steps, self.recovery)
+            self.model(network)
             return
         known = sorted({one for samplers in SAMPLERS.values() for one in samplers})
         if sampler not in ("auto", *known):
             raise ValueError(f"sampler must be 'auto' or one of {known}, got {sampler!r}.")
         if steps is not None and steps < 1:
             raise ValueError(f"steps must be 1 or more, or None, got {steps}.")
+
+    def model(self, network: RecoveryNetwork) -> DRDM:
+        """A network with this drawer's sampler."""
+        return DRDM(network, self.sampler, self.steps, self.recovery, precision=self.precision, compiled=self.compiled)
 
     def draw(
         self,
@@ -144,7 +151,17 @@ class FieldDrawer:
         device = images[0].device
         network = self.source.load(views[0].image.ndim - 1, device if self.device is None else self.device)
         if params is not None:
-            models = [DRDM(network, one.sampler, one.steps, one.recovery) for one in params]
+            models = [
+                DRDM(
+                    network,
+                    one.sampler,
+                    one.steps,
+                    one.recovery,
+                    precision=one.precision,
+                    compiled=self.compiled and one.sampler == "velocity",
+                )
+                for one in params
+            ]
             for one, model in zip(params, models):
                 _check_record(one, model)
             drawn = _sample(models, views, [one.deformation_level for one in params], [one.seed for one in params])
@@ -153,7 +170,7 @@ class FieldDrawer:
                 for spacing, view, ddf, one in zip(spacings, views, drawn, params)
             ]
         assert seeds is not None
-        model = DRDM(network, self.sampler, self.steps, self.recovery)
+        model = self.model(network)
         records = [self._record(model, seed) for seed in seeds]
         drawn = _sample([model] * len(views), views, [one.deformation_level for one in records], seeds)
         return [
@@ -220,6 +237,7 @@ class FieldDrawer:
             sampler=model.sampler,
             steps=model.steps,
             recovery=model.recovery,
+            precision=model.precision,
             image_channel=self.image_channel,
             slice_axis=self.slice_axis,
             scale=1.0,
@@ -233,7 +251,8 @@ def _sample(
     """Compact fields ``(1, D, *C)``; what has one model, shape and spacing goes through the network together."""
     alike: dict[object, list[int]] = {}
     for i, (model, view) in enumerate(zip(models, views)):
-        alike.setdefault((model.sampler, model.steps, model.recovery, view.image.shape, view.spacing), []).append(i)
+        kind = model.sampler, model.steps, model.recovery, model.precision
+        alike.setdefault((kind, view.image.shape, view.spacing), []).append(i)
     found: dict[int, Tensor] = {}
     for group in alike.values():
         view, batch = views[group[0]], torch.stack([views[i].image for i in group])
@@ -260,7 +279,7 @@ def _deformation(
     draws: int,
 ) -> Deformation:
     return Deformation(
-        draw.stored.ddf(device),
+        draw.stored.spread(draw.planar[0].to(device)),
         spacing,
         params,
         stored=draw.stored,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,7 +15,8 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 
 from monai_drdm.fields import warp
-from monai_drdm.fields.warp import Mode, PaddingMode
+from monai_drdm.fields.grid import field_dtype, sampling_grid
+from monai_drdm.fields.warp import check_modes, Mode, PaddingMode, sample_on_grid, samples_on_grid
 from monai_drdm.transforms.trace import with_metadata_of
 
 _AFFINE_TOLERANCE = 1e-3
@@ -98,6 +100,24 @@ def check_keys_agree(data: Mapping[Hashable, NdarrayOrTensor], reference: Hashab
         check_same_space(data[reference], data[key], repr(reference), repr(key))
 
 
+def batch_samples(data: Any, name: str) -> list[Any]:
+    """The samples of a batch, with what they know of their space.
+
+    Raises:
+        TypeError: not an array or tensor of a real numeric type.
+        ValueError: not ``(B, C, *S)``.
+    """
+    values = numeric_tensor(data, name)
+    if values.ndim not in (4, 5) or 0 in values.shape:
+        raise ValueError(
+            f"{name} must be a batch (B, C, *S) with 2 or 3 non-empty spatial axes, got {tuple(values.shape)}."
+        )
+    if not isinstance(data, MetaTensor):
+        return list(values)
+    affines = data.affine if data.affine.ndim == 3 else data.affine.expand(len(values), -1, -1)
+    return [MetaTensor(one, affine=affine) for one, affine in zip(values, affines)]
+
+
 def check_same_space(first: NdarrayOrTensor, other: NdarrayOrTensor, first_name: str, other_name: str) -> None:
     """Check that two ``(C, *S)`` share their spatial shape and, where both have one, their affine.
 
@@ -143,10 +163,30 @@ def world_affine(data: NdarrayOrTensor, name: str) -> Tensor:
     return affine
 
 
-def warp_like(data: NdarrayOrTensor, ddf: Tensor, mode: Mode, padding_mode: PaddingMode, name: str) -> Tensor:
-    """Warp ``(C, *S)`` data by a field ``(D, *S)`` on the data's own device; metadata and ``requires_grad`` survive."""
-    tensor = as_tensor(data, name)
-    return like(data, warp(tensor[None], ddf[None].to(tensor.device), mode, padding_mode)[0])
+class Mover:
+    """Warps images and labels by one field; where it samples is computed once for all of them.
+
+    Args:
+        ddf: ``(B, D, *S)`` voxels.
+    """
+
+    def __init__(self, ddf: Tensor) -> None:
+        self.ddf = ddf
+        self._grids: dict[tuple[torch.device, torch.dtype], Tensor] = {}
+
+    def like(self, data: NdarrayOrTensor, mode: Mode, padding_mode: PaddingMode, name: str) -> Tensor:
+        """Warp ``(C, *S)`` data on their own device; metadata and ``requires_grad`` survive."""
+        return like(data, self.warp(as_tensor(data, name)[None], mode, padding_mode)[0])
+
+    def warp(self, image: Tensor, mode: Mode, padding_mode: PaddingMode) -> Tensor:
+        """``(B, C, *S)``; see ``monai_drdm.fields.warp``."""
+        check_modes(mode, padding_mode, image.ndim - 2, "warp")
+        if not samples_on_grid(image, mode):
+            return warp(image, self.ddf.to(image.device), mode, padding_mode)
+        key = image.device, field_dtype(self.ddf, image)
+        if key not in self._grids:
+            self._grids[key] = sampling_grid(self.ddf.to(*key))
+        return sample_on_grid(image, self._grids[key], mode, padding_mode)
 
 
 def idle(data: NdarrayOrTensor, mode: Mode) -> Tensor:

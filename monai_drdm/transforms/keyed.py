@@ -13,7 +13,7 @@ from monai.utils import convert_to_tensor, ensure_tuple, TraceKeys
 from torch import Tensor
 
 from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
-from monai_drdm.transforms.inputs import idle, like, numeric_tensor, warp_like, world_affine
+from monai_drdm.transforms.inputs import idle, like, Mover, numeric_tensor, world_affine
 from monai_drdm.transforms.points import (
     check_boxes,
     check_points,
@@ -115,19 +115,19 @@ class KeyedDeformation(TracedTransform, MapTransform):
         """
         shape = tuple(image.shape[1:])
         ddf = None if deformation is None or deformation.skipped else deformation.ddf
-        fired = ddf is not None
+        fired, mover = ddf is not None, None if ddf is None else Mover(ddf[None])
         shared = field_info(deformation, shape) if self.invertible else {}
         present = self.present(data)
         known = [one.affine for one in (image, *(data[key] for key, *_ in present)) if isinstance(one, MetaTensor)]
         for key, mode, padding in present:
-            out = idle(data[key], mode) if ddf is None else warp_like(data[key], ddf, mode, padding, repr(key))
+            out = idle(data[key], mode) if mover is None else mover.like(data[key], mode, padding, repr(key))
             if known and isinstance(out, MetaTensor) and not isinstance(data[key], MetaTensor):
                 out.affine = known[0].clone()  # it lies on their grid, and must agree with them when it comes again
             data[key] = self._recorded(out, fired, {"kind": "image", "mode": mode, "padding_mode": padding, **shared})
         points = [key for key in self.point_keys if key in data]
         affine = world_affine(image, name) if self.point_space == "world" and points else None
         for key in points:
-            self._move_points(data, key, ddf, shape, affine, {"kind": "points", **shared})
+            self.move_points(data, key, ddf, shape, affine, {"kind": "points", **shared})
         for key in (key for key in self.box_keys if key in data):
             boxes, box_mode = _values(data[key], repr(key)), standard_mode(self.box_mode, len(shape))
             out = boxes if ddf is None else move_boxes(boxes, ddf.to(boxes.device), box_mode).to(boxes.dtype)
@@ -154,13 +154,13 @@ class KeyedDeformation(TracedTransform, MapTransform):
             ValueError: no record of this transform, or data of another shape than it recorded.
         """
         result = dict(data)
-        inverses: dict[int, Tensor] = {}
+        inverses: dict[int, Mover] = {}
         image_keys = [key for key, *_ in self.present(result)]
         for key in (*image_keys, *(key for key in (*self.point_keys, *self.box_keys) if key in result)):
             result[key] = take_back(self, result[key], repr(key), inverses)
         return result
 
-    def _move_points(
+    def move_points(
         self,
         data: dict[Any, Any],
         key: Hashable,
@@ -169,6 +169,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
         affine: Tensor | None,
         info: dict[str, Any],
     ) -> None:
+        """Replace landmarks and their validity by what a field ``(D, *S)``, or none, makes of them."""
         points = _values(data[key], repr(key))
         on_device = None if affine is None else affine.to(points.device)
         if ddf is None:
@@ -194,14 +195,14 @@ def field_info(deformation: Deformation | None, shape: tuple[int, ...]) -> dict[
     return {"field": deformation.stored, "params": "" if record is None else record.to_json()}
 
 
-def take_back(transform: TracedTransform, data: NdarrayOrTensor, name: str, inverses: dict[int, Tensor]) -> Tensor:
+def take_back(transform: TracedTransform, data: NdarrayOrTensor, name: str, inverses: dict[int, Mover]) -> Tensor:
     """What ``data`` were before ``transform``, by its latest record on them; see ``KeyedDeformation.inverse``.
 
     Args:
         transform: the transform that left the record.
         data: what carries it.
         name: of the data, for errors.
-        inverses: inverse fields by the ``id`` of their field, for the entries of one call to share.
+        inverses: what warps by inverse fields, by the ``id`` of the field, for the entries of one call to share.
     """
     rest, record = transform.take_record(data, name)
     info = record[TraceKeys.EXTRA_INFO]
@@ -223,8 +224,8 @@ def take_back(transform: TracedTransform, data: NdarrayOrTensor, name: str, inve
         )
     if id(field) not in inverses:
         with torch.no_grad():
-            inverses[id(field)] = field.inverse(values.device).ddf[0]
-    return warp_like(rest, inverses[id(field)], info["mode"], info["padding_mode"], name)
+            inverses[id(field)] = Mover(field.inverse(values.device).ddf)
+    return inverses[id(field)].like(rest, info["mode"], info["padding_mode"], name)
 
 
 def _values(data: NdarrayOrTensor, name: str) -> Tensor:

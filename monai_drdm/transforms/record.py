@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monai_drdm.diffusion.schedule import check_precision
 from monai_drdm.fields.invert import Inverse
 from monai_drdm.metrics import field_statistics, FieldStatistics
-from monai_drdm.transforms.stored import StoredField
+from monai_drdm.transforms.stored import ComposedField, StoredField
 
 
-def _entries(record: type[DeformationParams] | type[BankedParams], text: str) -> dict[str, Any]:
+def _entries(record: type[DeformationParams] | type[BankedParams] | type[PairParams], text: str) -> dict[str, Any]:
     """Exactly the entries of a record, from JSON."""
     values = json.loads(text)
     names = {f.name for f in fields(record)}
@@ -37,6 +38,8 @@ class DeformationParams:
     steps: int
     recovery: float
     """Factor on every recovery step."""
+    precision: str
+    """Of the network's convolutions."""
     image_channel: int | None
     """Channel that the network saw; None: the mean."""
     slice_axis: int | None
@@ -66,6 +69,7 @@ class DeformationParams:
         for name, text in (("network", self.network), ("sampler", self.sampler), ("version", self.version)):
             if not isinstance(text, str):
                 raise TypeError(f"{name} must be a string, got {text!r}")
+        check_precision(self.precision)
 
     def to_json(self) -> str:
         """The record as JSON."""
@@ -128,6 +132,37 @@ class BankedParams:
 
 
 @dataclass(frozen=True)
+class PairParams:
+    """Everything that fixes a synthetic pair, given the image: the same record replays the same pair."""
+
+    augmentation: DeformationParams | None
+    """What made the moving image of the given one; None: they are the same."""
+    synthesis: DeformationParams
+    """What made the fixed image of the moving one, on which it was drawn."""
+
+    def to_json(self) -> str:
+        """The record as JSON."""
+        return json.dumps(asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> PairParams:
+        """Read what ``to_json`` wrote.
+
+        Raises:
+            ValueError: not the JSON of a record.
+        """
+        try:
+            values = _entries(cls, text)
+        except (TypeError, ValueError) as error:
+            raise ValueError(f"PairParams.from_json: not a record: {text[:80]!r} ({error}).") from None
+        first, second = values["augmentation"], json.dumps(values["synthesis"])
+        return cls(
+            None if first is None else DeformationParams.from_json(json.dumps(first)),
+            DeformationParams.from_json(second),
+        )
+
+
+@dataclass(frozen=True)
 class DeformationStatistics(FieldStatistics):
     """Statistics of the applied field and how it came about."""
 
@@ -161,7 +196,7 @@ class Deformation:
         spacing: Sequence[float],
         params: DeformationParams | None = None,
         *,
-        stored: StoredField | None = None,
+        stored: StoredField | ComposedField | None = None,
         banked: BankedParams | None = None,
         fold_action: str = "none",
         draws: int = 0,
@@ -186,7 +221,7 @@ class Deformation:
         return DeformationStatistics(**numbers, **self._account)  # type: ignore[arg-type]  # entries typed above
 
     @cached_property
-    def stored(self) -> StoredField:
+    def stored(self) -> StoredField | ComposedField:
         """The field as records keep it."""
         return StoredField.exact(self.ddf) if self._stored is None else self._stored
 

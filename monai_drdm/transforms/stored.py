@@ -61,7 +61,7 @@ class StoredField:
 
     def ddf(self, device: torch.device | str = "cpu") -> Tensor:
         """The applied field ``(D, *S)`` in voxels; across ``slice_axis`` it is a view that repeats one slice."""
-        return self._spread(self.planar(device))
+        return self.spread(self.planar(device))
 
     def inverse(self, device: torch.device | str = "cpu") -> Inverse:
         """The inverse ``(1, D, *S)`` of the applied field."""
@@ -70,7 +70,7 @@ class StoredField:
         if self.matrix is not None:
             back = torch.linalg.inv(torch.tensor(self.matrix, dtype=torch.float64))
             ddf = _affine_ddf(back, ddf) + ddf
-        return found._replace(ddf=self._spread(ddf[0])[None])
+        return found._replace(ddf=self.spread(ddf[0])[None])
 
     def planar(self, device: torch.device | str) -> Tensor:
         """The field on the grid of the data, ``(2, *P)`` in-plane or ``(D, *S)``."""
@@ -88,13 +88,41 @@ class StoredField:
         shape = [n for d, n in enumerate(self.shape) if d != self.slice_axis]
         return resize_ddf(values[None].to(torch.float32) * self.step, shape)[0]
 
-    def _spread(self, ddf: Tensor) -> Tensor:
+    def spread(self, ddf: Tensor) -> Tensor:
+        """A planar field as the whole ``(D, *S)``."""
         return ddf if self.slice_axis is None else spread_in_plane(ddf, self.slice_axis, self.shape)
 
     def __copy__(self) -> StoredField:
         return self
 
     def __deepcopy__(self, memo: dict[int, Any]) -> StoredField:
+        return self
+
+
+@dataclass(frozen=True, eq=False)
+class ComposedField:
+    """Two stored fields, one after the other: ``first(x + second(x)) + second(x)``. Shared by copies like its parts."""
+
+    first: StoredField
+    second: StoredField
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Spatial shape that the field was applied to."""
+        return self.first.shape
+
+    def ddf(self, device: torch.device | str = "cpu") -> Tensor:
+        """The applied field ``(D, *S)`` in voxels."""
+        return compose(self.first.ddf(device)[None], self.second.ddf(device)[None])[0]
+
+    def inverse(self, device: torch.device | str = "cpu") -> Inverse:
+        """The inverse ``(1, D, *S)`` of the applied field."""
+        return invert(self.ddf(device)[None])
+
+    def __copy__(self) -> ComposedField:
+        return self
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ComposedField:
         return self
 
 
@@ -111,7 +139,7 @@ def _affine_ddf(matrix: Tensor, moved: Tensor) -> Tensor:
 
 
 # caches on disk are read with weights_only=True; MONAI's own names for the parts of a record are an enumeration
-torch.serialization.add_safe_globals([StoredField, TraceKeys])
+torch.serialization.add_safe_globals([StoredField, ComposedField, TraceKeys])
 
 
 def spread_in_plane(ddf: Tensor, axis: int, shape: tuple[int, ...]) -> Tensor:

@@ -71,6 +71,10 @@ class TracedTransform(InvertibleTransform):
         rest.applied_operations = operations
         return rest, record
 
+    def has_record(self, data: NdarrayOrTensor) -> bool:
+        """Whether data carry a record of this transform."""
+        return isinstance(data, MetaTensor) and self._find(list(data.applied_operations)) is not None
+
     def _find(self, operations: list[dict[str, Any]]) -> int | None:
         """Index of the latest record of this transform; failing that, of one of its class whose id a cache erased."""
         mine = [i for i, one in enumerate(operations) if one.get(TraceKeys.CLASS_NAME) == type(self).__name__]

@@ -9,7 +9,7 @@ from scipy import ndimage
 from monai_drdm import RandDRDMDeform, RandDRDMDeformd
 from monai_drdm.diffusion import diffuse, DRDM, SAMPLERS
 from monai_drdm.diffusion.recover import RecoveryStep
-from monai_drdm.diffusion.recover_velocity import flatness, OVER_RELAXATION, recover_velocity
+from monai_drdm.diffusion.recover_velocity import flatness, OVER_RELAXATION, recover_velocity, recovery_step
 from monai_drdm.diffusion.schedule import integration_time
 from monai_drdm.fields import fold_fraction, identity_grid, isotropic_velocity, mend_folds, resize_ddf
 from monai_drdm.networks import load_network, save_network, VelocityUNet
@@ -554,3 +554,20 @@ def test_transform_of_a_stack(network):
     assert bool((ddf[1] == 0).all())
     assert float(ddf[0].abs().max()) > 0.1
     assert torch.equal(ddf, ddf[:, :, :1].expand_as(ddf))
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_host_waits_for_nothing_within_a_step(shape):
+    network, dims = VelocityUNet(len(shape)).to("meta"), len(shape)  # tensors without values: to read one is an error
+    image = torch.empty(2, 1, *shape, device="meta")
+    unseen, ddf, anchor = (torch.empty(2, c, *half_shape(shape), device="meta") for c in (1, dims, dims))
+    level, time = torch.empty(2, device="meta"), torch.empty(2, device="meta")
+    assert recovery_step(network, image, unseen, ddf, level, time, anchor).shape == ddf.shape
+
+
+def test_a_network_that_predicts_nan_is_refused():
+    network = VelocityUNet(2)
+    with torch.no_grad():
+        network.out.bias.fill_(math.nan)
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        DRDM(network).sample(torch.rand(1, 1, 33, 33), 0.5, [1])

@@ -250,6 +250,26 @@ def test_exp_of_zero_is_zero(shape, dtype, squarings):
     assert torch.equal(exp_svf(zero, squarings), zero)
 
 
+def test_exp_squares_no_more_than_it_may(shape, smooth_ddf):
+    svf = torch.cat([smooth_ddf(shape, 0.2), smooth_ddf(shape, 6.0)])
+    assert torch.equal(exp_svf(svf, at_most=12), exp_svf(svf))
+    assert torch.equal(exp_svf(svf, at_most=1)[:1], exp_svf(svf)[:1])
+    assert torch.equal(exp_svf(svf, at_most=1)[1:], exp_svf(svf, 1)[1:])
+
+
+def test_exp_with_a_limit_reads_nothing_back_from_the_device():
+    field = torch.empty(2, 2, 9, 9, device="meta")  # it has no values to read
+    assert exp_svf(field, at_most=3).shape == field.shape
+    with pytest.raises((RuntimeError, NotImplementedError)):
+        exp_svf(field)
+
+
+@pytest.mark.parametrize("arguments", [{"squarings": -1}, {"at_most": -1}])
+def test_exp_refuses_negative_numbers(arguments):
+    with pytest.raises(ValueError, match=f"{next(iter(arguments))} must be 0 or more"):
+        exp_svf(torch.zeros(1, 2, 4, 4), **arguments)
+
+
 @settings(max_examples=15, deadline=None)
 @given(seed=st.integers(0, 2**31), strength=st.floats(0.01, 6.0))
 def test_exp_never_folds_a_smooth_velocity(smooth_ddf, seed, strength):

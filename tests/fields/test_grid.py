@@ -3,7 +3,7 @@ import pytest
 import torch
 
 from monai_drdm.fields import identity_grid
-from monai_drdm.fields.grid import check_ddf, check_same_grid, field_dtype, to_grid_sample
+from monai_drdm.fields.grid import check_ddf, check_same_grid, field_dtype, sampling_grid, to_grid_sample
 
 
 def test_identity_grid_holds_the_array_indices(shape, dtype):
@@ -32,6 +32,28 @@ def test_to_grid_sample_puts_the_last_array_axis_first():
 def test_to_grid_sample_ignores_coordinates_along_an_axis_of_length_1():
     grid = to_grid_sample(torch.tensor([[2.5, 0.0]]).view(1, 2, 1, 1), (1, 7))
     assert grid.flatten().tolist() == [-1.0, 0.0]
+
+
+@pytest.mark.parametrize("requires_grad", [False, True])
+def test_sampling_grid_of_an_affine_field_equals_torch_affine_grid(shape, affine_ddf, requires_grad):
+    dims = len(shape)
+    matrix = np.eye(dims) + np.linspace(-0.2, 0.3, dims * dims).reshape(dims, dims)
+    ddf = affine_ddf(matrix, np.zeros(dims), shape).requires_grad_(requires_grad)
+    half = (np.array(shape)[::-1] - 1) / 2  # voxels that 1 stands for, last axis first
+    theta = torch.from_numpy(np.column_stack([matrix[::-1, ::-1] * half / half[:, None], np.zeros(dims)]))[None]
+    expected = torch.nn.functional.affine_grid(theta, [1, 1, *shape], align_corners=True)
+    torch.testing.assert_close(sampling_grid(ddf), expected)
+
+
+def test_sampling_grid_ignores_displacement_along_an_axis_of_length_1():
+    assert torch.equal(sampling_grid(torch.full((1, 2, 1, 3), 5.0))[..., 1], torch.zeros(1, 1, 3))
+
+
+def test_sampling_grid_passes_gradients_to_the_field():
+    ddf = torch.zeros(1, 2, 5, 7, requires_grad=True)
+    sampling_grid(ddf).sum().backward()
+    assert torch.equal(ddf.grad[0, 0], torch.full((5, 7), 2 / 4))
+    torch.testing.assert_close(ddf.grad[0, 1], torch.full((5, 7), 2 / 6))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -9,7 +10,8 @@ from monai.data import decollate_batch, list_data_collate, MetaTensor
 from monai.networks.blocks import Warp
 
 from monai_drdm import BatchRandDRDMDeformd, RandDRDMDeformd
-from monai_drdm.transforms import BatchRandDRDMDeformD, BatchRandDRDMDeformDict
+from monai_drdm.networks import VelocityUNet
+from monai_drdm.transforms import BatchRandDRDMDeformD, BatchRandDRDMDeformDict, DeformationParams
 
 SPACINGS = [(1.5, 1.0), (1.5, 1.0), (1.0, 1.0), (1.5, 1.0), (1.0, 1.0), (1.5, 1.0)]
 
@@ -185,3 +187,48 @@ def test_wrong_batches(small_network, samples, change, error, message):
     change(batch)
     with pytest.raises(error, match=message):
         batched(batch)
+
+
+def test_bfloat16_draws_nearly_the_same_field_and_its_record_says_so(scan):
+    batch = {"image": torch.stack([scan((65, 49))["image"]] * 2)}
+    transforms = [
+        BatchRandDRDMDeformd("image", prob=1.0, deformation_level=0.4, steps=3, precision=precision)
+        for precision in ("float32", "bfloat16")
+    ]
+    for transform in transforms:
+        transform.set_random_state(3)(batch)
+    exact, half = (transform.last[0] for transform in transforms)
+    apart = (exact.ddf - half.ddf).norm(dim=0).mean()
+    assert 0 < apart < 0.05 * exact.ddf.norm(dim=0).mean()
+    assert (exact.params.precision, half.params.precision) == ("float32", "bfloat16")
+    single = RandDRDMDeformd("image", prob=1.0)
+    single({"image": batch["image"][0]}, params=DeformationParams.from_json(half.params.to_json()))
+    assert (single.last.ddf - half.ddf).abs().max() < 1e-3
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="torch.compile needs a C++ compiler")
+def test_compiled_draws_the_same_field(samples):
+    batch, network = list_data_collate(samples), VelocityUNet(2, channels=(4, 6))
+    torch.nn.init.normal_(network.out.weight, std=0.1)
+    settings = {"prob": 0.7, "network": network, "steps": 2}
+    compiled, plain = (
+        BatchRandDRDMDeformd("image", compiled=flag, **settings).set_random_state(1) for flag in (True, False)
+    )
+    out, expected = compiled(batch), plain(batch)
+    assert sum(one is not None for one in plain.last) > 1
+    torch.testing.assert_close(out["image"].as_tensor(), expected["image"].as_tensor(), atol=1e-3, rtol=0)
+    assert [one and one.params for one in compiled.last] == [one and one.params for one in plain.last]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"precision": "float16"}, "precision must be 'float32' or 'bfloat16'"),
+        ({"precision": "bfloat16", "published": True}, "need sampler 'velocity'"),
+        ({"compiled": True, "published": True}, "need sampler 'velocity'"),
+    ],
+)
+def test_precision_and_compilation_are_for_our_networks(filled_network, arguments, says):
+    network = filled_network(2) if arguments.pop("published", False) else "auto"
+    with pytest.raises(ValueError, match=says):
+        BatchRandDRDMDeformd("image", network=network, **arguments)
