@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -229,7 +230,7 @@ class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
             stored = entry.field(params.index)
             stored = replace(stored, step=stored.step * params.scale, matrix=params.matrix)
         pixdim = None if self.bank.settings is None else self.bank.settings.pixdim
-        spacing, record = spacing_of(image, pixdim, name), DeformationParams.from_json(params.field)
+        spacing, record = spacing_of(image, pixdim, name), _parsed(params.field)
         return Deformation(stored.ddf(device), spacing, record, stored=stored, banked=params)
 
     def _scaled(self, stored: StoredField, scale: float, device: torch.device) -> tuple[float, StoredField]:
@@ -256,6 +257,9 @@ class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
         """Everything but the last field."""
         state: dict[str, object] = super().__getstate__()  # type: ignore[no-untyped-call]  # MONAI leaves it without types
         return {**state, "last": None}
+
+
+_parsed = lru_cache(maxsize=1024)(DeformationParams.from_json)  # a bank's fields are used again and again
 
 
 def _scale_range(scale: float | Sequence[float]) -> tuple[float, float]:

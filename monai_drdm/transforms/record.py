@@ -111,7 +111,7 @@ class BankedParams:
 
     def to_json(self) -> str:
         """The record as JSON."""
-        return json.dumps(asdict(self), sort_keys=True)
+        return json.dumps(self.__dict__, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> BankedParams:

@@ -11,7 +11,7 @@ from typing import Any, TypeVar
 
 import torch
 from monai.config import NdarrayOrTensor
-from monai.data import MetaTensor
+from monai.data import get_track_meta, MetaTensor
 from monai.transforms import InvertibleTransform
 from monai.utils import TraceKeys
 
@@ -39,8 +39,10 @@ class TracedTransform(InvertibleTransform):
         if not isinstance(output, MetaTensor):
             return output
         info = {**self.get_transform_info(), TraceKeys.DO_TRANSFORM: fired}
-        traced = self.track_transform_meta(output, transform_info=info, extra_info={_OWNER: self.owner, **extra_info})
-        return output.copy_meta_from(traced)  # type: ignore[no-any-return, no-untyped-call]
+        if get_track_meta() and info[TraceKeys.TRACING]:
+            info |= {TraceKeys.ORIG_SIZE: tuple(output.shape[1:]), TraceKeys.LAZY: False}
+            output.push_applied_operation({**info, TraceKeys.EXTRA_INFO: {_OWNER: self.owner, **extra_info}})
+        return output
 
     def take_record(self, data: NdarrayOrTensor, name: str) -> tuple[MetaTensor, dict[str, Any]]:
         """The data without this transform's latest record, and the record. The argument is left as it is.
