@@ -6,14 +6,18 @@ import argparse
 import hashlib
 import importlib.util
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any, TYPE_CHECKING
 
 from monai_drdm._version import __version__
 from monai_drdm.networks import convert_published, list_networks, network_card, pull_network, weights_folder
 from monai_drdm.networks.registry import list_published
 from monai_drdm.networks.weights import known_file, read_network
+
+if TYPE_CHECKING:
+    from monai_drdm.augment import AugmentReport
 
 _SKIPPED = 3
 _INTERRUPTED = 130
@@ -54,6 +58,8 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_augment(commands.add_parser("augment", help="deform a data set on disk", description=_AUGMENT, epilog=_CODES))
 
+    _add_pairs(commands.add_parser("pairs", help="make registration pairs", description=_PAIRS, epilog=_CODES))
+
     _add_bank(commands.add_parser("bank", help="draw fields ahead of training"))
 
     weights = commands.add_parser("weights", help="list, pull, convert and verify network weights")
@@ -78,12 +84,40 @@ _AUGMENT = (
     "and a MONAI datalist. Affines, orientation and data types are kept. An interrupted run goes on when it is called "
     "again."
 )
+_PAIRS = (
+    "Make synthetic registration pairs of every image (paper, Algorithm 4): a moving image, a fixed one, the exact "
+    "field between them and its inverse as ITK displacement fields, labels, records and a MONAI datalist. An "
+    "interrupted run goes on when it is called again."
+)
 _CODES = (
     "Exit codes: 0 all written, 1 an error that is explained, 2 a wrong call, 3 some cases skipped, 130 interrupted."
 )
 
 
 def _add_augment(parser: argparse.ArgumentParser) -> None:
+    _add_cases(parser)
+    parser.add_argument("--levels", type=float, nargs="+", default=[0.3, 0.5, 0.8], help="deformation levels in (0, 1]")
+    parser.add_argument("--draws", type=int, default=1, help="fields per case and level (default: 1)")
+    parser.set_defaults(run=_augment)
+
+
+def _add_pairs(parser: argparse.ArgumentParser) -> None:
+    _add_cases(parser)
+    parser.add_argument("--pairs", type=int, default=1, help="pairs of every image (default: 1)")
+    for name, text in (("augmentation", "that makes the moving image"), ("synthesis", "between the images")):
+        parser.add_argument(
+            f"--{name}-level",
+            type=float,
+            nargs=2,
+            default=(0.3, 0.8),
+            metavar=("LOW", "HIGH"),
+            help=f"range of levels of the field {text} (default: 0.3 0.8)",
+        )
+    parser.add_argument("--no-augmentation", action="store_true", help="the moving images are the given ones")
+    parser.set_defaults(run=_pairs)
+
+
+def _add_cases(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--images", type=Path, help="folder of images (NIfTI, .mha, .nrrd, .png)")
     source.add_argument("--datalist", type=Path, help="MONAI datalist (JSON) instead of folders")
@@ -91,8 +125,6 @@ def _add_augment(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--section", default="training", help="section of the datalist (default: training)")
     parser.add_argument("--out", type=Path, required=True, help="new folder, or one to go on in")
     parser.add_argument("--network", default="auto", help="network name or .safetensors file (default: auto)")
-    parser.add_argument("--levels", type=float, nargs="+", default=[0.3, 0.5, 0.8], help="deformation levels in (0, 1]")
-    parser.add_argument("--draws", type=int, default=1, help="fields per case and level (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="random seed (default: 0)")
     parser.add_argument("--sampler", default="auto", help="sampler (default: the network's)")
     parser.add_argument("--steps", type=int, help="recovery steps (default: the network's)")
@@ -108,11 +140,34 @@ def _add_augment(parser: argparse.ArgumentParser) -> None:
     _add_split(parser)
     parser.add_argument("--figure", action="store_true", help="draw the first cases before and after: overview.png")
     parser.add_argument("--force", action="store_true", help="draw everything again; replaces files of the same name")
-    parser.set_defaults(run=_augment)
 
 
 def _augment(options: argparse.Namespace) -> int:
-    from monai_drdm.augment import augment, AugmentSettings, draw_overview
+    from monai_drdm.augment import augment, AugmentSettings
+
+    settings = AugmentSettings(levels=tuple(options.levels), draws=options.draws, **_settings_of(options))
+    return _fill(options, augment, settings)
+
+
+def _pairs(options: argparse.Namespace) -> int:
+    from monai_drdm.augment import make_pairs, PairSettings
+
+    settings = PairSettings(
+        augmentation_level=None if options.no_augmentation else tuple(options.augmentation_level),
+        synthesis_level=tuple(options.synthesis_level),
+        pairs=options.pairs,
+        **_settings_of(options),
+    )
+    return _fill(options, make_pairs, settings)
+
+
+def _settings_of(options: argparse.Namespace) -> dict[str, Any]:
+    names = ("network", "sampler", "steps", "recovery", "slice_axis", "max_displacement_mm", "label_mode", "seed")
+    return {name: getattr(options, name) for name in names}
+
+
+def _fill(options: argparse.Namespace, function: Callable[..., AugmentReport], settings: object) -> int:
+    from monai_drdm.augment import draw_overview
     from monai_drdm.executors import workers
     from monai_drdm.io import find_cases, read_cases
 
@@ -125,20 +180,8 @@ def _augment(options: argparse.Namespace) -> int:
         if options.datalist
         else find_cases(options.images, options.labels)
     )
-    settings = AugmentSettings(
-        network=options.network,
-        sampler=options.sampler,
-        steps=options.steps,
-        recovery=options.recovery,
-        slice_axis=options.slice_axis,
-        max_displacement_mm=options.max_displacement_mm,
-        label_mode=options.label_mode,
-        levels=tuple(options.levels),
-        draws=options.draws,
-        seed=options.seed,
-    )
     with workers(options.workers) as executor:
-        report = augment(
+        report = function(
             cases,
             options.out,
             settings,

@@ -20,7 +20,7 @@ CORE = {
 """What each part of the core may import of this package."""
 
 FOREIGN = {
-    "monai": {"transforms", "bank", "demo", "augment", "io", "train"},
+    "monai": {"transforms", "bank", "demo", "augment", "io", "train", "registration"},
     "ignite": {"train", "registration"},
     "nibabel": {"io", "demo"},
     "SimpleITK": {"io"},

@@ -13,10 +13,11 @@ from monai_drdm.augment.run import AugmentReport
 from monai_drdm.io import load_image, stem_of
 from monai_drdm.io.files import atomically
 from monai_drdm.transforms.inputs import spacing_of
+from monai_drdm.transforms.pairs import SIDES
 
 
 def draw_overview(report: AugmentReport, count: int = 6) -> Path:
-    """Draw the first deformed cases of a run beside what they came from: ``overview.png`` in its folder.
+    """Draw the first deformed cases of a run beside what they came from, or the first pairs: ``overview.png``.
 
     Args:
         report: of a run that finished at least one case.
@@ -33,15 +34,23 @@ def draw_overview(report: AugmentReport, count: int = 6) -> Path:
         raise ValueError(f"nothing to draw: no case of {folder} is finished.")
     sheet = []
     for entry in entries:
-        name = stem_of(entry["image"])
+        last = "fixed" if "fixed" in entry else "image"
+        name = stem_of(entry[last])
         record = json.loads((folder / "records" / f"{name}.json").read_text(encoding="utf-8"))
-        axis, sources = record["params"]["slice_axis"], record["source"]
-        before, spacing = _plane(sources["image"], axis)
-        after = _plane(folder / entry["image"], axis)[0]
-        labels: list[Tensor | None] = [None, None]
-        if "label" in entry:
-            labels = [_plane(path, axis)[0] for path in (sources["label"], folder / entry["label"])]
-        sheet.append(SheetEntry(name, before, after, labels[0], labels[1], spacing))
+        if last == "fixed":
+            axis = record["params"]["synthesis"]["slice_axis"]
+            images = [folder / entry[side] for side in SIDES]
+            labels = [folder / entry[key] for key in (f"{side}_label" for side in SIDES) if key in entry]
+        else:
+            axis, sources = record["params"]["slice_axis"], record["source"]
+            images = [sources["image"], folder / entry["image"]]
+            labels = [sources["label"], folder / entry["label"]] if "label" in entry else []
+        (before, spacing), (after, _) = (_plane(path, axis) for path in images)
+        outlines: list[Tensor | None] = [None, None]
+        if labels:
+            outlines = [_plane(path, axis)[0] for path in labels]
+        title = "fixed" if last == "fixed" else "deformed"
+        sheet.append(SheetEntry(name, before, after, outlines[0], outlines[1], spacing, title))
     path = folder / "overview.png"
     figure = contact_sheet(sheet)
     atomically(path, lambda part: figure.savefig(part, dpi=100, metadata={"Software": None}))

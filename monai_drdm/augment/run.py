@@ -1,4 +1,4 @@
-"""Augmenting a data set on disk (paper, Algorithm 3): fields for every case and level, images and labels deformed."""
+"""A data set on disk into a folder: resumable, in any number of processes, every file written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from tqdm import tqdm
 
-from monai_drdm.augment.settings import AugmentSettings
+from monai_drdm.augment.settings import AugmentSettings, Draw, PairSettings
 from monai_drdm.executors import check_shard, in_turn, through
-from monai_drdm.io import Case, ImageFile, load_image, save_ddf
+from monai_drdm.io import Case, ImageFile, load_image
 from monai_drdm.io.files import atomically, is_taken, locked, PART
 
 _SETTINGS = "settings.json"
@@ -29,9 +28,9 @@ class AugmentReport(NamedTuple):
     """What a run did."""
 
     written: int
-    """Deformed cases written by this run."""
+    """Deformed cases, or pairs, written by this run."""
     kept: int
-    """Deformed cases that were there, made by an earlier run with the same settings."""
+    """Those that were there, made by an earlier run with the same settings."""
     failed: dict[str, str]
     """Why a case was skipped, by its name."""
     datalist: Path
@@ -73,18 +72,75 @@ def augment(
             another run is at it.
         OSError: the output cannot be written, as when the disk is full; what is finished stays.
     """
+    return _fill(cases, out, settings, force, device, progress, executor, shard)
+
+
+def make_pairs(
+    cases: Sequence[Case],
+    out: str | os.PathLike[str],
+    settings: PairSettings,
+    *,
+    force: bool = False,
+    device: str | None = None,
+    progress: bool = False,
+    executor: Executor | None = None,
+    shard: tuple[int, int] | None = None,
+) -> AugmentReport:
+    """Write registration pairs of all cases (paper, Algorithm 4), the fields between them, and a datalist.
+
+    For each pair ``fixed(x) = moving(x + ddf(x))``; fields are written as ITK and ANTs read them, for warping the
+    moving image onto the fixed one. ``monai_drdm.io.load_ddf`` reads them in voxels.
+
+    A run that was interrupted goes on where it stopped when it is called again; the files are those of a run that was
+    not. Every file is written whole or not at all, its record last.
+
+    Args:
+        cases: images to make pairs of.
+        out: new or empty folder, or that of an earlier run with the same settings. One run at a time, or one for each
+            shard.
+        settings: levels, number of pairs and how to deform.
+        force: write into any folder and draw everything again; files of the same name are replaced.
+        device: where the network runs; None: the CPU.
+        progress: show a progress bar.
+        executor: any ``concurrent.futures.Executor`` whose workers reach the folders; the files are the same.
+        shard: ``(I, N)``: only part I of N of the cases (from 0), for array jobs that fill one folder. Run each part
+            once.
+
+    Returns:
+        What was written, what was there already, and which cases failed and why; the others are complete.
+
+    Raises:
+        FileExistsError: the folder holds something else, or what was made from other files, and not ``force``; or
+            another run is at it.
+        OSError: the output cannot be written, as when the disk is full; what is finished stays.
+    """
+    return _fill(cases, out, settings, force, device, progress, executor, shard)
+
+
+def _fill(
+    cases: Sequence[Case],
+    out: str | os.PathLike[str],
+    settings: AugmentSettings | PairSettings,
+    force: bool,
+    device: str | None,
+    progress: bool,
+    executor: Executor | None,
+    shard: tuple[int, int] | None,
+) -> AugmentReport:
     _check_device(device)
     part, parts = check_shard(shard)
     if force and parts > 1:
         raise ValueError("force and shard do not go together: a part would remove what another has drawn.")
     run, mine = _Run(Path(out), settings, device), cases[part::parts]
     written, kept, failed = 0, 0, dict[str, str]()
-    each, finished = len(settings.levels) * settings.draws, 0
+    each, finished = settings.per_case, 0
     with run.open(force, shared=parts > 1), tqdm(total=len(mine) * each, disable=not progress, unit="draw") as bar:
         if force:
             run.forget(mine)
         jobs = ((run, case, None if executor else bar.update) for case in mine)
-        for (_, case, _), done in in_turn(_augment, jobs) if executor is None else through(executor, _augment, jobs):
+        for (_, case, _), done in (
+            in_turn(_write_case, jobs) if executor is None else through(executor, _write_case, jobs)
+        ):
             if isinstance(done, _BadCaseError):
                 failed[case.name] = str(done)
                 bar.write(f"skipped {case.name}: {done}", file=sys.stderr)
@@ -101,7 +157,7 @@ def augment(
         return AugmentReport(written, kept, failed, run.write_datalist())
 
 
-def _augment(run: _Run, case: Case, tick: Callable[[], object] | None) -> int:
+def _write_case(run: _Run, case: Case, tick: Callable[[], object] | None) -> int:
     """Write what is missing of a case, in any process; how many draws that were."""
     inputs = _hashes(case)
     todo = run.unfinished(case, inputs)
@@ -117,16 +173,10 @@ class _BadCaseError(Exception):
     """A case that cannot be augmented; the others can."""
 
 
-class _Draw(NamedTuple):
-    name: str
-    level: float
-    seed: str
-
-
 class _Run:
     """One run into one folder."""
 
-    def __init__(self, folder: Path, settings: AugmentSettings, device: str | None) -> None:
+    def __init__(self, folder: Path, settings: AugmentSettings | PairSettings, device: str | None) -> None:
         self.folder, self.settings, self.device = folder, settings, device
         self.described = settings.to_json()
         self.digest = hashlib.sha256(self.described.encode()).hexdigest()
@@ -150,34 +200,25 @@ class _Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder, shared=shared):
             _write_text(there, self.described)
-            for name in (".", "images", "labels", "fields", "records"):
+            for name in (".", "records", *self.settings.folders):
                 (self.folder / name).mkdir(exist_ok=True)
                 for part in () if shared else (self.folder / name).glob(f"{PART}*"):
                     part.unlink()  # a killed run's unfinished file
             yield
 
-    def draws(self, case: Case) -> list[_Draw]:
-        """What is drawn from a case, in order."""
-        settings = self.settings
-        return [
-            _Draw(f"{case.name}_level{level:g}_draw{k}", level, f"{settings.seed}/{case.name}/{level:g}/{k}")
-            for level in settings.levels
-            for k in range(settings.draws)
-        ]
-
     def forget(self, cases: Sequence[Case]) -> None:
         """Remove the records of all draws, so that a run that goes on after this one draws them again."""
-        for draw in (draw for case in cases for draw in self.draws(case)):
+        for draw in (draw for case in cases for draw in self.settings.draws_of(case.name)):
             self._record_path(draw.name).unlink(missing_ok=True)
 
-    def unfinished(self, case: Case, inputs: Mapping[str, str]) -> list[_Draw]:
+    def unfinished(self, case: Case, inputs: Mapping[str, str]) -> list[Draw]:
         """Draws that were not finished with the same settings, or whose files are no longer there.
 
         Raises:
             FileExistsError: a draw was made from other files.
         """
         todo = []
-        for draw in self.draws(case):
+        for draw in self.settings.draws_of(case.name):
             record = self._read_record(self._record_path(draw.name))
             if record is None or not all((self.folder / file).is_file() for file in record["files"].values()):
                 todo.append(draw)
@@ -196,21 +237,13 @@ class _Run:
         except (OSError, TypeError, ValueError) as error:
             raise _BadCaseError(str(error)) from error
 
-    def write(self, case: Case, inputs: Mapping[str, str], files: Mapping[str, ImageFile], draw: _Draw) -> None:
+    def write(self, case: Case, inputs: Mapping[str, str], files: Mapping[str, ImageFile], draw: Draw) -> None:
         """Draw, deform and write; the record last."""
-        names = {key: f"{key}s/{draw.name}{file.suffix}" for key, file in files.items()}
-        names["field"] = f"fields/{draw.name}.nii.gz"
+        names = self.settings.names_of(files, draw)
         try:
-            transform = self.settings.transform(draw.level, list(files), self.device)
-            sample: dict[str, Any] = {key: file.data for key, file in files.items()}
-            sample["seed"] = draw.seed
-            deformed = transform(sample)
-            deformation = transform.last
-            assert deformation is not None
-            assert deformation.params is not None
-            save_ddf(deformation.ddf, files["image"].data.affine.numpy(), self.folder / names["field"])
-            for key, file in files.items():
-                file.save_like(torch.as_tensor(deformed[key]), self.folder / names[key])
+            made = self.settings.make(files, draw, self.device)
+            for key, save in made.savers.items():
+                save(self.folder / names[key])
         except (TypeError, ValueError) as error:
             for name in names.values():
                 (self.folder / name).unlink(missing_ok=True)  # without a record nothing says what they are
@@ -220,8 +253,8 @@ class _Run:
             "source": {key: str(path.absolute()) for key, path in _paths(case).items()},
             "inputs_sha256": inputs,
             "files": names,
-            "params": asdict(deformation.params),
-            "statistics": asdict(deformation.statistics),
+            "params": made.params,
+            "statistics": made.statistics,
             "settings_sha256": self.digest,
         }
         _write_text(self._record_path(draw.name), json.dumps(record, indent=2) + "\n")
@@ -236,7 +269,8 @@ class _Run:
 
     def _entries(self) -> list[dict[str, str]]:
         records = [self._read_record(path) for path in sorted((self.folder / "records").glob("*.json"))]
-        return [{key: name for key, name in record["files"].items() if key != "field"} for record in records if record]
+        unlisted = self.settings.unlisted
+        return [{key: name for key, name in one["files"].items() if key not in unlisted} for one in records if one]
 
     def _record_path(self, name: str) -> Path:
         return self.folder / "records" / f"{name}.json"

@@ -6,11 +6,11 @@ import argparse
 import json
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from monai_drdm.train import build_config, fit
-from monai_drdm.train.config import describe_settings
+from monai_drdm.train import build_config, fit, TrainConfig
+from monai_drdm.train.settings import Config, describe_settings
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -22,6 +22,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Ctrl-C, 143 after SIGTERM. The run then is saved, and ``--resume`` goes on from there.
     """
     options = _parser().parse_args(arguments)
+
+    def config(file: Path | None) -> TrainConfig:
+        return build_config(file, options.set, data=options.data, max_minutes=options.max_minutes, init=options.init)
+
+    return run_command("monai_drdm.train", options, config, fit, _verdict)
+
+
+def run_command(
+    name: str,
+    options: argparse.Namespace,
+    config: Callable[[Path | None], Config],
+    fit: Callable[..., Path | None],
+    verdict: Callable[[Path], str] | None = None,
+) -> int:
+    """Train as a command line says; its exit code.
+
+    Args:
+        name: of the command, before its errors.
+        options: with ``out``, ``config`` and ``resume``.
+        config: makes the settings, given a file of them.
+        fit: trains.
+        verdict: what to say of the weights.
+    """
     caught: list[int] = []
 
     def note(number: int, _: object) -> None:
@@ -32,10 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         before_it = options.out / "config.json"
         file = before_it if options.resume and options.config is None and before_it.is_file() else options.config
-        config = build_config(file, options.set, data=options.data, max_minutes=options.max_minutes, init=options.init)
-        weights = fit(config, options.out, resume=options.resume, progress=True, should_stop=lambda: bool(caught))
+        weights = fit(config(file), options.out, resume=options.resume, progress=True, should_stop=lambda: bool(caught))
     except (OSError, TypeError, ValueError, FloatingPointError) as error:
-        print(f"monai_drdm.train: {error}", file=sys.stderr)
+        print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print(f"stopped at once; go on with --resume --out {options.out}", file=sys.stderr)
@@ -46,7 +68,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if weights is None:
         print(f"stopped; go on with --resume --out {options.out}", file=sys.stderr)
         return 128 + (caught[0] if caught else signal.SIGTERM)  # another process may have been told
-    print(_verdict(weights), file=sys.stderr)
+    if verdict is not None:
+        print(verdict(weights), file=sys.stderr)
     print(weights)
     return 0
 
@@ -61,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m monai_drdm.train",
         description="Train a deformation-recovery network on unlabelled scans.",
-        epilog="settings for --set and --config:\n" + describe_settings(),
+        epilog="settings for --set and --config:\n" + describe_settings(TrainConfig),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data", help="folder of scans, MONAI datalist, or 'synthetic'")

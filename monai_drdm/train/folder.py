@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from monai_drdm.io.files import atomically, locked
-from monai_drdm.train.config import TrainConfig
+from monai_drdm.train.settings import RunConfig
 
 _CONFIG = "config.json"
 _CHECKPOINTS = "checkpoints"
@@ -23,7 +23,7 @@ _KEPT = 3
 
 
 @contextmanager
-def claimed(folder: Path, config: TrainConfig, resume: bool) -> Iterator[None]:
+def claimed(folder: Path, config: RunConfig, resume: bool) -> Iterator[None]:
     """Hold the folder of a new run, or of one to go on with, against all others.
 
     Raises:
@@ -58,7 +58,7 @@ def telling_what_is_left(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def write_config(folder: Path, config: TrainConfig) -> None:
+def write_config(folder: Path, config: RunConfig) -> None:
     """Write the settings, which make the folder that of a run."""
     atomically(folder / _CONFIG, lambda part: Path(part).write_text(config.to_json(), encoding="utf-8"))
 
@@ -136,7 +136,7 @@ def _step_of(path: Path) -> int:
     return int(digits) if digits.isdigit() else -1
 
 
-def _check(folder: Path, config: TrainConfig, resume: bool) -> None:
+def _check(folder: Path, config: RunConfig, resume: bool) -> None:
     there = folder / _CONFIG
     if not resume:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):

@@ -11,7 +11,7 @@ import torch
 from monai.inferers import Inferer
 from torch import nn, Tensor
 
-from monai_drdm.train.config import TrainConfig
+from monai_drdm.train.settings import RunConfig
 
 
 class Bfloat16Inferer(Inferer):
@@ -27,15 +27,15 @@ class Bfloat16Inferer(Inferer):
             predicted: Tensor = network(inputs, *args, **kwargs)
         return predicted.float()
 
-    def bound(self, network: nn.Module) -> Callable[[Tensor, Tensor], Tensor]:
-        """The network as a function."""
-        return lambda image, level: self(image, network, level)
+    def bound(self, network: nn.Module) -> Callable[..., Tensor]:
+        """The network as a function of images and what it is given beside them."""
+        return lambda image, *told: self(image, network, *told)
 
 
 class Progress:
     """How long and how well a run has gone, also before an interruption."""
 
-    def __init__(self, config: TrainConfig) -> None:
+    def __init__(self, config: RunConfig) -> None:
         self.limit = config.max_minutes * 60
         self.before = 0.0
         self.started: float | None = None

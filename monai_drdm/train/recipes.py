@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from abc import ABC, abstractmethod
+import json
+from abc import abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -11,20 +12,33 @@ from typing import Any, Generic, TypeVar
 import torch
 from torch import nn, Tensor
 
-from monai_drdm.diffusion.recover_velocity import Predict
-from monai_drdm.networks import load_network, NetworkCard, RecoveryNetwork, RecResACNet, VelocityUNet
+from monai_drdm.diffusion import DRDM
+from monai_drdm.fields import warp
+from monai_drdm.io.files import atomically
+from monai_drdm.networks import (
+    load_network,
+    NetworkCard,
+    RecoveryNetwork,
+    RecResACNet,
+    save_network,
+    VelocityUNet,
+)
 from monai_drdm.train.config import TrainConfig
-from monai_drdm.train.data import ScanBank
+from monai_drdm.train.data import find_scans, load_bank, ScanBank
+from monai_drdm.train.engine import Predict, Task
 from monai_drdm.train.published import draw_published_batch, published_folding, published_loss, PublishedTarget
-from monai_drdm.train.step import draw_batch, folding_of, recovery_loss, Target
+from monai_drdm.train.step import draw_batch, draw_images, folding_of, recovery_loss, Target
+from monai_drdm.viz import contact_sheet, Figure, middle_plane, SheetEntry
 
 T = TypeVar("T")
 """What a loss compares predictions with."""
 
 _QUIET = 1e-2
+_WEIGHTS = "network.safetensors"
+_SHEET, _SHEET_LEVEL = 6, 0.5
 
 
-class Recipe(ABC, Generic[T]):
+class Recipe(Task, Generic[T]):
     """How one kind of network is trained.
 
     Args:
@@ -32,8 +46,12 @@ class Recipe(ABC, Generic[T]):
         start: the network to start from; None: a new one.
     """
 
+    config: TrainConfig
+
     def __init__(self, config: TrainConfig, start: RecoveryNetwork | None) -> None:
         self.config, self.start = config, start
+        self.bank: ScanBank | None = None
+        self.validation: ScanBank | None = None
         self.origin = "" if start is None else start.card.name
 
     def network(self) -> RecoveryNetwork:
@@ -54,6 +72,55 @@ class Recipe(ABC, Generic[T]):
             training_data=f"{before}; then {data}" if before else data,
             gates=gates,
         )
+
+    def prepare(self, progress: bool) -> str:
+        """Read scans to train and to validate on; what could not be used."""
+        config = self.config
+        if config.data == "synthetic":
+            return ""
+        bank = load_bank(
+            find_scans(config.data, config.section),
+            spatial_dims=config.spatial_dims,
+            working_size=config.working_size,
+            slice_axis=config.slice_axis,
+            image_channel=config.image_channel,
+            mix_dimensions=config.mix_dimensions,
+            progress=progress,
+        )
+        self.bank, self.validation = bank.split(config.validation_share, config.seed)
+        return bank.report()
+
+    def batch(
+        self, network: Predict, generator: torch.Generator, *, validate: bool = False
+    ) -> tuple[Tensor, tuple[Tensor, ...], T]:
+        """Images, what the network is told beside them, and the target."""
+        image, told, target = self.draw(
+            self.validation if validate else self.bank, network, generator, validate=validate
+        )
+        return image, (told,), target
+
+    def sheet(self, network: nn.Module, generator: torch.Generator) -> Figure:
+        """Images kept for validation before and after one draw each."""
+        assert isinstance(network, RecoveryNetwork)
+        images = draw_images(self.config, self.validation, generator)[:_SHEET]
+        training = network.training
+        fields = DRDM(network.eval()).sample(images, _SHEET_LEVEL, range(len(images)))
+        network.train(training)
+        entries = [
+            SheetEntry(f"image {number}", middle_plane(before), middle_plane(after))
+            for number, (before, after) in enumerate(zip(images, warp(images, fields)))
+        ]
+        return contact_sheet(entries)
+
+    def write(self, network: nn.Module, folder: Path, gates: Mapping[str, float]) -> Path:
+        """Weights, and their card beside them."""
+        assert isinstance(network, RecoveryNetwork)
+        weights = folder / _WEIGHTS
+        network.card = self.card(network, folder.resolve().name, gates)
+        atomically(weights, lambda part: save_network(network, part))
+        card = json.dumps(json.loads(network.card.to_json()), indent=2) + "\n"
+        atomically(weights.with_suffix(".json"), lambda part: Path(part).write_text(card, encoding="utf-8"))
+        return weights
 
     def loss(self, predicted: Tensor, target: T) -> Tensor:
         """What training makes small."""

@@ -6,18 +6,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from torch import nn, Tensor
 from torch.utils.tensorboard import SummaryWriter
 
-from monai_drdm.diffusion import DRDM
-from monai_drdm.fields import warp
 from monai_drdm.io.files import atomically
-from monai_drdm.networks import RecoveryNetwork
-from monai_drdm.viz import contact_sheet, SheetEntry
+from monai_drdm.viz import Figure
 
 _METRICS = "metrics.jsonl"
-_SHEET = 6
-_SHEET_LEVEL = 0.5
 
 
 class Reports:
@@ -43,28 +37,12 @@ class Reports:
             kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
             atomically(path, lambda part: Path(part).write_text(kept, encoding="utf-8"))
 
-    def draw_sheet(self, network: nn.Module, images: Tensor, step: int) -> None:
-        """Draw images ``(B, 1, *S)`` before and after one draw each: ``sheets/step_N.png``."""
-        assert isinstance(network, RecoveryNetwork)
-        images = images[:_SHEET]
-        training = network.training
-        fields = DRDM(network.eval()).sample(images, _SHEET_LEVEL, range(len(images)))
-        network.train(training)
-        entries = [
-            SheetEntry(f"image {number}", _plane(before), _plane(after))
-            for number, (before, after) in enumerate(zip(images, warp(images, fields)))
-        ]
+    def draw(self, figure: Figure, step: int) -> None:
+        """Keep a figure: ``sheets/step_N.png``."""
         path = self.folder / "sheets" / f"step_{step}.png"
         path.parent.mkdir(exist_ok=True)
-        figure = contact_sheet(entries)
         atomically(path, lambda part: figure.savefig(part, dpi=80))
 
     def close(self) -> None:
         """Finish writing."""
         self.board.close()
-
-
-def _plane(image: Tensor) -> Tensor:
-    """The image ``(H, W)``, or the middle slice across the last axis of a volume."""
-    first = image[0].cpu()
-    return first if first.ndim == 2 else first[..., first.shape[-1] // 2]

@@ -22,6 +22,7 @@ class SheetEntry(NamedTuple):
     label_before: Tensor | None = None
     label_after: Tensor | None = None
     spacing: tuple[float, float] = (1.0, 1.0)
+    after_name: str = "deformed"
 
 
 def contact_sheet(entries: Sequence[SheetEntry]) -> Figure:
@@ -43,7 +44,7 @@ def contact_sheet(entries: Sequence[SheetEntry]) -> Figure:
         low, high = float(entry.before.min()), float(entry.before.float().quantile(0.998))
         shown = (
             (entry.before, entry.label_before, LABEL_BEFORE, entry.name),
-            (entry.after, entry.label_after, LABEL_AFTER, "deformed"),
+            (entry.after, entry.label_after, LABEL_AFTER, entry.after_name),
         )
         for row, (image, label, colour, title) in enumerate(shown):
             axis = axes[2 * block + row, column]
@@ -53,3 +54,9 @@ def contact_sheet(entries: Sequence[SheetEntry]) -> Figure:
             if label is not None:
                 outline(axis, label, colour)
     return figure
+
+
+def middle_plane(image: Tensor) -> Tensor:
+    """The first channel ``(H, W)`` of an image ``(C, *S)``, of a volume its middle slice across the last axis."""
+    first = image[0].detach().cpu()
+    return first if first.ndim == 2 else first[..., first.shape[-1] // 2]

@@ -7,7 +7,8 @@ import math
 import pytest
 
 from monai_drdm.train.__main__ import main
-from monai_drdm.train.config import build_config, describe_settings, TrainConfig
+from monai_drdm.train.config import build_config, TrainConfig
+from monai_drdm.train.settings import describe_settings
 
 
 def test_later_sources_win(tmp_path):
@@ -89,7 +90,7 @@ def test_wrong_files_are_refused(tmp_path):
 
 
 def test_every_setting_has_a_line_of_help():
-    lines = describe_settings().splitlines()
+    lines = describe_settings(TrainConfig).splitlines()
     names = [one.name for one in dataclasses.fields(TrainConfig)]
     assert [line.split(" = ")[0].strip() for line in lines] == names
     assert all(len(line.split(": ", 1)[1]) > 5 for line in lines)

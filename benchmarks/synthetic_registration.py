@@ -1,0 +1,291 @@
+"""Registration networks that never saw a real pair: how good are they, by what made their pairs?
+
+| arm | trained on |
+|---|---|
+| `smooth` | pairs by smooth random fields of one scale |
+| `random` | pairs by consistent multi-scale random fields, without a network to recover them |
+| `drdm` | pairs by DRDM |
+| `real` | real pairs, unsupervised: local cross-correlation |
+| `drdm-real` | pairs by DRDM, then real ones unsupervised |
+| `identity`, `demons`, `bspline` | nothing: SimpleITK's symmetric-forces demons and B-spline registration |
+
+All fields between synthetic pairs of one image have the same mean displacement, that of DRDM's. All networks are the
+same and train for as many steps; `drdm-real` takes as many again. Networks are chosen by their own validation error,
+settings on validation images; test images are registered once, each to the next.
+
+    python benchmarks/synthetic_registration.py pairs --set hippocampus --work DIR
+    python benchmarks/synthetic_registration.py train --set hippocampus --work DIR
+    python benchmarks/synthetic_registration.py judge --set hippocampus --work DIR --split test
+    python benchmarks/synthetic_registration.py table
+
+Pairs that are written and runs that are finished are skipped, and a run that was stopped goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import nibabel as nib
+import numpy as np
+import SimpleITK
+import torch
+from common import append_rows, data_folder, machine, read_rows, RESULTS
+from domains import DOMAINS
+from torch import Tensor
+from tqdm import tqdm
+
+from monai_drdm.augment import make_pairs, PairSettings
+from monai_drdm.diffusion import DRDM
+from monai_drdm.fields import compose, exp_svf, gaussian_smooth, resize_image, warp
+from monai_drdm.io import find_cases, load_ddf, load_image, save_ddf
+from monai_drdm.networks import load_network
+from monai_drdm.registration import evaluate_registration, load_registration, register
+from monai_drdm.registration.data import load_images
+from monai_drdm.registration.task import fit, RegistrationConfig
+
+PATH = RESULTS / "synthetic_registration.jsonl"
+PAIR_ARMS = ("drdm", "random", "smooth")
+ARMS = ("smooth", "random", "drdm", "real", "drdm-real")
+BASELINES = ("identity", "demons", "bspline")
+Register = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Set:
+    """Images to register, and how networks are trained on them."""
+
+    domain: str
+    structures: tuple[int, ...]
+    coarser: int
+    """Images are taken this many times coarser."""
+    pairs: int
+    """Of every image of the pool."""
+    level: tuple[float, float]
+    smooth_vox: float
+    """Standard deviation of the smoothing of arm ``smooth``."""
+    steps: int
+    batch: int = 4
+
+
+SETS = {
+    "hippocampus": Set("hippocampus3d", (1, 2), 1, 2, (0.3, 0.8), 6.0, 3000),
+    "ixi": Set("ixi3d", tuple(range(1, 13)), 2, 8, (0.3, 0.8), 5.0, 3000),
+}
+
+
+def prepare(name: str, work: Path) -> None:
+    """Images and labels of every split as folders: links, or copies that are coarser."""
+    one = SETS[name]
+    source = data_folder() / {"hippocampus3d": "hippocampus", "ixi3d": "ixi"}[one.domain]
+    files = sorted((source / "images").iterdir())
+    for split, members in DOMAINS[one.domain].splits.items():
+        for kind in ("images", "labels"):
+            folder = work / name / split / kind
+            folder.mkdir(parents=True, exist_ok=True)
+            for number in members:
+                there, new = source / kind / files[number - 1].name, folder / files[number - 1].name
+                if not new.exists():
+                    new.symlink_to(there) if one.coarser == 1 else _coarser(there, new, one.coarser, kind)
+
+
+def _coarser(there: Path, new: Path, factor: int, kind: str) -> None:
+    volume = nib.load(there)
+    values = torch.from_numpy(np.asarray(volume.dataobj, dtype=np.float32))
+    if kind == "labels":
+        values = values[(slice(None, None, factor),) * 3]
+        array = values.to(torch.uint8).numpy()
+    else:
+        shape = tuple(len(range(0, n, factor)) for n in values.shape)
+        array = resize_image(values[None, None], shape)[0, 0].numpy()
+    nib.save(nib.Nifti1Image(array, volume.affine @ np.diag([factor] * 3 + [1])), new)
+
+
+def write_pairs(name: str, work: Path) -> None:
+    """Pairs of the pool: DRDM's, and those of other fields of the same mean displacements."""
+    one, folder = SETS[name], work / name
+    cases = find_cases(folder / "pool" / "images", folder / "pool" / "labels")
+    settings = PairSettings(augmentation_level=one.level, synthesis_level=one.level, pairs=one.pairs)
+    make_pairs(cases, folder / "pairs-drdm", settings, progress=True)
+    entries = json.loads((folder / "pairs-drdm" / "datalist.json").read_text(encoding="utf-8"))["training"]
+    model = DRDM(load_network("anatomy-3d"))
+    for arm in ("random", "smooth"):
+        draw = partial(_random, model, one) if arm == "random" else partial(_smooth, one)
+        for entry in tqdm(entries, desc=arm, unit="pair"):
+            _like(folder, arm, entry, draw)
+        text = (folder / "pairs-drdm" / "datalist.json").read_text(encoding="utf-8")
+        (folder / f"pairs-{arm}" / "datalist.json").write_text(text, encoding="utf-8")
+
+
+def _like(folder: Path, arm: str, entry: dict[str, str], draw: Callable[[Tensor, int], Tensor]) -> None:
+    """A pair of the same image whose two fields have the mean displacements of DRDM's pair."""
+    out = {key: folder / f"pairs-{arm}" / path for key, path in entry.items()}
+    if out["ddf"].is_file():
+        return
+    stem = Path(entry["fixed"]).name.removesuffix(".nii.gz")
+    record = json.loads((folder / "pairs-drdm" / "records" / f"{stem}.json").read_text(encoding="utf-8"))
+    image, label = load_image(record["source"]["image"]), load_image(record["source"]["label"])
+    synthesis = load_ddf(folder / "pairs-drdm" / entry["ddf"]).as_tensor()[None]
+    mean = synthesis.norm(dim=1).mean()
+    seeds = (record["params"]["augmentation"]["seed"], record["params"]["synthesis"]["seed"])
+    fields = [draw(image.data.as_tensor()[None], seed) for seed in seeds]
+    first, second = (field * (mean / field.norm(dim=1).mean()) for field in fields)
+    for path in out.values():
+        path.parent.mkdir(parents=True, exist_ok=True)
+    for side, field in (("moving", first), ("fixed", compose(first, second))):
+        image.save_like(warp(image.data.as_tensor()[None].float(), field)[0], out[side])
+        label.save_like(warp(label.data.as_tensor()[None], field, "nearest")[0], out[f"{side}_label"])
+    save_ddf(second[0], image.data.affine.numpy(), out["ddf"], convention="itk")
+
+
+def _random(model: DRDM, one: Set, image: Tensor, seed: int) -> Tensor:
+    level = float(np.random.RandomState(seed % 2**32).uniform(*one.level))
+    return model.diffuse(image.shape[2:], level, [seed])
+
+
+def _smooth(one: Set, image: Tensor, seed: int) -> Tensor:
+    noise = torch.randn(1, 3, *image.shape[2:], generator=torch.Generator().manual_seed(seed))
+    velocity = gaussian_smooth(noise, one.smooth_vox)
+    return exp_svf(velocity * (2.0 / velocity.norm(dim=1).mean()))
+
+
+def train(name: str, work: Path, arm: str, seed: int) -> Path:
+    """The network of an arm."""
+    one, folder = SETS[name], work / name
+    run = folder / f"run-{arm}-{seed}"
+    weights = run / "network.safetensors"
+    if weights.is_file():
+        return weights
+    settings: dict[str, Any] = {"batch_size": one.batch, "max_epochs": one.steps // 250, "epoch_length": 250}
+    if arm in PAIR_ARMS:
+        settings["pairs"] = str(folder / f"pairs-{arm}")
+    else:
+        settings |= {"images": str(folder / "pool" / "images"), "labels": str(folder / "pool" / "labels")}
+    if arm == "drdm-real":
+        settings |= {"init": str(train(name, work, "drdm", seed)), "learning_rate": 3e-4}
+    bfloat16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) or torch.cuda.is_available()
+    config = RegistrationConfig(seed=seed, bfloat16=bfloat16, **settings)
+    found = fit(config, run, resume=(run / "config.json").is_file(), progress=True)
+    assert found is not None
+    return found
+
+
+def judge(name: str, work: Path, arm: str, seed: int, split: str) -> None:
+    """Register every image of a split to the next."""
+    one, folder = SETS[name], work / name / split
+    bank = load_images(folder / "images", folder / "labels", spatial_dims=3)
+    assert bank.labels is not None
+    method, rows = _method(name, work, arm, seed), []
+    for i in tqdm(range(len(bank)), desc=f"{name} {arm}", unit="pair"):
+        pair = bank.pairs(torch.tensor([(i + 1) % len(bank)]), torch.tensor([i])).to(torch.device("cpu"))
+        score = evaluate_registration(
+            method,
+            pair.moving,
+            pair.fixed,
+            moving_label=pair.moving_label,
+            fixed_label=pair.fixed_label,
+            structures=one.structures,
+            both_ways=arm not in BASELINES,
+        )
+        row = {"set": name, "arm": arm, "seed": seed, "split": split, "pair": bank.names[i]}
+        rows.append(row | vars(score) | machine())
+    append_rows(PATH, *rows)
+
+
+def _method(name: str, work: Path, arm: str, seed: int) -> Register:
+    if arm in ARMS:
+        network = load_registration(train(name, work, arm, seed))
+        return lambda moving, fixed: register(network, moving, fixed)
+    return {"identity": _identity, "demons": _demons, "bspline": _bspline}[arm]
+
+
+def _identity(moving: Tensor, fixed: Tensor) -> Tensor:
+    return torch.zeros(1, 3, *fixed.shape[2:])
+
+
+def _itk(image: Tensor) -> SimpleITK.Image:
+    """Array order becomes ITK's: the first axis is the last."""
+    return SimpleITK.GetImageFromArray(image[0, 0].numpy())
+
+
+def _ddf(transform: SimpleITK.Transform, fixed: SimpleITK.Image) -> Tensor:
+    field = SimpleITK.TransformToDisplacementField(
+        transform, SimpleITK.sitkVectorFloat64, fixed.GetSize(), (0.0,) * 3, (1.0,) * 3, fixed.GetDirection()
+    )
+    vectors = SimpleITK.GetArrayFromImage(field)[..., ::-1]
+    return torch.from_numpy(vectors.copy()).movedim(-1, 0)[None].float()
+
+
+def _demons(moving: Tensor, fixed: Tensor) -> Tensor:
+    demons = SimpleITK.FastSymmetricForcesDemonsRegistrationFilter()
+    demons.SetNumberOfIterations(100)
+    demons.SetStandardDeviations(1.5)
+    target = _itk(fixed)
+    field = demons.Execute(target, _itk(moving))
+    return _ddf(SimpleITK.DisplacementFieldTransform(SimpleITK.Cast(field, SimpleITK.sitkVectorFloat64)), target)
+
+
+def _bspline(moving: Tensor, fixed: Tensor) -> Tensor:
+    target, source = _itk(fixed), _itk(moving)
+    method = SimpleITK.ImageRegistrationMethod()
+    method.SetMetricAsMeanSquares()
+    method.SetInterpolator(SimpleITK.sitkLinear)
+    method.SetOptimizerAsLBFGSB(numberOfIterations=100)
+    initial = SimpleITK.BSplineTransformInitializer(target, [max(2, n // 8) for n in target.GetSize()])
+    method.SetInitialTransform(initial, inPlace=True)
+    return _ddf(method.Execute(target, source), target)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: mean over pairs ± standard deviation over seeds (or, of one seed, over pairs)."""
+    lines = ["| set | split | arm | seeds | pairs | Dice % | HD95 vox | folds % | consistency vox | s a pair |"]
+    lines.append("|" + "---|" * 10)
+    keys = dict.fromkeys((r["set"], r["split"], r["arm"]) for r in rows)
+    for key in sorted(keys, key=lambda k: (k[0], k[1], (*BASELINES, *ARMS).index(k[2]))):
+        mine = [r for r in rows if (r["set"], r["split"], r["arm"]) == key]
+        seeds = sorted({r["seed"] for r in mine})
+        by_pair = [[100 * float(np.nanmean(r["dice"])) for r in mine if r["seed"] == seed] for seed in seeds]
+        dice = np.mean(by_pair[0]) if len(seeds) == 1 else np.mean([np.mean(one) for one in by_pair])
+        spread = np.std(by_pair[0]) if len(seeds) == 1 else np.std([np.mean(one) for one in by_pair])
+        hd95 = np.nanmean([np.nanmean(r["hd95"]) for r in mine])
+        folds = 100 * np.mean([r["fold_fraction"] for r in mine])
+        back = np.nanmean([r["inverse_consistency_vox"] for r in mine]) if key[2] in ARMS else float("nan")
+        seconds = np.median([r["seconds"] for r in mine])
+        lines.append(
+            f"| {' | '.join(key)} | {len(seeds)} | {len(by_pair[0])} | {dice:.1f} ± {spread:.1f} | {hd95:.2f} "
+            f"| {folds:.3f} | {back:.2f} | {seconds:.2f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("pairs", "train", "judge", "table"))
+    parser.add_argument("--set", choices=tuple(SETS), default="hippocampus")
+    parser.add_argument("--work", type=Path, default=Path("synthetic_registration"), help="folder for pairs and runs")
+    parser.add_argument("--arms", nargs="+", choices=(*BASELINES, *ARMS), default=[*BASELINES, *ARMS])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    args = parser.parse_args()
+    if args.what != "table":
+        prepare(args.set, args.work)
+    if args.what == "pairs":
+        write_pairs(args.set, args.work)
+    for seed in args.seeds:
+        for arm in args.arms:
+            if args.what == "train" and arm in ARMS:
+                train(args.set, args.work, arm, seed)
+            there = {(r["set"], r["arm"], r["seed"], r["split"]) for r in read_rows(PATH)}
+            if args.what == "judge" and (args.set, arm, seed, args.split) not in there:
+                judge(args.set, args.work, arm, seed, args.split)
+    if args.what == "table":
+        print(table(read_rows(PATH)))
+
+
+if __name__ == "__main__":
+    main()

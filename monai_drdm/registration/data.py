@@ -1,0 +1,219 @@
+"""What registration networks learn from, kept in memory: pairs with known fields, or images to pair at random."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from monai_drdm.io import find_cases, load_ddf, load_image, read_cases
+
+_LOW, _HIGH = 0.005, 0.995
+
+
+@dataclass(frozen=True)
+class RegistrationBatch:
+    """Pairs on one grid."""
+
+    moving: Tensor
+    """``(B, 1, *S)`` in [0, 1]."""
+    fixed: Tensor
+    """``(B, 1, *S)`` in [0, 1]."""
+    inside: Tensor
+    """``(B, 1, *S)`` bool: the fixed image without its padding."""
+    ddf: Tensor | None = None
+    """``(B, D, *S)`` voxels, where it is known."""
+    moving_label: Tensor | None = None
+    """``(B, 1, *S)`` uint8, where there are labels."""
+    fixed_label: Tensor | None = None
+    """``(B, 1, *S)`` uint8, where there are labels."""
+
+    def to(self, device: torch.device) -> RegistrationBatch:
+        """On a device, in float32."""
+
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            if tensor is None:
+                return None
+            tensor = tensor.to(device)
+            return tensor.float() if tensor.is_floating_point() else tensor
+
+        values = {name: moved(value) for name, value in vars(self).items()}
+        return RegistrationBatch(**values)  # type: ignore[arg-type]  # None stays None
+
+
+@dataclass(frozen=True)
+class PairBank:
+    """Pairs whose fields are known."""
+
+    pairs: RegistrationBatch
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def draw(self, count: int, generator: torch.Generator) -> RegistrationBatch:
+        """Some of them at random, on the generator's device."""
+        chosen = torch.randint(len(self), (count,), generator=generator, device=generator.device).cpu()
+        return self.at(chosen).to(generator.device)
+
+    def at(self, chosen: Tensor) -> RegistrationBatch:
+        """Those of some numbers."""
+        values = {name: None if value is None else value[chosen] for name, value in vars(self.pairs).items()}
+        return RegistrationBatch(**values)  # type: ignore[arg-type]
+
+    def split(self, share: float) -> tuple[PairBank, PairBank]:
+        """The pairs of the first images, and those of the last ones for validation; of a single image all in both."""
+        sources = [name.rsplit("_pair", 1)[0] for name in self.names]
+        images = list(dict.fromkeys(sources))
+        if len(images) < 2:
+            return self, self
+        kept = set(images[-min(max(round(share * len(images)), 1), len(images) - 1) :])
+        return self._part([i for i, one in enumerate(sources) if one not in kept]), self._part(
+            [i for i, one in enumerate(sources) if one in kept]
+        )
+
+    def _part(self, chosen: list[int]) -> PairBank:
+        return PairBank(self.at(torch.tensor(chosen)), tuple(self.names[i] for i in chosen))
+
+
+@dataclass(frozen=True)
+class ImageBank:
+    """Images, and labels where there are any, that are registered with each other."""
+
+    images: Tensor
+    """``(N, 1, *S)`` float16 in [0, 1]."""
+    inside: Tensor
+    """``(N, 1, *S)`` bool."""
+    labels: Tensor | None
+    """``(N, 1, *S)`` uint8."""
+    names: tuple[str, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def draw(self, count: int, generator: torch.Generator) -> RegistrationBatch:
+        """Pairs of different images at random, on the generator's device."""
+        device = generator.device
+        fixed = torch.randint(len(self), (count,), generator=generator, device=device)
+        step = torch.randint(1, max(len(self), 2), (count,), generator=generator, device=device)
+        return self.pairs(((fixed + step) % len(self)).cpu(), fixed.cpu()).to(device)
+
+    def pairs(self, moving: Tensor, fixed: Tensor) -> RegistrationBatch:
+        """Pairs of images of these numbers."""
+        labels = (None, None) if self.labels is None else (self.labels[moving], self.labels[fixed])
+        return RegistrationBatch(self.images[moving], self.images[fixed], self.inside[fixed], None, *labels)
+
+    def split(self, share: float) -> tuple[ImageBank, ImageBank]:
+        """The first images, and the last ones for validation; two at least in each, or all in both."""
+        kept = max(round(share * len(self)), 2)
+        if len(self) - kept < 2:
+            return self, self
+        return self._part(slice(0, -kept)), self._part(slice(-kept, None))
+
+    def _part(self, part: slice) -> ImageBank:
+        labels = None if self.labels is None else self.labels[part]
+        return ImageBank(self.images[part], self.inside[part], labels, self.names[part])
+
+
+def load_pairs(
+    data: str | os.PathLike[str], *, spatial_dims: int, section: str = "training", progress: bool = False
+) -> PairBank:
+    """Read what ``monai-drdm pairs`` wrote: its folder, or its datalist.
+
+    Volumes of different size are centred on one grid, and what was added is marked as outside.
+
+    Raises:
+        FileNotFoundError: no such folder or datalist.
+        ValueError: a datalist without pairs, or images of other dimensions.
+    """
+    path = Path(data)
+    path = path / "datalist.json" if path.is_dir() else path
+    if not path.is_file():
+        raise FileNotFoundError(f"no folder of pairs or datalist {path}.")
+    try:
+        entries = json.loads(path.read_text(encoding="utf-8"))[section]
+        files = [{key: path.parent / name for key, name in entry.items()} for entry in entries]
+        needed = all({"moving", "fixed", "ddf"} <= set(one) for one in files)
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} cannot be read as a datalist with a section {section!r}: {error}.") from None
+    if not files or not needed:
+        raise ValueError(f"{path} must list pairs with moving, fixed and ddf. Make them with monai-drdm pairs.")
+    labelled = all({"moving_label", "fixed_label"} <= set(one) for one in files)
+    keys = ["moving", "fixed", "ddf", *(("moving_label", "fixed_label") if labelled else ())]
+    read: dict[str, list[Tensor]] = {key: [] for key in keys}
+    for one in tqdm(files, desc="read", unit="pair", disable=not progress):
+        read["ddf"].append(load_ddf(one["ddf"]).as_tensor().half())
+        for side in ("moving", "fixed"):
+            read[side].append(_image(one[side], spatial_dims))
+            if labelled:
+                read[f"{side}_label"].append(_label(one[f"{side}_label"]))
+    shape = _common_shape(read["fixed"])
+    stacked = {key: torch.stack([_centred(one, shape) for one in values]) for key, values in read.items()}
+    inside = torch.stack([_centred(torch.ones_like(one, dtype=torch.bool), shape) for one in read["fixed"]])
+    pairs = RegistrationBatch(inside=inside, **stacked)
+    return PairBank(pairs, tuple(one["fixed"].name for one in files))
+
+
+def load_images(
+    images: str | os.PathLike[str],
+    labels: str | os.PathLike[str] | None = None,
+    *,
+    spatial_dims: int,
+    section: str = "training",
+    progress: bool = False,
+) -> ImageBank:
+    """Read a folder of images, and one of labels of the same names, or a MONAI datalist.
+
+    Raises:
+        FileNotFoundError: nothing there.
+        ValueError: fewer than two images, or images of other dimensions.
+    """
+    cases = read_cases(images, section) if Path(images).is_file() else find_cases(images, labels)
+    if len(cases) < 2:
+        raise ValueError(f"{images} must hold two images or more to register with each other, got {len(cases)}.")
+    read = [_image(case.image, spatial_dims) for case in tqdm(cases, desc="read", unit="image", disable=not progress)]
+    shape = _common_shape(read)
+    marks = [_label(case.label) for case in cases if case.label is not None]
+    return ImageBank(
+        torch.stack([_centred(one, shape) for one in read]),
+        torch.stack([_centred(torch.ones_like(one, dtype=torch.bool), shape) for one in read]),
+        torch.stack([_centred(one, shape) for one in marks]) if len(marks) == len(read) else None,
+        tuple(case.name for case in cases),
+    )
+
+
+def unit_range(image: Tensor) -> Tensor:
+    """An image ``(C, *S)`` with its 0.5th to 99.5th percentile on [0, 1], as networks take it."""
+    values = image.float()
+    low, high = (torch.quantile(values.flatten()[:: max(1, values.numel() // 2**20)], q) for q in (_LOW, _HIGH))
+    return ((values - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+
+
+def _image(path: Path, spatial_dims: int) -> Tensor:
+    data = load_image(path).data.as_tensor()
+    if data.ndim != spatial_dims + 1 or data.shape[0] != 1:
+        raise ValueError(f"{path} must be a {spatial_dims}D image of one channel, got {tuple(data.shape)}.")
+    return unit_range(data).half()
+
+
+def _label(path: Path) -> Tensor:
+    values = load_image(path).data.as_tensor()
+    if bool((values != values.round()).any()) or float(values.min()) < 0 or float(values.max()) > 255:
+        raise ValueError(f"{path} must hold label ids from 0 to 255.")
+    return values.to(torch.uint8)
+
+
+def _common_shape(images: Sequence[Tensor]) -> tuple[int, ...]:
+    return tuple(max(sizes) for sizes in zip(*(one.shape[1:] for one in images)))
+
+
+def _centred(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+    room = [size - n for size, n in zip(shape, tensor.shape[1:])]
+    return F.pad(tensor, [p for r in reversed(room) for p in (r // 2, r - r // 2)])

@@ -1,0 +1,127 @@
+"""How well pairs are registered: overlap, distances, landmarks, folds, consistency and time."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from monai.metrics import compute_hausdorff_distance
+from monai.networks.utils import one_hot
+from torch import Tensor
+
+from monai_drdm.fields import compose, fold_fraction, warp
+
+Register = Callable[[Tensor, Tensor], Tensor]
+"""From moving and fixed images ``(1, 1, *S)`` to the field ``(1, D, *S)`` in voxels."""
+
+
+@dataclass(frozen=True)
+class RegistrationScore:
+    """Of one pair. What cannot be known is NaN."""
+
+    dice: tuple[float, ...]
+    """Of every structure."""
+    hd95: tuple[float, ...]
+    """95th percentile of the distances between surfaces of every structure, in units of ``spacing``."""
+    tre: float
+    """Mean distance of landmarks of the moving image from where the field takes those of the fixed one."""
+    fold_fraction: float
+    """Folding cells, by the corner measure."""
+    inverse_consistency_vox: float
+    """Mean distance by which registering there and back misses."""
+    error_vox: float
+    """Mean distance to the known field."""
+    seconds: float
+    """For one registration."""
+
+
+@torch.no_grad()
+def evaluate_registration(
+    register: Register,
+    moving: Tensor,
+    fixed: Tensor,
+    *,
+    moving_label: Tensor | None = None,
+    fixed_label: Tensor | None = None,
+    structures: Sequence[int] = (),
+    moving_points: Tensor | None = None,
+    fixed_points: Tensor | None = None,
+    ddf: Tensor | None = None,
+    inside: Tensor | None = None,
+    spacing: Sequence[float] | None = None,
+    both_ways: bool = True,
+) -> RegistrationScore:
+    """Register one pair and judge the field.
+
+    Args:
+        register: a network's ``register``, or any other method.
+        moving: ``(1, 1, *S)``.
+        fixed: ``(1, 1, *S)``.
+        moving_label: ``(1, 1, *S)`` label ids; warped by nearest neighbour.
+        fixed_label: ``(1, 1, *S)`` label ids.
+        structures: ids to judge.
+        moving_points: ``(N, D)`` voxels, the same landmarks as ``fixed_points``.
+        fixed_points: ``(N, D)`` voxels.
+        ddf: ``(1, D, *S)`` the known field.
+        inside: ``(1, 1, *S)`` bool, where the known field counts.
+        spacing: mm per voxel, for ``hd95`` and ``tre``; None: voxels.
+        both_ways: also register fixed onto moving, for the inverse consistency.
+
+    Returns:
+        The score.
+
+    Raises:
+        ValueError: a method whose field has another shape.
+    """
+    dims = moving.ndim - 2
+    start = time.perf_counter()
+    found = register(moving, fixed)
+    seconds = time.perf_counter() - start
+    if found.shape != (1, dims, *fixed.shape[2:]):
+        raise ValueError(
+            f"register must give a field (1, {dims}, *{tuple(fixed.shape[2:])}), got {tuple(found.shape)}."
+        )
+    steps = torch.ones(dims) if spacing is None else torch.tensor([float(s) for s in spacing])
+    dice: tuple[float, ...] = ()
+    hd95: tuple[float, ...] = ()
+    if moving_label is not None and fixed_label is not None and structures:
+        dice, hd95 = _overlap(warp(moving_label, found, "nearest"), fixed_label, structures, steps)
+    tre = np.nan
+    if moving_points is not None and fixed_points is not None and len(fixed_points):
+        tre = float(((_followed(fixed_points, found) - moving_points) * steps).norm(dim=-1).mean())
+    consistency = np.nan
+    if both_ways:
+        consistency = float(compose(found, register(fixed, moving)).norm(dim=1).mean())
+    error = np.nan
+    if ddf is not None:
+        mask = torch.ones_like(fixed, dtype=torch.bool) if inside is None else inside
+        error = float((found - ddf).norm(dim=1, keepdim=True)[mask].mean())
+    return RegistrationScore(dice, hd95, tre, float(fold_fraction(found)[0]), consistency, error, seconds)
+
+
+def _overlap(
+    warped: Tensor, fixed: Tensor, structures: Sequence[int], steps: Tensor
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    dice, hd95 = [], []
+    for value in structures:
+        a, b = warped == value, fixed == value
+        total = float(a.sum() + b.sum())
+        dice.append(2 * float((a & b).sum()) / total if total else np.nan)
+        if bool(a.any()) and bool(b.any()):
+            first, second = (one_hot(one.to(torch.uint8), 2) for one in (a, b))
+            distance = compute_hausdorff_distance(first, second, percentile=95, spacing=steps.tolist())
+            hd95.append(float(distance[0, 0]))
+        else:
+            hd95.append(np.nan)
+    return tuple(dice), tuple(hd95)
+
+
+def _followed(points: Tensor, ddf: Tensor) -> Tensor:
+    """``p + ddf(p)`` of landmarks ``(N, D)``."""
+    from monai_drdm.fields import sample
+
+    at = points.to(ddf.dtype).T.reshape(1, ddf.shape[1], -1, *(1,) * (ddf.ndim - 3))
+    return points + sample(ddf, at)[0].flatten(1).T

@@ -1,0 +1,167 @@
+"""MONAI's registration networks behind one face: two images in, a displacement field out."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from monai.networks.nets import LocalNet, RegUNet, VoxelMorphUNet
+from safetensors import safe_open, SafetensorError
+from safetensors.torch import save_file
+from torch import nn, Tensor
+
+from monai_drdm.fields import crop, exp_svf
+from monai_drdm.io.files import atomically
+
+_META = "monai_drdm_registration"
+_SQUARINGS = 6
+
+
+@dataclass(frozen=True)
+class Structure:
+    """What a registration network is built of.
+
+    Raises:
+        ValueError: an unknown kind, or numbers out of range.
+    """
+
+    kind: str = "regunet"
+    """``regunet``, ``localnet`` or ``voxelmorph``."""
+    spatial_dims: int = 3
+    channels: int = 16
+    """Features on the finest grid."""
+    depth: int = 3
+    """How often the grid is halved."""
+    diffeomorphic: bool = True
+    """What the network says is a velocity, and the field its flow."""
+
+    def __post_init__(self) -> None:
+        if self.kind not in _BACKBONES:
+            raise ValueError(f"kind must be one of {tuple(_BACKBONES)}, got {self.kind!r}.")
+        if self.spatial_dims not in (2, 3) or self.channels < 2 or self.depth < 1:
+            raise ValueError(
+                "a registration network needs spatial_dims 2 or 3, channels of 2 or more and a depth of 1 or more, got "
+                f"{self.spatial_dims}, {self.channels} and {self.depth}."
+            )
+
+
+def _regunet(structure: Structure) -> nn.Module:
+    dims, depth = structure.spatial_dims, structure.depth
+    return RegUNet(dims, 2, structure.channels, depth, out_kernel_initializer="zeros", out_channels=dims)
+
+
+def _localnet(structure: Structure) -> nn.Module:
+    dims, levels = structure.spatial_dims, tuple(range(structure.depth + 1))
+    return LocalNet(
+        dims,
+        2,
+        structure.channels,
+        levels,  # type: ignore[arg-type]  # MONAI declares one level and takes several
+        out_kernel_initializer="zeros",
+        out_channels=dims,
+    )
+
+
+def _voxelmorph(structure: Structure) -> nn.Module:
+    dims, wide = structure.spatial_dims, 2 * structure.channels
+    channels = (structure.channels, *(wide,) * (2 * structure.depth - 1))
+    network = VoxelMorphUNet(dims, 2, dims, channels, (structure.channels, structure.channels))
+    last = [module for module in network.modules() if isinstance(module, (nn.Conv2d, nn.Conv3d))][-1]
+    nn.init.zeros_(last.weight)
+    assert last.bias is not None
+    nn.init.zeros_(last.bias)
+    return network
+
+
+_BACKBONES: dict[str, Callable[[Structure], nn.Module]] = {
+    "regunet": _regunet,
+    "localnet": _localnet,
+    "voxelmorph": _voxelmorph,
+}
+
+
+class RegistrationNetwork(nn.Module):
+    """A registration network of MONAI's that takes images of any size and begins with the identity.
+
+    Args:
+        structure: what it is built of.
+    """
+
+    def __init__(self, structure: Structure) -> None:
+        super().__init__()
+        self.structure = structure
+        self.backbone = _BACKBONES[structure.kind](structure)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """The field that warps the moving image onto the fixed one.
+
+        Args:
+            images: ``(B, 2, *S)``: moving and fixed image in [0, 1].
+
+        Returns:
+            ``(B, D, *S)`` displacement in voxels: ``warp(moving, ddf)`` resembles ``fixed``.
+
+        Raises:
+            ValueError: shapes that do not fit.
+        """
+        dims, shape = self.structure.spatial_dims, images.shape[2:]
+        if images.ndim != dims + 2 or images.shape[1] != 2:
+            raise ValueError(f"images must have shape (B, 2, *S) with {dims} spatial axes, got {tuple(images.shape)}.")
+        said = crop(self.backbone(_padded(images, 2**self.structure.depth)), shape).float()
+        if not self.structure.diffeomorphic:
+            return said
+        with torch.autocast(said.device.type, enabled=False):
+            return exp_svf(said, _SQUARINGS)
+
+
+def _padded(images: Tensor, multiple: int) -> Tensor:
+    room = [-n % multiple for n in images.shape[2:]]
+    return F.pad(images, [p for r in reversed(room) for p in (0, r)])
+
+
+@torch.no_grad()
+def register(network: nn.Module, moving: Tensor, fixed: Tensor) -> Tensor:
+    """The field ``(B, D, *S)`` in voxels that warps moving onto fixed images, ``(B, 1, *S)`` in [0, 1] each."""
+    network.eval()
+    found: Tensor = network(torch.cat([moving, fixed], dim=1))
+    return found
+
+
+def save_registration(network: RegistrationNetwork, path: str | os.PathLike[str]) -> None:
+    """Write weights and structure as safetensors, whole or not at all."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in network.state_dict().items()}
+    metadata = {_META: json.dumps(asdict(network.structure), sort_keys=True)}
+    atomically(Path(path), lambda part: save_file(tensors, part, metadata))
+
+
+def load_registration(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> RegistrationNetwork:
+    """Read what ``save_registration`` wrote.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: not such a file, or a damaged one.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no registration network {path}.")
+    try:
+        with safe_open(path, framework="pt") as file:
+            described = json.loads((file.metadata() or {})[_META])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+        network = RegistrationNetwork(Structure(**described))
+        network.load_state_dict(tensors)
+    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"{path} is not a registration network of monai_drdm ({reason}).") from error
+    if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
+        raise ValueError(f"{path} holds weights that are NaN or infinite.")
+    return network.eval().to(device)
+
+
+def kinds() -> Sequence[str]:
+    """Known kinds of networks."""
+    return tuple(_BACKBONES)

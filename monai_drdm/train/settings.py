@@ -1,0 +1,147 @@
+"""The settings of any training run: one frozen record, from defaults, a YAML or JSON file, and ``key=value``."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints, TypeVar
+
+
+def setting(
+    default: Any, text: str, *, low: float = -math.inf, high: float = math.inf, choices: tuple[Any, ...] = ()
+) -> Any:
+    """A field with a line of help and what its numbers may be."""
+    return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """What every run has to settle, whatever it trains.
+
+    Raises:
+        TypeError: an entry of a wrong type.
+        ValueError: an entry out of its range.
+    """
+
+    batch_size: int = setting(16, "images in a batch, on each process", low=1, high=4096)
+    epoch_length: int = setting(200, "steps between validations and checkpoints", low=1)
+    max_epochs: int = setting(1000, "epochs at most", low=1)
+    max_minutes: float = setting(math.inf, "minutes at most, after which the run ends as if done", low=0)
+    patience: int = setting(0, "epochs without a better validation after which to stop; 0: never", low=0)
+    learning_rate: float | None = setting(
+        None, "after warm-up; falls to zero along a cosine; none: what suits the network", low=0, high=1
+    )
+    warmup_steps: int = setting(100, "steps of rising learning rate", low=0)
+    weight_decay: float = setting(1e-4, "of AdamW", low=0, high=1)
+    clip_norm: float = setting(1.0, "largest norm of the gradient", low=0)
+    ema_decay: float = setting(0.999, "of the averaged weights that are kept", low=0, high=1)
+    bfloat16: bool = setting(True, "convolutions in bfloat16; fields stay in float32")
+    seed: int = setting(0, "fixes data order, fields and weights", low=0, high=2**31 - 1)
+    device: str = setting("", "torch device; empty: a GPU if there is one")
+
+    def __post_init__(self) -> None:
+        hints = get_type_hints(type(self))
+        for one in fields(self):
+            value = _checked_type(getattr(self, one.name), hints[one.name], one.name)
+            object.__setattr__(self, one.name, value)
+            _check_range(value, one.name, **{k: one.metadata[k] for k in ("low", "high", "choices")})
+
+    def to_json(self) -> str:
+        """The settings as JSON; an unlimited number is ``"inf"``."""
+        values = {k: "inf" if v == math.inf else v for k, v in asdict(self).items()}
+        return json.dumps(values, indent=2) + "\n"
+
+
+Config = TypeVar("Config", bound=RunConfig)
+
+
+def read_config(
+    kind: type[Config], file: str | Path | None = None, settings: Sequence[str] = (), **known: Any
+) -> Config:
+    """Settings from a YAML or JSON file, then ``key=value`` texts, then keywords; later ones win.
+
+    Args:
+        kind: what they are settings of.
+        file: a mapping of settings; None: the defaults.
+        settings: such as ``"batch_size=8"``; values are read as YAML.
+        known: values given by name; None leaves a setting as it is.
+
+    Raises:
+        FileNotFoundError: no such file.
+        TypeError: a value of a wrong type.
+        ValueError: an unknown setting, a value out of range, or a file that is no mapping.
+    """
+    values = {} if file is None else _read(Path(file))
+    for text in settings:
+        key, separator, value = text.partition("=")
+        if not separator:
+            raise ValueError(f"--set must be key=value, got {text!r}.")
+        values[key.strip()] = _parse(value, f"--set {key}")
+    values |= {key: value for key, value in known.items() if value is not None}
+    names = {one.name for one in fields(kind)}
+    unknown = sorted(set(values) - names)
+    if unknown:
+        raise ValueError(f"unknown settings {unknown}; known are {', '.join(sorted(names))}.")
+    return kind(**values)
+
+
+def describe_settings(kind: type[RunConfig]) -> str:
+    """One line for every setting: name, default, and what it means."""
+    return "\n".join(f"  {one.name} = {one.default!r}: {one.metadata['help']}" for one in fields(kind))
+
+
+def _read(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise FileNotFoundError(f"no settings file {path}.")
+    values = _parse(path.read_text(encoding="utf-8"), str(path))
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}.")
+    return dict(values)
+
+
+def _parse(text: str, origin: str) -> Any:
+    """A YAML value (JSON is one)."""
+    import yaml  # an extra: training only
+
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ValueError(f"{origin} cannot be read: {error}") from None
+
+
+def _checked_type(value: Any, hint: Any, name: str) -> Any:
+    """The value as the type it is declared with: integers may stand for floats, lists for tuples."""
+    if value is None and type(None) in get_args(hint):
+        return None
+    kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
+    if hint == tuple[int, ...]:
+        if isinstance(value, (list, tuple)) and all(type(one) is int for one in value):
+            return tuple(value)
+        raise TypeError(f"{name} must be a list of integers, got {value!r}.")
+    kind = kinds[0]
+    if kind is float:
+        number = _number(value)
+        if number is not None and not math.isnan(number):
+            return number
+    elif type(value) is kind:
+        return value
+    raise TypeError(f"{name} must be {getattr(kind, '__name__', kind)}, got {value!r}.")
+
+
+def _number(value: Any) -> float | None:
+    """A number, also as a text: YAML reads 1e-3 as one."""
+    try:
+        return float(value) if type(value) in (int, float, str) else None
+    except ValueError:
+        return None
+
+
+def _check_range(value: Any, name: str, low: float, high: float, choices: tuple[Any, ...]) -> None:
+    if choices and value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
+    numbers = value if isinstance(value, tuple) else (value,) if type(value) in (int, float) else ()
+    if not all(low <= number <= high for number in numbers):
+        raise ValueError(f"{name} must be in [{low:g}, {high:g}], got {value!r}.")

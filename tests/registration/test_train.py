@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import json
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+from monai.networks.blocks import Warp
+
+from monai_drdm.augment import make_pairs, PairSettings
+from monai_drdm.io import find_cases
+from monai_drdm.networks import save_network
+from monai_drdm.registration import evaluate_registration, load_registration, register
+from monai_drdm.registration.data import load_images, load_pairs
+from monai_drdm.registration.task import fit, RegistrationConfig
+from monai_drdm.registration.train import main
+from monai_drdm.train.settings import read_config
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    """Six small images of an ellipse in another, of two sizes, and their labels."""
+    folder = tmp_path_factory.mktemp("scans")
+    for name in ("images", "labels"):
+        (folder / name).mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(6):
+        shape = (40, 44) if number % 2 else (44, 40)
+        axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+        radius = np.hypot(axes[0] / rng.uniform(0.6, 0.9), axes[1] / rng.uniform(0.6, 0.9))
+        label = (radius < 1).astype(np.uint8) + (radius < 0.5)
+        image = 100 * label + 10 * np.sin(6 * axes[0]) + rng.normal(size=shape)
+        for kind, values in (("images", image.astype(np.float32)), ("labels", label.astype(np.uint8))):
+            nib.save(nib.Nifti1Image(values[..., None], np.eye(4)), folder / kind / f"case{number}.nii.gz")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pairs(scans):
+    """Four pairs of each, small fields."""
+    settings = PairSettings(synthesis_level=(0.2, 0.3), augmentation_level=None, pairs=4, steps=2)
+    cases = find_cases(scans / "images", scans / "labels")
+    make_pairs(cases, scans / "pairs", settings)
+    return scans / "pairs"
+
+
+SMALL = ["channels=8", "depth=2", "spatial_dims=2", "batch_size=4", "bfloat16=false", "warmup_steps=10"]
+
+
+def command(out, *more, steps=40, epochs=1):
+    settings = [*SMALL, f"epoch_length={steps}", f"max_epochs={epochs}"]
+    return ["--out", str(out), *(word for one in settings for word in ("--set", one)), *map(str, more)]
+
+
+def test_pairs_are_read_as_they_were_made(pairs):
+    bank = load_pairs(pairs, spatial_dims=2)
+    assert len(bank) == 24
+    first = bank.pairs
+    assert first.fixed.shape == (24, 1, 44, 44)
+    assert first.inside.float().mean() == pytest.approx(40 / 44)
+    assert float(first.fixed.min()) >= 0
+    assert float(first.fixed.max()) <= 1
+    drawn = bank.draw(3, torch.Generator().manual_seed(0))
+    again = Warp("bilinear", "border")(drawn.moving, drawn.ddf)
+    apart, doing_nothing = ((one - drawn.fixed).abs()[drawn.inside].mean() for one in (again, drawn.moving))
+    assert apart < 0.3 * doing_nothing
+    training, validation = bank.split(0.3)
+    assert (len(training), len(validation)) == (16, 8)
+    assert not {name[:5] for name in training.names} & {name[:5] for name in validation.names}
+
+
+def test_images_are_paired_with_others(scans):
+    bank = load_images(scans / "images", scans / "labels", spatial_dims=2)
+    batch = bank.draw(64, torch.Generator().manual_seed(0))
+    same = (batch.moving == batch.fixed).flatten(1).all(dim=1)
+    assert not same.any()
+    assert batch.moving_label is not None
+    assert set(batch.moving_label.unique().tolist()) == {0, 1, 2}
+
+
+def test_known_fields_are_learned(pairs, tmp_path, capsys):
+    more = ["--pairs", pairs, "--set", "learning_rate=3e-3", "--set", "validation_share=0.3"]
+    assert main(command(tmp_path / "run", *more, steps=300)) == 0
+    network = load_registration(capsys.readouterr().out.strip())
+    bank = load_pairs(pairs, spatial_dims=2)
+    _, held_out = bank.split(0.3)
+    errors = {"network": [], "nothing": []}
+    for number in range(len(held_out)):
+        one = held_out.at(torch.tensor([number])).to(torch.device("cpu"))
+        for name, method in (
+            ("network", lambda a, b: register(network, a, b)),
+            ("nothing", lambda a, b: torch.zeros(1, 2, *a.shape[2:])),
+        ):
+            score = evaluate_registration(method, one.moving, one.fixed, ddf=one.ddf, inside=one.inside)
+            errors[name].append(score.error_vox)
+    assert np.mean(errors["network"]) < 0.9 * np.mean(errors["nothing"])
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert len([row for row in metrics if "loss" in row]) == 300
+    assert list((tmp_path / "run" / "sheets").glob("*.png"))
+
+
+def test_unsupervised_goes_on_from_supervised(scans, pairs, tmp_path, capsys):
+    assert main(command(tmp_path / "first", "--pairs", pairs, steps=30)) == 0
+    first = capsys.readouterr().out.strip()
+    more = ["--images", scans / "images", "--labels", scans / "labels", "--init", first, "--set", "label_weight=0.5"]
+    assert main(command(tmp_path / "second", *more, steps=60)) == 0
+    network = load_registration(capsys.readouterr().out.strip())
+    bank = load_images(scans / "images", scans / "labels", spatial_dims=2)
+    batch = bank.pairs(torch.tensor([0, 1]), torch.tensor([2, 3])).to(torch.device("cpu"))
+    dice = []
+    for method in (lambda a, b: register(network, a, b), lambda a, b: torch.zeros(1, 2, *a.shape[2:])):
+        for i in range(2):
+            images, labels = (
+                (one[i : i + 1] for one in two)
+                for two in ((batch.moving, batch.fixed), (batch.moving_label, batch.fixed_label))
+            )
+            moving_label, fixed_label = labels
+            score = evaluate_registration(
+                method, *images, moving_label=moving_label, fixed_label=fixed_label, structures=(1, 2)
+            )
+            dice.append(np.mean(score.dice))
+    assert np.mean(dice[:2]) > np.mean(dice[2:])
+
+
+def test_runs_go_on(pairs, tmp_path):
+    settings = [*SMALL, "epoch_length=6", "max_epochs=2"]
+    config, steps = read_config(RegistrationConfig, None, settings, pairs=str(pairs)), iter(range(100))
+    assert fit(config, tmp_path / "whole") is not None
+    assert fit(config, tmp_path / "parts", should_stop=lambda: next(steps) >= 7) is None
+    assert fit(config, tmp_path / "parts", resume=True) is not None
+    a, b = (load_registration(tmp_path / name / "network.safetensors").state_dict() for name in ("whole", "parts"))
+    assert all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [
+        ((), "set either pairs"),
+        (("--pairs", "a", "--images", "b"), "set either pairs"),
+        (("--pairs", "nowhere"), "no folder of pairs"),
+        (("--images", "nowhere"), "nowhere"),
+        (("--pairs", "a", "--labels", "b"), "labels goes with images"),
+        (("--images", "a", "--set", "network=other"), "network must be one of"),
+    ],
+)
+def test_wrong_calls_are_explained(tmp_path, more, says, capsys):
+    assert main(command(tmp_path / "run", *more)) == 1
+    assert says in capsys.readouterr().err
+
+
+def test_datalists_without_pairs_are_refused(tmp_path, scans):
+    (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a.nii.gz"}]}))
+    with pytest.raises(ValueError, match="must list pairs with moving, fixed and ddf"):
+        load_pairs(tmp_path / "list.json", spatial_dims=2)
+    with pytest.raises(ValueError, match="must be a 3D image of one channel"):
+        load_images(scans / "images", spatial_dims=3)
+
+
+def test_a_network_of_other_dimensions_is_refused(tmp_path, scans, small_network, capsys):
+    path = tmp_path / "net.safetensors"
+    save_network(small_network(2), path)
+    assert main(command(tmp_path / "run", "--images", scans / "images", "--init", path)) == 1
+    assert "is not a registration network" in capsys.readouterr().err

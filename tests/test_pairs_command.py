@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import replace
+
+import nibabel as nib
+import numpy as np
+import pytest
+import SimpleITK
+import torch
+from monai.data import load_decathlon_datalist
+
+from monai_drdm.cli import main
+from monai_drdm.io import load_ddf
+from monai_drdm.networks import save_network, VelocityUNet
+from monai_drdm.transforms import PairParams, RandDRDMPaird
+
+LEVEL = ("--synthesis-level", "0.2", "0.3")
+TURN = np.array([[-0.8, 0.6, 0.0], [0.36, 0.48, 0.8], [-0.48, -0.64, 0.6]])
+OBLIQUE = np.eye(4)
+OBLIQUE[:3] = np.column_stack([TURN * [1.1, 1.2, 1.4], [5.0, -7.0, 11.0]])
+
+
+@pytest.fixture
+def folders(tmp_path):
+    """Two volumes of different size and their labels, on an oblique grid."""
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    for number, shape in enumerate([(26, 30, 24), (24, 22, 28)]):
+        axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+        radius = np.sqrt(sum(axis**2 for axis in axes))
+        image = (500 * np.exp(-2 * radius**2) + 60 * np.sin(5 * axes[0])).astype(np.float32)
+        nib.save(nib.Nifti1Image(image, OBLIQUE), tmp_path / "images" / f"case{number}.nii.gz")
+        label = ((radius < 0.9) + 2 * (radius < 0.5)).astype(np.uint8)
+        nib.save(nib.Nifti1Image(label, OBLIQUE), tmp_path / "labels" / f"case{number}.nii.gz")
+    return tmp_path
+
+
+@pytest.fixture
+def command(folders):
+    """The arguments of a run into a folder of a given name, with a small network that leaves fields as they are."""
+    path, network = folders / "net.safetensors", VelocityUNet(3, channels=(4, 6))
+    network.card = replace(network.card, working_size=33, steps=1)
+    save_network(network, path)
+
+    def build(out="out", *more):
+        given = ["--images", folders / "images", "--labels", folders / "labels", "--out", folders / out]
+        return [
+            "pairs",
+            *map(str, given),
+            "--network",
+            str(path),
+            "--pairs",
+            "2",
+            "--synthesis-level",
+            "0.2",
+            "0.3",
+            *more,
+        ]
+
+    return build
+
+
+def hashes(folder):
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_itk_warps_moving_images_onto_fixed_ones_by_the_written_fields(command, folders, capsys):
+    assert main(command()) == 0
+    assert "4 written, 0 already there, 0 cases skipped" in capsys.readouterr().out
+    listed = load_decathlon_datalist(folders / "out" / "datalist.json", is_segmentation=True)
+    assert len(listed) == 4
+    raw = json.loads((folders / "out" / "datalist.json").read_text())["training"]
+    assert all(set(one) == {"moving", "fixed", "moving_label", "fixed_label", "ddf", "inverse_ddf"} for one in raw)
+    for one in raw:
+        paths = {key: str(folders / "out" / name) for key, name in one.items()}
+        moving, fixed = (SimpleITK.ReadImage(paths[key], SimpleITK.sitkFloat64) for key in ("moving", "fixed"))
+        field = SimpleITK.ReadImage(paths["ddf"], SimpleITK.sitkVectorFloat64)
+        transform = SimpleITK.DisplacementFieldTransform(field)
+        warped = SimpleITK.Resample(moving, fixed, transform, SimpleITK.sitkLinear, float("nan"))
+        warped, target = SimpleITK.GetArrayFromImage(warped), SimpleITK.GetArrayFromImage(fixed)
+        there = np.isfinite(warped)
+        assert there.mean() > 0.7
+        apart = np.abs(warped - target)[there]
+        assert apart.mean() < 0.03 * target.std()
+        assert np.abs(SimpleITK.GetArrayFromImage(moving) - target)[there].mean() > 2 * apart.mean()
+        assert nib.load(paths["fixed_label"]).get_data_dtype() == np.uint8
+        np.testing.assert_allclose(nib.load(paths["fixed"]).affine, OBLIQUE, atol=1e-5)
+
+
+def test_records_replay_the_written_pairs(command, folders):
+    assert main(command()) == 0
+    out = folders / "out"
+    record = json.loads((out / "records" / "case0_pair1.json").read_text())
+    params = PairParams.from_json(json.dumps(record["params"]))
+    image = torch.from_numpy(np.asarray(nib.load(folders / "images" / "case0.nii.gz").dataobj))[None]
+    spacing = np.linalg.norm(OBLIQUE[:3, :3], axis=0).tolist()
+    network = str(folders / "net.safetensors")
+    again = RandDRDMPaird("image", network, pixdim=spacing)({"image": image}, params=params)
+    written = load_ddf(out / record["files"]["ddf"]).as_tensor()
+    assert (again["ddf"] - written).abs().max() < 1e-3
+    assert record["statistics"]["inverse_residual_vox"] == pytest.approx(float(again["inverse_residual"]), abs=1e-3)
+    np.testing.assert_allclose(nib.load(out / record["files"]["fixed"]).dataobj, again["fixed"][0], atol=0.5)
+
+
+def test_runs_go_on_and_shards_give_the_same_files(command, folders):
+    assert main(command("whole")) == 0
+    for part in ("0/2", "1/2"):
+        assert main(command("parts", "--shard", part)) == 0
+    whole = hashes(folders / "whole")
+    assert hashes(folders / "parts") == whole
+    (folders / "parts" / "records" / "case1_pair0.json").unlink()
+    (folders / "parts" / "fixed" / "case0_pair1.nii.gz").unlink()
+    assert main(command("parts")) == 0
+    assert hashes(folders / "parts") == whole
+
+
+def test_moving_images_may_be_the_given_ones(command, folders):
+    assert main(command("out", "--no-augmentation", "--figure")) == 0
+    for path in (folders / "out" / "moving").iterdir():
+        source = nib.load(folders / "images" / f"{path.name[:5]}.nii.gz")
+        np.testing.assert_array_equal(np.asarray(nib.load(path).dataobj), np.asarray(source.dataobj))
+    assert (folders / "out" / "overview.png").stat().st_size > 10_000
+
+
+def test_an_augmented_folder_is_not_one_of_pairs(command, folders, capsys):
+    assert main(command()) == 0
+    assert main(["augment", *command()[1 : -2 - len(LEVEL)]]) == 1
+    assert "was made with other settings" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "says"),
+    [(("--pairs", "0"), "pairs must be 1 or more"), (("--synthesis-level", "0.9", "0.3"), "deformation_level")],
+)
+def test_wrong_calls_are_explained_before_anything_is_made(command, folders, more, says, capsys):
+    assert main(command("out", *more)) == 1
+    assert says in capsys.readouterr().err
+    assert not (folders / "out").exists()
