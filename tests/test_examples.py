@@ -51,7 +51,7 @@ def test_few_shot_segmentation_learns_with_and_without(tmp_path):
     result = example.main(["--out", str(tmp_path / "drawn"), *short])
     assert list(result) == ["affine", "affine + DRDM"]
     assert min(result.values()) > 0.3
-    assert json.loads((tmp_path / "drawn" / "result.json").read_text()) == result
+    assert json.loads((tmp_path / "drawn" / "result.json").read_text(encoding="utf-8")) == result
     for picture in ("curves.png", "overlays.png"):
         assert np.asarray(Image.open(tmp_path / "drawn" / picture)).std() > 1
     with pytest.raises(SystemExit, match="not empty"):
@@ -69,7 +69,7 @@ def test_few_shot_segmentation_learns_with_and_without(tmp_path):
 
 def test_few_shot_notebook_runs_and_was_run(monkeypatch):
     """All cells at a small size; the committed outputs hold their pictures and no error."""
-    notebook = json.loads((EXAMPLES / "few_shot_segmentation.ipynb").read_text())
+    notebook = json.loads((EXAMPLES / "few_shot_segmentation.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert all(cell["execution_count"] for cell in cells)

@@ -19,7 +19,6 @@ from monai_drdm.train.losses import folding_loss
 from monai_drdm.train.settings import RunConfig, setting
 from monai_drdm.viz import contact_sheet, Figure, middle_plane, SheetEntry
 
-_WEIGHTS = "network.safetensors"
 _SHEET = 6
 _WINDOW = 9
 
@@ -163,11 +162,10 @@ class RegistrationTask(Task):
         ]
         return contact_sheet(entries[:_SHEET])
 
-    def write(self, network: nn.Module, folder: Path, gates: Mapping[str, float]) -> Path:
+    def write(self, network: nn.Module, weights: Path, gates: Mapping[str, float]) -> None:
         """Weights and structure."""
         assert isinstance(network, RegistrationNetwork)
-        save_registration(network, folder / _WEIGHTS)
-        return folder / _WEIGHTS
+        save_registration(network, weights)
 
 
 def fit(

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from monai_drdm.viz import Figure
 
 Predict = Callable[..., Tensor]
+_WEIGHTS = "network.safetensors"
 _VALIDATION_BATCHES = 4
 
 
@@ -78,8 +79,8 @@ class Task(ABC):
         """A look at what the network does."""
 
     @abstractmethod
-    def write(self, network: nn.Module, folder: Path, gates: Mapping[str, float]) -> Path:
-        """Write the trained network into the folder of its run; its file."""
+    def write(self, network: nn.Module, weights: Path, gates: Mapping[str, float]) -> None:
+        """Write the trained network as a file in the folder of its run."""
 
 
 def run_task(
@@ -172,9 +173,9 @@ class _Run:
                 self.reports.close()
         if self.interrupted:
             return None
-        weights: Path | None = None
+        weights = self.folder / _WEIGHTS
         if self.team.leads:
-            weights = self.task.write(self.averaged.module, self.folder, {"validation_loss": self._validation_loss()})
+            self.task.write(self.averaged.module, weights, {"validation_loss": self._validation_loss()})
         self.team.any(False)  # nobody leaves before it is written
         return weights
 

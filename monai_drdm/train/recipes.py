@@ -34,7 +34,6 @@ T = TypeVar("T")
 """What a loss compares predictions with."""
 
 _QUIET = 1e-2
-_WEIGHTS = "network.safetensors"
 _SHEET, _SHEET_LEVEL = 6, 0.5
 
 
@@ -112,15 +111,13 @@ class Recipe(Task, Generic[T]):
         ]
         return contact_sheet(entries)
 
-    def write(self, network: nn.Module, folder: Path, gates: Mapping[str, float]) -> Path:
+    def write(self, network: nn.Module, weights: Path, gates: Mapping[str, float]) -> None:
         """Weights, and their card beside them."""
         assert isinstance(network, RecoveryNetwork)
-        weights = folder / _WEIGHTS
-        network.card = self.card(network, folder.resolve().name, gates)
+        network.card = self.card(network, weights.parent.resolve().name, gates)
         atomically(weights, lambda part: save_network(network, part))
         card = json.dumps(json.loads(network.card.to_json()), indent=2) + "\n"
         atomically(weights.with_suffix(".json"), lambda part: Path(part).write_text(card, encoding="utf-8"))
-        return weights
 
     def loss(self, predicted: Tensor, target: T) -> Tensor:
         """What training makes small."""
