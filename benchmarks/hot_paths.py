@@ -21,6 +21,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import append_rows, machine, read_rows, RESULTS
+from monai.networks.blocks import Warp
+from scipy import ndimage
 from torch import Tensor
 from tqdm import tqdm
 
@@ -151,6 +153,21 @@ def squarings(dims: int) -> Ways:
     return lambda: exp_svf(svf, 6), lambda: exp_svf(svf, at_most=6)
 
 
+def beside_scipy(dims: int) -> Ways:
+    """Warping an image: SciPy's linear interpolation, and ours."""
+    coarse, image, _ = _inputs(dims)
+    ddf = resize_ddf(coarse, SHAPES[dims])
+    array, at = image[0, 0].numpy(), (ddf[0] + identity_grid(SHAPES[dims])).numpy()
+    return lambda: ndimage.map_coordinates(array, at, order=1, mode="nearest"), lambda: warp(image, ddf)
+
+
+def beside_monai(dims: int) -> Ways:
+    """Warping an image: MONAI's ``Warp`` block, and ours."""
+    coarse, image, _ = _inputs(dims)
+    ddf, block = resize_ddf(coarse, SHAPES[dims]), Warp("bilinear", "border")
+    return lambda: block(image, ddf), lambda: warp(image, ddf)
+
+
 CHANGES = (
     Change("sampling grid without an identity grid", 3.0, True, "one pass instead of five", sampling),
     Change("one grid for two images", 1.3, True, "the grid is computed once", one_grid),
@@ -160,6 +177,8 @@ CHANGES = (
     Change("convolutions channels-last", 1.2, True, "kept in 2D, in the network", channels_last, (2,)),
     Change("convolutions channels-last", 1.2, False, "not used in 3D", channels_last, (3,)),
     Change("as many squarings as a step needs", 2.0, True, "three instead of six", squarings),
+    Change("warp instead of SciPy's map_coordinates", 2.0, True, "vectorised, float32", beside_scipy),
+    Change("warp instead of MONAI's Warp", 1.3, True, "no identity grid", beside_monai),
     Change("network compiled", 1.3, False, "an option: `compiled`", compiled, (2,)),
     Change("network in bfloat16", 1.0, False, "an option: `precision`; needs hardware for it", bfloat16),
 )

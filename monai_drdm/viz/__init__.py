@@ -2,6 +2,7 @@
 
 from matplotlib.figure import Figure
 
+from monai_drdm.viz.curves import separability_figure
 from monai_drdm.viz.figures import deformation_figure, draw_jacobian, draw_warped_grid
 from monai_drdm.viz.sheets import contact_sheet, middle_plane, SheetEntry
 
@@ -13,4 +14,5 @@ __all__ = [
     "draw_jacobian",
     "draw_warped_grid",
     "middle_plane",
+    "separability_figure",
 ]
