@@ -59,7 +59,7 @@ def search_table(rows: list[Row]) -> str:
 
 
 def final_table(rows: list[Row]) -> str:
-    """Mean over cases, then mean ± standard deviation over seeds."""
+    """Mean over cases, then mean ± standard deviation over seeds; seconds are those of the median run."""
     structures = PROTOCOLS[rows[0]["protocol"]].structures
     lines = [
         f"| subjects | arm | seeds | Dice % | {' | '.join(structures)} | HD95 vox | not found | iterations | s |",
@@ -71,7 +71,7 @@ def final_table(rows: list[Row]) -> str:
         missing = [np.mean([d == 0 for case in row["dice"].values() for d in case if d is not None]) for row in group]
         cells = [_spread(100 * dice.mean(axis=1)), *(_spread(100 * column) for column in dice.T), _spread(hd95)]
         cells += [f"{100 * np.mean(missing):.1f} %", f"{np.mean([row['iterations'] for row in group]):.0f}"]
-        cells.append(f"{np.mean([row['seconds'] for row in group]):.0f}")
+        cells.append(f"{np.median([row['seconds'] for row in group]):.0f}")
         lines.append(f"| {count} | {arm} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -1,7 +1,7 @@
 """How time and memory grow with the size of images, the batch, the steps and the classes of a label.
 
 One thing is changed at a time, the rest stays at its default. Memory is the peak of a process of its own above what it
-held before the first call.
+held with image and label: network, fields, outputs and, for a bank, drawing two fields.
 
     python benchmarks/scaling.py --threads 1 --turns 3
     python benchmarks/scaling.py --table
@@ -65,10 +65,14 @@ def cases() -> list[Case]:
     return [*found, *EXTRA]
 
 
-def call_of(case: Case) -> Callable[[], object]:
-    """What is timed."""
+def sample_of(case: Case) -> dict[str, Any]:
+    """An image, and a label of so many classes."""
     sample = make_sample(tuple(case["shape"]))
-    sample["label"] = (sample["image"] * case["classes"]).clamp(max=case["classes"] - 1).to(torch.uint8)
+    return sample | {"label": (sample["image"] * case["classes"]).clamp(max=case["classes"] - 1).to(torch.uint8)}
+
+
+def call_of(case: Case, sample: dict[str, Any]) -> Callable[[], object]:
+    """What is timed."""
     settings: dict[str, Any] = {"keys": KEYS, "mode": ["bilinear", "label"], "prob": 1.0}
     if case["form"] == "bank":
         bank = DeformationBank.build([sample], id_key="name", fields_per_image=2, progress=False)
@@ -86,28 +90,29 @@ def call_of(case: Case) -> Callable[[], object]:
 def one(case: Case, threads: int, turns: int) -> None:
     """Time one case and print what it took: seconds and peak megabytes."""
     torch.set_num_threads(threads)
-    call = call_of(case)
-    call()
+    sample = sample_of(case)
     before = resident_mb()
     reset_peak()
+    call = call_of(case, sample)
+    call()
     seconds = []
     for _ in range(turns):
         start = time.perf_counter()
         call()
         seconds.append(round(time.perf_counter() - start, 4))
-    print(json.dumps({"seconds": seconds, "peak_mb": round(peak_mb() - before, 1)}))
+    print(json.dumps({"seconds": seconds, "peak_above_data_mb": round(peak_mb() - before, 1)}))
 
 
 def leak(calls: int) -> None:
-    """Resident memory over many calls of every form."""
+    """Resident memory over many calls of every form; one recovery step, which holds no less than twelve."""
     sample = make_sample((64, 64))
     bank = DeformationBank.build([sample], id_key="name", fields_per_image=4, progress=False)
     settings: dict[str, Any] = {"keys": KEYS, "mode": ["bilinear", "nearest"], "prob": 1.0}
     batch = {key: torch.stack([sample[key]] * 2) for key in KEYS}
     forms: dict[str, tuple[Any, Any]] = {
         "RandDRDMBankd": (RandDRDMBankd(bank=bank, id_key="name", **settings), sample),
-        "RandDRDMDeformd": (RandDRDMDeformd(**settings), sample),
-        "BatchRandDRDMDeformd": (BatchRandDRDMDeformd(**settings), batch),
+        "RandDRDMDeformd": (RandDRDMDeformd(steps=1, **settings), sample),
+        "BatchRandDRDMDeformd": (BatchRandDRDMDeformd(steps=1, **settings), batch),
     }
     for name, (transform, data) in forms.items():
         found = []
@@ -119,18 +124,29 @@ def leak(calls: int) -> None:
         print(name, found)
 
 
+def leak_table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the latest run of every form."""
+    lines = ["| form | calls | MB after a tenth of them | at the end | largest in between |", "|---|---|---|---|---|"]
+    for row in {r["form"]: r for r in rows}.values():
+        found = row["resident_mb"]
+        lines.append(f"| {row['form']} | {row['calls']} | {found[0]:.1f} | {found[-1]:.1f} | {max(found):.1f} |")
+    return "\n".join(lines)
+
+
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the latest run."""
+    """Markdown: the latest row of every case."""
     lines = [
         "| images | form | batch | steps | classes | threads | seconds (smallest to largest) | peak MB |",
         "|" + "---|" * 8,
     ]
-    for row in (r for r in rows if r["run"] == max(one["run"] for one in rows)):
+    latest = {json.dumps([row[key] for key in (*DEFAULTS[2], "threads")]): row for row in rows}
+    for row in latest.values():
         s = np.array(row["seconds"])
         shape = "×".join(map(str, row["shape"]))
+        peak = f"{row['peak_above_data_mb']:.0f}" if "peak_above_data_mb" in row else "–"
         lines.append(
             f"| {shape} | {row['form']} | {row['batch']} | {row['steps'] or 'default'} | {row['classes']} "
-            f"| {row['threads']} | {np.median(s):.3f} ({s.min():.3f} to {s.max():.3f}) | {row['peak_mb']:.0f} |"
+            f"| {row['threads']} | {np.median(s):.3f} ({s.min():.3f} to {s.max():.3f}) | {peak} |"
         )
     return "\n".join(lines)
 
@@ -139,6 +155,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--turns", type=int, default=3)
+    parser.add_argument("--shapes", nargs="+", help="only cases of these shapes, such as 192x192x192")
     parser.add_argument("--leak", type=int, metavar="CALLS", help="only watch memory over many calls")
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--one", help=argparse.SUPPRESS)
@@ -152,12 +169,13 @@ def main() -> None:
     if not args.table:
         where = machine() | {"threads": args.threads}
         where |= {"run": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-        for case in tqdm(cases(), unit="case"):
+        chosen = [one for one in cases() if not args.shapes or "x".join(map(str, one["shape"])) in args.shapes]
+        for case in tqdm(chosen, unit="case"):
             command = [sys.executable, __file__, "--one", json.dumps(case), "--threads", str(args.threads)]
             command += ["--turns", str(args.turns)]
             answer = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)  # noqa: S603
             append_rows(PATH, case | json.loads(answer.stdout.splitlines()[-1]) | where)
-    print(table(read_rows(PATH)))
+    print(table(read_rows(PATH)), leak_table(read_rows(LEAK)), sep="\n\n")
 
 
 if __name__ == "__main__":

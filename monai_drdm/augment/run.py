@@ -89,30 +89,8 @@ def make_pairs(
     """Write registration pairs of all cases (paper, Algorithm 4), the fields between them, and a datalist.
 
     For each pair ``fixed(x) = moving(x + ddf(x))``; fields are written as ITK and ANTs read them, for warping the
-    moving image onto the fixed one. ``monai_drdm.io.load_ddf`` reads them in voxels.
-
-    A run that was interrupted goes on where it stopped when it is called again; the files are those of a run that was
-    not. Every file is written whole or not at all, its record last.
-
-    Args:
-        cases: images to make pairs of.
-        out: new or empty folder, or that of an earlier run with the same settings. One run at a time, or one for each
-            shard.
-        settings: levels, number of pairs and how to deform.
-        force: write into any folder and draw everything again; files of the same name are replaced.
-        device: where the network runs; None: the CPU.
-        progress: show a progress bar.
-        executor: any ``concurrent.futures.Executor`` whose workers reach the folders; the files are the same.
-        shard: ``(I, N)``: only part I of N of the cases (from 0), for array jobs that fill one folder. Run each part
-            once.
-
-    Returns:
-        What was written, what was there already, and which cases failed and why; the others are complete.
-
-    Raises:
-        FileExistsError: the folder holds something else, or what was made from other files, and not ``force``; or
-            another run is at it.
-        OSError: the output cannot be written, as when the disk is full; what is finished stays.
+    moving image onto the fixed one. ``monai_drdm.io.load_ddf`` reads them in voxels. Arguments, result and errors are
+    those of ``augment``.
     """
     return _fill(cases, out, settings, force, device, progress, executor, shard)
 
