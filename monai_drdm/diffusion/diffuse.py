@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from monai_drdm.diffusion.schedule import composition_counts, integration_time, levels_of_batch
-from monai_drdm.fields import compose, control_grid_velocity, crop, exp_svf, isotropic_velocity
+from monai_drdm.fields import control_grid_velocity, crop, exp_svf, identity_grid, isotropic_velocity, sample
 from monai_drdm.fields.random import CONTROL_SIZE, NODE_STD
 
 EXTRA_NOISE = 0.08
@@ -72,7 +72,7 @@ def diffuse_published(
     control = float(CONTROL_SIZE)
     velocity = control_grid_velocity(generators, spatial_dims).to(device) * control
     extra = control_grid_velocity(generators, spatial_dims, NODE_STD * EXTRA_NOISE).to(device) * control
-    total = _self_compose(compose(extra, velocity), total_count)
+    total = _self_compose(_compose(extra, velocity), total_count)
     target = _self_compose(velocity, target_count)
     return _to_image(total / control, size), _to_image(target / control, size)
 
@@ -81,8 +81,14 @@ def _self_compose(step: Tensor, count: int) -> Tensor:
     """``u <- step + u(x + step)``, ``count`` times from zero: the release's own order of operations."""
     ddf = torch.zeros_like(step)
     for _ in range(count):
-        ddf = compose(ddf, step)
+        ddf = _compose(ddf, step)
     return ddf
+
+
+def _compose(first: Tensor, second: Tensor) -> Tensor:
+    """``compose`` by the release's own arithmetic: 200 compositions of rough fields amplify how coordinates round."""
+    grid = identity_grid(second.shape[2:], device=second.device, dtype=second.dtype)
+    return sample(first, second + grid) + second
 
 
 def _to_image(ddf: Tensor, size: int) -> Tensor:

@@ -24,7 +24,7 @@ from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from monai_drdm.train.folder import Checkpoints, claimed, telling_what_is_left, write_config
-from monai_drdm.train.parts import Bfloat16Inferer, Progress
+from monai_drdm.train.parts import Bfloat16Inferer, computes_bfloat16, Progress
 from monai_drdm.train.reports import Reports
 from monai_drdm.train.settings import RunConfig
 from monai_drdm.train.team import Team
@@ -135,7 +135,10 @@ class _Run:
             self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay
         )
         self.progress = Progress(config)
-        self.inferer = Bfloat16Inferer(config.bfloat16)
+        fast = computes_bfloat16(team.device)
+        self.inferer = Bfloat16Inferer(config.bfloat16 and fast)
+        if config.bfloat16 and not fast and team.leads:
+            print("convolutions run in float32: this processor only imitates bfloat16", file=sys.stderr)
         self.trainer = SupervisedTrainer(
             device=team.device,
             max_epochs=config.max_epochs,

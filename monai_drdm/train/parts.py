@@ -14,6 +14,13 @@ from torch import nn, Tensor
 from monai_drdm.train.settings import RunConfig
 
 
+def computes_bfloat16(device: torch.device) -> bool:
+    """Whether a device computes in bfloat16, and does not imitate it, which is many times slower than float32."""
+    if device.type == "cuda":
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
 class Bfloat16Inferer(Inferer):
     """Runs the network's convolutions in bfloat16 where that is wanted."""
 

@@ -38,7 +38,7 @@ class RunConfig:
     weight_decay: float = setting(1e-4, "of AdamW", low=0, high=1)
     clip_norm: float = setting(1.0, "largest norm of the gradient", low=0)
     ema_decay: float = setting(0.999, "of the averaged weights that are kept", low=0, high=1)
-    bfloat16: bool = setting(True, "convolutions in bfloat16; fields stay in float32")
+    bfloat16: bool = setting(True, "convolutions in bfloat16 where the device computes in it; fields stay in float32")
     seed: int = setting(0, "fixes data order, fields and weights", low=0, high=2**31 - 1)
     device: str = setting("", "torch device; empty: a GPU if there is one")
 
