@@ -35,8 +35,7 @@ def resize_ddf(ddf: Tensor, shape: Sequence[int]) -> Tensor:
     scale = [(new - 1) / (old - 1) if old > 1 and new > 1 else new / old for old, new in zip(ddf.shape[2:], shape)]
     ddf = ddf.to(field_dtype(ddf))
     factors = _constants(tuple(scale), ddf.device, ddf.dtype).view(1, -1, *(1,) * dims)
-    grows = math.prod(shape) > math.prod(ddf.shape[2:])  # scale where there is less to scale
-    return _linear(ddf * factors, shape) if grows else _linear(ddf, shape) * factors
+    return _linear(ddf * factors, shape)
 
 
 def resize_image(image: Tensor, shape: Sequence[int]) -> Tensor:
