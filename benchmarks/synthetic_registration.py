@@ -42,6 +42,7 @@ from tqdm import tqdm
 
 from monai_drdm.augment import make_pairs, PairSettings
 from monai_drdm.diffusion import DRDM
+from monai_drdm.executors import workers
 from monai_drdm.fields import compose, exp_svf, gaussian_smooth, resize_image, warp
 from monai_drdm.io import find_cases, load_ddf, load_image, save_ddf
 from monai_drdm.networks import load_network
@@ -54,6 +55,7 @@ PAIR_ARMS = ("drdm", "random", "smooth")
 ARMS = ("smooth", "random", "drdm", "real", "drdm-real")
 BASELINES = ("identity", "demons", "bspline")
 Register = Callable[[Tensor, Tensor], Tensor]
+_EPOCH = 200
 
 
 @dataclass(frozen=True)
@@ -69,13 +71,13 @@ class Set:
     level: tuple[float, float]
     smooth_vox: float
     """Standard deviation of the smoothing of arm ``smooth``."""
-    steps: int
-    batch: int = 4
+    steps: int = 1000
+    batch: int = 2
 
 
 SETS = {
-    "hippocampus": Set("hippocampus3d", (1, 2), 1, 2, (0.3, 0.8), 6.0, 3000),
-    "ixi": Set("ixi3d", tuple(range(1, 13)), 2, 8, (0.3, 0.8), 5.0, 3000),
+    "hippocampus": Set("hippocampus3d", (1, 2), 1, 1, (0.6, 1.0), 6.0),
+    "ixi": Set("ixi3d", tuple(range(1, 13)), 2, 4, (0.6, 1.0), 5.0),
 }
 
 
@@ -106,12 +108,13 @@ def _coarser(there: Path, new: Path, factor: int, kind: str) -> None:
     nib.save(nib.Nifti1Image(array, volume.affine @ np.diag([factor] * 3 + [1])), new)
 
 
-def write_pairs(name: str, work: Path) -> None:
+def write_pairs(name: str, work: Path, processes: int) -> None:
     """Pairs of the pool: DRDM's, and those of other fields of the same mean displacements."""
     one, folder = SETS[name], work / name
     cases = find_cases(folder / "pool" / "images", folder / "pool" / "labels")
     settings = PairSettings(augmentation_level=one.level, synthesis_level=one.level, pairs=one.pairs)
-    make_pairs(cases, folder / "pairs-drdm", settings, progress=True)
+    with workers(processes) as executor:
+        make_pairs(cases, folder / "pairs-drdm", settings, progress=True, executor=executor)
     entries = json.loads((folder / "pairs-drdm" / "datalist.json").read_text(encoding="utf-8"))["training"]
     model = DRDM(load_network("anatomy-3d"))
     for arm in ("random", "smooth"):
@@ -161,15 +164,19 @@ def train(name: str, work: Path, arm: str, seed: int) -> Path:
     weights = run / "network.safetensors"
     if weights.is_file():
         return weights
-    settings: dict[str, Any] = {"batch_size": one.batch, "max_epochs": one.steps // 250, "epoch_length": 250}
+    settings: dict[str, Any] = {
+        "batch_size": one.batch,
+        "max_epochs": one.steps // _EPOCH,
+        "epoch_length": _EPOCH,
+        "ema_decay": 0.99,  # short runs
+    }
     if arm in PAIR_ARMS:
         settings["pairs"] = str(folder / f"pairs-{arm}")
     else:
         settings |= {"images": str(folder / "pool" / "images"), "labels": str(folder / "pool" / "labels")}
     if arm == "drdm-real":
         settings |= {"init": str(train(name, work, "drdm", seed)), "learning_rate": 3e-4}
-    bfloat16 = bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) or torch.cuda.is_available()
-    config = RegistrationConfig(seed=seed, bfloat16=bfloat16, **settings)
+    config = RegistrationConfig(seed=seed, **settings)
     found = fit(config, run, resume=(run / "config.json").is_file(), progress=True)
     assert found is not None
     return found
@@ -270,12 +277,13 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path("synthetic_registration"), help="folder for pairs and runs")
     parser.add_argument("--arms", nargs="+", choices=(*BASELINES, *ARMS), default=[*BASELINES, *ARMS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--workers", type=int, default=1, help="processes that make pairs")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
     args = parser.parse_args()
     if args.what != "table":
         prepare(args.set, args.work)
     if args.what == "pairs":
-        write_pairs(args.set, args.work)
+        write_pairs(args.set, args.work, args.workers)
     for seed in args.seeds:
         for arm in args.arms:
             if args.what == "train" and arm in ARMS:

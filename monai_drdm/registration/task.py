@@ -12,6 +12,7 @@ from monai.networks.utils import one_hot
 from torch import nn, Tensor
 
 from monai_drdm.fields import warp
+from monai_drdm.registration.augment import mirrored, posed, repainted
 from monai_drdm.registration.data import ImageBank, load_images, load_pairs, PairBank, RegistrationBatch
 from monai_drdm.registration.networks import kinds, load_registration, RegistrationNetwork, save_registration, Structure
 from monai_drdm.train.engine import Predict, run_task, Task
@@ -38,15 +39,21 @@ class RegistrationConfig(RunConfig):
     section: str = setting("training", "section of the datalist")
     spatial_dims: int = setting(3, "2 or 3", choices=(2, 3))
     network: str = setting("regunet", "kind of network", choices=("regunet", "localnet", "voxelmorph"))
-    channels: int = setting(16, "features on the finest grid", low=2, high=256)
+    channels: int = setting(16, "features on the finest grid of the network", low=2, high=256)
     depth: int = setting(3, "how often the grid is halved", low=1, high=6)
     diffeomorphic: bool = setting(True, "the network predicts a velocity, whose flow is the field")
+    stride: int = setting(2, "the network works on a grid this many times coarser", low=1, high=4)
     init: str = setting("", "network.safetensors of an earlier run to go on from, whose structure it takes")
     error_weight: float = setting(1.0, "of the distance to the known field in voxels; with pairs", low=0)
     similarity_weight: float = setting(1.0, "of local normalised cross-correlation; with images", low=0)
     label_weight: float = setting(0.0, "of the overlap of labels (Dice), where there are labels", low=0)
     smoothness_weight: float = setting(0.1, "of squared differences of the field between neighbours", low=0)
     folding_weight: float = setting(1.0, "of the folding penalty", low=0)
+    mirror: bool = setting(True, "mirror pairs along every axis at random, the field with them")
+    pose: float = setting(
+        0.1, "how far fixed images with known fields are turned, stretched and shifted", low=0, high=1
+    )
+    repaint: float = setting(0.2, "how differently bright the two images are made, each on its own", low=0, high=1)
     validation_share: float = setting(0.1, "share of the pairs or images kept for validation", low=0, high=0.5)
 
     def __post_init__(self) -> None:
@@ -101,18 +108,30 @@ class RegistrationTask(Task):
                 )
         else:
             network = RegistrationNetwork(
-                Structure(config.network, config.spatial_dims, config.channels, config.depth, config.diffeomorphic)
+                Structure(
+                    config.network,
+                    config.spatial_dims,
+                    config.channels,
+                    config.depth,
+                    config.diffeomorphic,
+                    config.stride,
+                )
             )
         return network.train().requires_grad_(True)
 
     def batch(
         self, network: Predict, generator: torch.Generator, *, validate: bool = False
     ) -> tuple[Tensor, tuple[Tensor, ...], RegistrationBatch]:
-        """Moving and fixed images as two channels, and the pairs they are of."""
+        """Moving and fixed images as two channels, repainted in training, and the pairs they are of."""
         bank = self.validation if validate else self.training
         assert bank is not None
         pairs = bank.draw(self.config.batch_size, generator)
-        return torch.cat([pairs.moving, pairs.fixed], dim=1), (), pairs
+        seen = [pairs.moving, pairs.fixed]
+        if not validate:
+            pairs = mirrored(pairs, generator) if self.config.mirror else pairs
+            pairs = posed(pairs, self.config.pose, generator)
+            seen = [repainted(one, self.config.repaint, generator) for one in (pairs.moving, pairs.fixed)]
+        return torch.cat(seen, dim=1), (), pairs
 
     def error(self, predicted: Tensor, target: RegistrationBatch) -> Tensor:
         """With known fields the mean distance to them in voxels; else dissimilarity."""

@@ -1,6 +1,8 @@
 import pytest
 import torch
+import torch.nn.functional as F
 from monai.networks.blocks import DVF2DDF
+from scipy.ndimage import zoom
 
 from monai_drdm.fields import fold_fraction
 from monai_drdm.registration import load_registration, register, RegistrationNetwork, save_registration
@@ -33,13 +35,47 @@ def test_what_a_network_says_is_a_velocity_or_a_field(smooth_field):
     said = 4 * smooth_field((48, 48))
     found = []
     for diffeomorphic in (True, False):
-        network = RegistrationNetwork(Structure("regunet", 2, channels=4, depth=2, diffeomorphic=diffeomorphic))
+        network = RegistrationNetwork(Structure("regunet", 2, 4, depth=2, diffeomorphic=diffeomorphic, stride=1))
         network.backbone = Says(said)
         found.append(register(network, *images))
     assert torch.equal(found[1], said)
     flow = DVF2DDF(num_steps=6, mode="bilinear", padding_mode="border")(said)
     torch.testing.assert_close(found[0], flow, atol=1e-3, rtol=0)
     assert float(fold_fraction(found[0])) < 0.2 * float(fold_fraction(found[1]))
+
+
+class Remembers(Says):
+    """Keeps what it was shown."""
+
+    def forward(self, images):
+        self.seen = images
+        return self.field
+
+
+def test_a_coarser_network_sees_every_voxel_and_its_field_is_upsampled(smooth_field):
+    """Beside torch's pixel_unshuffle, and interpolation by SciPy's zoom."""
+    network = RegistrationNetwork(Structure("regunet", 2, 4, depth=1, diffeomorphic=False, stride=3))
+    said = smooth_field((16, 12))
+    network.backbone = Remembers(said)
+    moving, fixed = torch.rand(1, 1, 47, 36), torch.rand(1, 1, 47, 36)
+    found = register(network, moving, fixed)
+    padded = F.pad(torch.cat([moving, fixed], dim=1), [0, 0, 0, 1])
+    assert torch.equal(network.backbone.seen, F.pixel_unshuffle(padded, 3))
+    larger = torch.stack([torch.from_numpy(zoom(one.numpy(), 3, order=1)) for one in said[0]])
+    scale = torch.tensor([47 / 15, 35 / 11]).view(2, 1, 1)
+    torch.testing.assert_close(found[0], (larger * scale)[:, :47], atol=1e-4, rtol=0)
+
+
+def test_a_coarser_network_of_volumes_takes_all_of_them():
+    network = RegistrationNetwork(Structure("regunet", 3, 4, depth=1, stride=2))
+    network.backbone = Remembers(torch.zeros(1, 3, 4, 6, 8))
+    moving, fixed = torch.rand(1, 1, 8, 12, 16), torch.rand(1, 1, 8, 12, 16)
+    register(network, moving, fixed)
+    assert network.backbone.seen.shape == (1, 16, 4, 6, 8)
+    corner = torch.stack(
+        [image[0, 0, a::2, b::2, c::2] for image in (moving, fixed) for a in (0, 1) for b in (0, 1) for c in (0, 1)]
+    )
+    assert torch.equal(network.backbone.seen[0], corner)
 
 
 @pytest.fixture
