@@ -67,21 +67,60 @@ def test_few_shot_segmentation_learns_with_and_without(tmp_path):
     assert len(list((tmp_path / "run" / "data" / "images").iterdir())) == 12
 
 
-def test_few_shot_notebook_runs_and_was_run(monkeypatch):
-    """All cells at a small size; the committed outputs hold their pictures and no error."""
-    notebook = json.loads((EXAMPLES / "few_shot_segmentation.ipynb").read_text(encoding="utf-8"))
+def run_notebook(name, monkeypatch, settings, pictures=4):
+    """All cells of a notebook, with other settings than its first cell's; it must have been run as it is."""
+    notebook = json.loads((EXAMPLES / f"{name}.ipynb").read_text(encoding="utf-8"))
     cells = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
     outputs = [output for cell in cells for output in cell["outputs"]]
     assert all(cell["execution_count"] for cell in cells)
-    assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
+    assert sum("image/png" in output.get("data", {}) for output in outputs) == pictures
     assert all(output["output_type"] != "error" for output in outputs)
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.setattr("matplotlib.pyplot.show", lambda: None)
     names: dict = {}
     for cell in cells:
         source = "".join(cell["source"])
-        if source.startswith("DATA = None"):
-            source = "DATA, STEPS, SIZE, SCANS = None, 20, 32, 7"
-        exec(compile(source, "notebook", "exec"), names)
+        exec(compile(settings if source.startswith("DATA = None") else source, "notebook", "exec"), names)
+    return names
+
+
+def test_few_shot_notebook_runs_and_was_run(monkeypatch):
+    """All cells at a small size; the committed outputs hold their pictures and no error."""
+    names = run_notebook("few_shot_segmentation", monkeypatch, "DATA, STEPS, SIZE, SCANS = None, 20, 32, 7")
     assert set(names["trained"]) == {"affine", "affine + DRDM"}
     assert all(run["dice"][-1] > 0.1 for run in names["trained"].values())
+
+
+def test_registration_learns_from_pairs(tmp_path, monkeypatch):
+    """The short form: scans that were not seen come nearer to each other, on drawn hearts and volumes of one's own."""
+    monkeypatch.syspath_prepend(EXAMPLES)
+    example = load_example("registration")
+    short = ["--judged", "3", "--pairs", "2"]
+    result = example.main(["--out", str(tmp_path / "drawn"), *short, "--size", "32", "--scans", "8", "--steps", "60"])
+    assert result["difference"] < result["difference_before"]
+    assert result["folds_percent"] < 0.1
+    assert json.loads((tmp_path / "drawn" / "result.json").read_text(encoding="utf-8")) == result
+    for picture in ("registered.png", "separability.png", "pairs/overview.png"):
+        assert np.asarray(Image.open(tmp_path / "drawn" / picture)).std() > 1
+    learned = {path.name for path in (tmp_path / "drawn" / "learned" / "images").iterdir()}
+    judged = {path.name for path in (tmp_path / "drawn" / "judged" / "images").iterdir()}
+    assert (len(learned), len(judged), learned & judged) == (5, 3, set())
+    with pytest.raises(SystemExit, match="not empty"):
+        example.main(["--out", str(tmp_path / "drawn")])
+    (tmp_path / "own" / "images").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(4):
+        volume = generator.random((16, 18, 20)).astype(np.float32)
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "own" / "images" / f"{number}.nii.gz")
+    options = ["--judged", "2", "--pairs", "1", "--steps", "2"]
+    own = example.main(["--out", str(tmp_path / "run"), "--data", str(tmp_path / "own"), *options])
+    assert "dice" not in own  # no labels, no overlap
+    with pytest.raises(SystemExit, match="need 12 scans or more"):
+        example.main(["--out", str(tmp_path / "few"), "--data", str(tmp_path / "own")])
+
+
+def test_registration_notebook_runs_and_was_run(monkeypatch):
+    settings = "DATA, JUDGED, PAIRS, STEPS, SCANS, SIZE = None, 3, 1, 20, 7, 32"
+    names = run_notebook("registration", monkeypatch, settings)
+    assert len(names["found"]) == 3
+    assert all(one["score"].fold_fraction < 1e-3 for one in names["found"])

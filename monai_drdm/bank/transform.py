@@ -21,7 +21,7 @@ from monai_drdm.bank.making import item_identity
 from monai_drdm.fields import shrink_to_fold_limit
 from monai_drdm.fields.warp import Mode, PaddingMode
 from monai_drdm.transforms.array import checked_prob
-from monai_drdm.transforms.inputs import as_tensor, check_keys_agree, flushed, spacing_of
+from monai_drdm.transforms.inputs import as_tensor, spacing_of
 from monai_drdm.transforms.keyed import KeyedDeformation
 from monai_drdm.transforms.points import PointSpace
 from monai_drdm.transforms.record import BankedParams, Deformation, DeformationParams
@@ -175,18 +175,8 @@ class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
             ValueError: anything that does not fit: an image other than the one the fields were drawn on, a damaged
                 bank, a record of another one.
         """
-        result = dict(data)
-        names = [key for key, *_ in self.present(result)]
-        for key in (self.image_key, *(() if self.seed_key is None else (self.seed_key,))):
-            if key not in result:
-                raise KeyError(f"RandDRDMBankd: {key!r} is missing from the data: {sorted(map(str, result))}.")
-        for key in {self.image_key, *names}:
-            result[key] = flushed(result[key])
+        result = self.received(data)
         image, name = result[self.image_key], repr(self.image_key)
-        for key in (self.image_key, *names):
-            as_tensor(result[key], repr(key))
-        check_keys_agree(result, self.image_key, names)
-        self.check_geometry(result, image.ndim - 1)
         if randomize and params is None:
             self.randomize(None if self.seed_key is None else result[self.seed_key])
         choice = self._choice

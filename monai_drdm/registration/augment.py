@@ -64,7 +64,7 @@ def posed(pairs: RegistrationBatch, strength: float, generator: torch.Generator)
     label = pairs.fixed_label
     return replace(
         pairs,
-        fixed=warp(pairs.fixed.float(), moved, padding_mode="zeros"),
+        fixed=warp(pairs.fixed.float(), moved),
         inside=warp(pairs.inside.float(), moved, padding_mode="zeros") > _ALL_INSIDE,
         ddf=compose(pairs.ddf.float(), moved),
         fixed_label=None if label is None else warp(label, moved, "nearest", "zeros"),

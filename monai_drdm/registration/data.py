@@ -155,7 +155,10 @@ def load_pairs(
             if labelled:
                 read[f"{side}_label"].append(_label(one[f"{side}_label"]))
     shape = _common_shape(read["fixed"])
-    stacked = {key: torch.stack([_centred(one, shape) for one in values]) for key, values in read.items()}
+    stacked = {
+        key: torch.stack([_centred(one, shape, image=key in ("moving", "fixed")) for one in values])
+        for key, values in read.items()
+    }
     inside = torch.stack([_centred(torch.ones_like(one, dtype=torch.bool), shape) for one in read["fixed"]])
     pairs = RegistrationBatch(inside=inside, **stacked)
     return PairBank(pairs, tuple(one["fixed"].name for one in files))
@@ -182,7 +185,7 @@ def load_images(
     shape = _common_shape(read)
     marks = [_label(case.label) for case in cases if case.label is not None]
     return ImageBank(
-        torch.stack([_centred(one, shape) for one in read]),
+        torch.stack([_centred(one, shape, image=True) for one in read]),
         torch.stack([_centred(torch.ones_like(one, dtype=torch.bool), shape) for one in read]),
         torch.stack([_centred(one, shape) for one in marks]) if len(marks) == len(read) else None,
         tuple(case.name for case in cases),
@@ -214,6 +217,8 @@ def _common_shape(images: Sequence[Tensor]) -> tuple[int, ...]:
     return tuple(max(sizes) for sizes in zip(*(one.shape[1:] for one in images)))
 
 
-def _centred(tensor: Tensor, shape: Sequence[int]) -> Tensor:
+def _centred(tensor: Tensor, shape: Sequence[int], image: bool = False) -> Tensor:
+    """On a larger grid; images go on as they end, for a frame around them would be aligned with other frames."""
     room = [size - n for size, n in zip(shape, tensor.shape[1:])]
-    return F.pad(tensor, [p for r in reversed(room) for p in (r // 2, r - r // 2)])
+    pad = [p for r in reversed(room) for p in (r // 2, r - r // 2)]
+    return F.pad(tensor.float(), pad, "replicate").to(tensor.dtype) if image else F.pad(tensor, pad)

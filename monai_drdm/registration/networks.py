@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from einops import rearrange
+from einops import rearrange, reduce
 from monai.networks.nets import LocalNet, RegUNet, VoxelMorphUNet
 from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
@@ -18,9 +18,12 @@ from torch import nn, Tensor
 
 from monai_drdm.fields import crop, exp_svf, resize_ddf
 from monai_drdm.io.files import atomically
+from monai_drdm.registration.forces import demons_forces, WIDTHS
 
 _META = "monai_drdm_registration"
 _SQUARINGS = 6
+_GAIN = 4.0
+"""Forces of half a voxel at most, brought to the size of what else a network sees."""
 
 
 @dataclass(frozen=True)
@@ -31,8 +34,8 @@ class Structure:
         ValueError: an unknown kind, or numbers out of range.
     """
 
-    kind: str = "regunet"
-    """``regunet``, ``localnet`` or ``voxelmorph``."""
+    kind: str = "voxelmorph"
+    """``voxelmorph``, or ``regunet`` or ``localnet``, which normalise by batches and need larger ones."""
     spatial_dims: int = 3
     channels: int = 16
     """Features on the finest grid."""
@@ -43,6 +46,8 @@ class Structure:
     stride: int = 2
     """Network and flow work on a grid this many times coarser, the voxels of a block as channels: nothing is lost but
     the finest detail of fields, and time and memory fall to a quarter or less."""
+    forces: bool = True
+    """The network also sees where demons would push, and learns to weigh that: in hundreds of steps, not thousands."""
 
     def __post_init__(self) -> None:
         if self.kind not in _BACKBONES:
@@ -55,8 +60,9 @@ class Structure:
 
     @property
     def in_channels(self) -> int:
-        """Of the backbone: both images, as many voxels of each as a block has."""
-        return int(2 * self.stride**self.spatial_dims)
+        """Of the backbone: both images, as many voxels of each as a block has, and the forces."""
+        forces = len(WIDTHS) * self.spatial_dims if self.forces else 0
+        return int(2 * self.stride**self.spatial_dims) + forces
 
 
 def _regunet(structure: Structure) -> nn.Module:
@@ -125,7 +131,12 @@ class RegistrationNetwork(nn.Module):
             raise ValueError(f"images must have shape (B, 2, *S) with {dims} spatial axes, got {tuple(images.shape)}.")
         stride = self.structure.stride
         padded = _padded(images, stride * 2**self.structure.depth)
-        said = self.backbone(_blocks_as_channels(padded, stride)).float()
+        seen = _blocks_as_channels(padded, stride)
+        with torch.autocast(seen.device.type, enabled=False):
+            if self.structure.forces:
+                moving, fixed = reduce(seen.float(), "b (image c) ... -> image b 1 ...", "mean", image=2)
+                seen = torch.cat([seen, _GAIN * demons_forces(moving, fixed)], dim=1)
+        said = self.backbone(seen).float()
         with torch.autocast(said.device.type, enabled=False):
             ddf = exp_svf(said, _SQUARINGS) if self.structure.diffeomorphic else said
             return crop(resize_ddf(ddf, padded.shape[2:]), shape)
@@ -133,15 +144,14 @@ class RegistrationNetwork(nn.Module):
 
 def _blocks_as_channels(images: Tensor, stride: int) -> Tensor:
     """``(B, C, *S)`` to ``(B, C stride^D, *S / stride)``."""
-    axes = "hwd"[: images.ndim - 2]
-    split = " ".join(f"({axis} {axis}s)" for axis in axes)
-    blocks, within = " ".join(axes), " ".join(f"{axis}s" for axis in axes)
-    return rearrange(images, f"b c {split} -> b (c {within}) {blocks}", **{f"{axis}s": stride for axis in axes})
+    if images.ndim == 4:
+        return rearrange(images, "b c (h hs) (w ws) -> b (c hs ws) h w", hs=stride, ws=stride)
+    return rearrange(images, "b c (h hs) (w ws) (d ds) -> b (c hs ws ds) h w d", hs=stride, ws=stride, ds=stride)
 
 
 def _padded(images: Tensor, multiple: int) -> Tensor:
     room = [-n % multiple for n in images.shape[2:]]
-    return F.pad(images, [p for r in reversed(room) for p in (0, r)])
+    return F.pad(images, [p for r in reversed(room) for p in (0, r)], "replicate")
 
 
 @torch.no_grad()

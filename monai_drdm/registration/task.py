@@ -38,11 +38,12 @@ class RegistrationConfig(RunConfig):
     labels: str = setting("", "folder of label maps with the file names of the images")
     section: str = setting("training", "section of the datalist")
     spatial_dims: int = setting(3, "2 or 3", choices=(2, 3))
-    network: str = setting("regunet", "kind of network", choices=("regunet", "localnet", "voxelmorph"))
+    network: str = setting("voxelmorph", "kind of network", choices=("voxelmorph", "regunet", "localnet"))
     channels: int = setting(16, "features on the finest grid of the network", low=2, high=256)
     depth: int = setting(3, "how often the grid is halved", low=1, high=6)
     diffeomorphic: bool = setting(True, "the network predicts a velocity, whose flow is the field")
     stride: int = setting(2, "the network works on a grid this many times coarser", low=1, high=4)
+    forces: bool = setting(True, "the network also sees where demons would push")
     init: str = setting("", "network.safetensors of an earlier run to go on from, whose structure it takes")
     error_weight: float = setting(1.0, "of the distance to the known field in voxels; with pairs", low=0)
     similarity_weight: float = setting(1.0, "of local normalised cross-correlation; with images", low=0)
@@ -115,6 +116,7 @@ class RegistrationTask(Task):
                     config.depth,
                     config.diffeomorphic,
                     config.stride,
+                    config.forces,
                 )
             )
         return network.train().requires_grad_(True)

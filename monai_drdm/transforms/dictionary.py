@@ -14,11 +14,10 @@ from monai_drdm.fields.warp import Mode, PaddingMode
 from monai_drdm.networks import RecoveryNetwork
 from monai_drdm.transforms.array import DRDMRandomness
 from monai_drdm.transforms.draw import FieldDrawer
-from monai_drdm.transforms.inputs import as_tensor, check_keys_agree, checked_pixdim, flushed, spacing_of
+from monai_drdm.transforms.inputs import checked_pixdim, spacing_of
 from monai_drdm.transforms.keyed import KeyedDeformation
 from monai_drdm.transforms.points import PointSpace
 from monai_drdm.transforms.record import Deformation, DeformationParams
-from monai_drdm.transforms.seeds import stable_hash
 from monai_drdm.transforms.trace import in_plain_mode
 
 
@@ -142,25 +141,10 @@ class RandDRDMDeformd(DRDMRandomness, KeyedDeformation):
             TypeError: a value is not an array or tensor of a real numeric type.
             ValueError: anything that does not fit; see the table of inputs and answers in the README.
         """
-        result = dict(data)
-        names = [key for key, *_ in self.present(result)]
-        for key in (self.image_key, *(() if self.seed_key is None else (self.seed_key,))):
-            if key not in result:
-                which = "image_key" if key == self.image_key else "seed_key"
-                raise KeyError(
-                    f"RandDRDMDeformd: {which} {key!r} is missing from the data: {sorted(map(str, result))}."
-                )
-        for key in {self.image_key, *names}:
-            result[key] = flushed(result[key])
+        result = self.received(data)
         image, name = result[self.image_key], repr(self.image_key)
-        for key in (self.image_key, *names):
-            as_tensor(result[key], repr(key))
-        check_keys_agree(result, self.image_key, names)
-        self.check_geometry(result, image.ndim - 1)
         spacing = spacing_of(image, self.pixdim, name)
         seed_value = None if self.seed_key is None else result[self.seed_key]
-        if self.seed_key is not None:
-            stable_hash(seed_value)  # refuses None, which would mean the random state
         self.last = deformation = self.deformation(image, spacing, name, randomize, params, field, seed_value)
         self.move(result, image, name, deformation)  # threads may share this transform, and with it ``last``
         return result

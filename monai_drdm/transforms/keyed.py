@@ -13,7 +13,16 @@ from monai.utils import convert_to_tensor, ensure_tuple, TraceKeys
 from torch import Tensor
 
 from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
-from monai_drdm.transforms.inputs import idle, like, Mover, numeric_tensor, world_affine
+from monai_drdm.transforms.inputs import (
+    as_tensor,
+    check_keys_agree,
+    flushed,
+    idle,
+    like,
+    Mover,
+    numeric_tensor,
+    world_affine,
+)
 from monai_drdm.transforms.points import (
     check_boxes,
     check_points,
@@ -28,6 +37,7 @@ from monai_drdm.transforms.points import (
     to_voxels,
 )
 from monai_drdm.transforms.record import Deformation
+from monai_drdm.transforms.seeds import stable_hash
 from monai_drdm.transforms.stored import StoredField
 from monai_drdm.transforms.trace import in_plain_mode, TracedTransform
 
@@ -46,6 +56,10 @@ class KeyedDeformation(TracedTransform, MapTransform):
         invertible: record what the inverse needs.
         allow_missing_keys: leave keys alone that the data lack.
     """
+
+    image_key: Hashable
+    """What the network sees, or what a field was drawn on."""
+    seed_key: Hashable | None
 
     def __init__(
         self,
@@ -88,6 +102,31 @@ class KeyedDeformation(TracedTransform, MapTransform):
                     "allow_missing_keys==False."
                 )
         return list(self.key_iterator(data, self.mode, self.padding_mode))
+
+    def received(self, data: Mapping[Any, NdarrayOrTensor]) -> dict[Any, Any]:
+        """A copy of a sample in which nothing is pending, once all of it is there and fits together.
+
+        Raises:
+            KeyError: a key is missing (and not allowed to), or the image key or the seed key is.
+            TypeError: a value is not an array or tensor of a real numeric type.
+            ValueError: anything that does not fit.
+        """
+        result = dict(data)
+        names = [key for key, *_ in self.present(result)]
+        for which in ("image_key", "seed_key"):
+            key = getattr(self, which)
+            if key not in result and not (which == "seed_key" and key is None):
+                raise KeyError(
+                    f"{type(self).__name__}: {which} {key!r} is missing from the data: {sorted(map(str, result))}."
+                )
+        for key in dict.fromkeys((self.image_key, *names)):
+            result[key] = flushed(result[key])
+            as_tensor(result[key], repr(key))
+        check_keys_agree(result, self.image_key, names)
+        self.check_geometry(result, result[self.image_key].ndim - 1)
+        if self.seed_key is not None:
+            stable_hash(result[self.seed_key])  # refuses None, which would mean the random state
+        return result
 
     def check_geometry(self, data: Mapping[Any, NdarrayOrTensor], dims: int) -> None:
         """Check points and boxes before anything is drawn or moved.

@@ -19,16 +19,13 @@ from monai_drdm.transforms.array import DRDMRandomness
 from monai_drdm.transforms.draw import FieldDrawer
 from monai_drdm.transforms.inputs import (
     as_tensor,
-    check_keys_agree,
     checked_pixdim,
-    flushed,
     spacing_of,
     world_affine,
 )
 from monai_drdm.transforms.keyed import field_info, KeyedDeformation, take_back
 from monai_drdm.transforms.points import PointSpace
 from monai_drdm.transforms.record import Deformation, DeformationParams, PairParams
-from monai_drdm.transforms.seeds import stable_hash
 from monai_drdm.transforms.stored import ComposedField, StoredField
 from monai_drdm.transforms.trace import in_plain_mode
 
@@ -193,26 +190,15 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
             TypeError: a value is not an array or tensor of a real numeric type.
             ValueError: anything that does not fit, or a name of the pair that the sample holds already.
         """
-        result = dict(data)
-        names = [key for key, *_ in self.present(result)]
-        for key in (self.image_key, *(() if self.seed_key is None else (self.seed_key,))):
-            if key not in result:
-                raise KeyError(f"RandDRDMPaird: {key!r} is missing from the data: {sorted(map(str, result))}.")
+        received, result = self.received(data), dict(data)
         taken = sorted({str(name) for name in self._outputs(result)} & {str(key) for key in result})
         if taken:
             raise ValueError(f"RandDRDMPaird writes {taken}, which the data hold already. Rename or remove them first.")
-        source = {key: flushed(result[key]) for key in names}
-        for key in (key for key in self.point_keys if key in result):
-            source |= {name: result[name] for name in (key, f"{key}_valid") if name in result}
+        moved = (*self.keys, *(name for key in self.point_keys for name in (key, f"{key}_valid")))
+        source = {key: received[key] for key in moved if key in received}
         image, name = source[self.image_key], repr(self.image_key)
-        for key in names:
-            as_tensor(source[key], repr(key))
-        check_keys_agree(source, self.image_key, names)
-        self.check_geometry(source, image.ndim - 1)
         spacing = spacing_of(image, self.pixdim, name)
         seed_value = None if self.seed_key is None else result[self.seed_key]
-        if self.seed_key is not None:
-            stable_hash(seed_value)  # refuses None, which would mean the random state
         seeds = None if params is not None else self._seeds(randomize, seed_value)
         fires = params is not None or seeds is not None
         first = self._augmentation(image, spacing, name, seeds, params) if fires else None

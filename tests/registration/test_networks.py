@@ -35,7 +35,9 @@ def test_what_a_network_says_is_a_velocity_or_a_field(smooth_field):
     said = 4 * smooth_field((48, 48))
     found = []
     for diffeomorphic in (True, False):
-        network = RegistrationNetwork(Structure("regunet", 2, 4, depth=2, diffeomorphic=diffeomorphic, stride=1))
+        network = RegistrationNetwork(
+            Structure("regunet", 2, 4, depth=2, diffeomorphic=diffeomorphic, stride=1, forces=False)
+        )
         network.backbone = Says(said)
         found.append(register(network, *images))
     assert torch.equal(found[1], said)
@@ -54,12 +56,12 @@ class Remembers(Says):
 
 def test_a_coarser_network_sees_every_voxel_and_its_field_is_upsampled(smooth_field):
     """Beside torch's pixel_unshuffle, and interpolation by SciPy's zoom."""
-    network = RegistrationNetwork(Structure("regunet", 2, 4, depth=1, diffeomorphic=False, stride=3))
+    network = RegistrationNetwork(Structure("regunet", 2, 4, depth=1, diffeomorphic=False, stride=3, forces=False))
     said = smooth_field((16, 12))
     network.backbone = Remembers(said)
     moving, fixed = torch.rand(1, 1, 47, 36), torch.rand(1, 1, 47, 36)
     found = register(network, moving, fixed)
-    padded = F.pad(torch.cat([moving, fixed], dim=1), [0, 0, 0, 1])
+    padded = F.pad(torch.cat([moving, fixed], dim=1), [0, 0, 0, 1], "replicate")
     assert torch.equal(network.backbone.seen, F.pixel_unshuffle(padded, 3))
     larger = torch.stack([torch.from_numpy(zoom(one.numpy(), 3, order=1)) for one in said[0]])
     scale = torch.tensor([47 / 15, 35 / 11]).view(2, 1, 1)
@@ -67,7 +69,7 @@ def test_a_coarser_network_sees_every_voxel_and_its_field_is_upsampled(smooth_fi
 
 
 def test_a_coarser_network_of_volumes_takes_all_of_them():
-    network = RegistrationNetwork(Structure("regunet", 3, 4, depth=1, stride=2))
+    network = RegistrationNetwork(Structure("regunet", 3, 4, depth=1, stride=2, forces=False))
     network.backbone = Remembers(torch.zeros(1, 3, 4, 6, 8))
     moving, fixed = torch.rand(1, 1, 8, 12, 16), torch.rand(1, 1, 8, 12, 16)
     register(network, moving, fixed)
