@@ -5,6 +5,7 @@
 | `smooth` | pairs by smooth random fields of one scale |
 | `random` | pairs by consistent multi-scale random fields, without a network to recover them |
 | `drdm` | pairs by DRDM |
+| `drdm-plain` | the same, but the network sees the images only, not the forces of demons between them |
 | `real` | real pairs, unsupervised: local cross-correlation |
 | `drdm-real` | pairs by DRDM, then real ones unsupervised |
 | `identity`, `demons`, `bspline` | nothing: SimpleITK's symmetric-forces demons and B-spline registration |
@@ -52,7 +53,7 @@ from monai_drdm.registration.task import fit, RegistrationConfig
 
 PATH = RESULTS / "synthetic_registration.jsonl"
 PAIR_ARMS = ("drdm", "random", "smooth")
-ARMS = ("smooth", "random", "drdm", "real", "drdm-real")
+ARMS = ("smooth", "random", "drdm", "drdm-plain", "real", "drdm-real")
 BASELINES = ("identity", "demons", "bspline")
 Register = Callable[[Tensor, Tensor], Tensor]
 _EPOCH = 200
@@ -172,8 +173,8 @@ def train(name: str, work: Path, arm: str, seed: int) -> Path:
         "warmup_steps": 50,
         "folding_weight": 0.0,  # flows hardly fold, and counting costs a third of a step
     }
-    if arm in PAIR_ARMS:
-        settings["pairs"] = str(folder / f"pairs-{arm}")
+    if arm.removesuffix("-plain") in PAIR_ARMS:
+        settings |= {"pairs": str(folder / f"pairs-{arm.removesuffix('-plain')}"), "forces": not arm.endswith("-plain")}
     else:
         settings |= {"images": str(folder / "pool" / "images"), "labels": str(folder / "pool" / "labels")}
     if arm == "drdm-real":

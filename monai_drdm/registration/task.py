@@ -52,9 +52,9 @@ class RegistrationConfig(RunConfig):
     folding_weight: float = setting(1.0, "of the folding penalty", low=0)
     mirror: bool = setting(True, "mirror pairs along every axis at random, the field with them")
     pose: float = setting(
-        0.1, "how far fixed images with known fields are turned, stretched and shifted", low=0, high=1
+        0.02, "how far fixed images with known fields are turned, stretched and shifted", low=0, high=1
     )
-    repaint: float = setting(0.2, "how differently bright the two images are made, each on its own", low=0, high=1)
+    repaint: float = setting(0.1, "how differently bright the two images are made, each on its own", low=0, high=1)
     validation_share: float = setting(0.1, "share of the pairs or images kept for validation", low=0, high=0.5)
 
     def __post_init__(self) -> None:
