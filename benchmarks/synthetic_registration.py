@@ -56,7 +56,7 @@ PAIR_ARMS = ("drdm", "random", "smooth")
 ARMS = ("smooth", "random", "drdm", "drdm-plain", "real", "drdm-real")
 BASELINES = ("identity", "demons", "bspline")
 Register = Callable[[Tensor, Tensor], Tensor]
-_EPOCH = 200
+_EPOCH = 100
 
 
 @dataclass(frozen=True)
@@ -72,12 +72,12 @@ class Set:
     level: tuple[float, float]
     smooth_vox: float
     """Standard deviation of the smoothing of arm ``smooth``."""
-    steps: int = 1000
+    steps: int = 700
     batch: int = 2
 
 
 SETS = {
-    "hippocampus": Set("hippocampus3d", (1, 2), 1, 1, (0.6, 1.0), 6.0, 800),
+    "hippocampus": Set("hippocampus3d", (1, 2), 1, 1, (0.6, 1.0), 6.0, 600),
     "ixi": Set("ixi3d", tuple(range(1, 13)), 2, 4, (0.6, 1.0), 5.0),
 }
 
