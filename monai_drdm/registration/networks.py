@@ -47,7 +47,7 @@ class Structure:
     """Network and flow work on a grid this many times coarser, the voxels of a block as channels: nothing is lost but
     the finest detail of fields, and time and memory fall to a quarter or less."""
     forces: bool = True
-    """The network also sees where demons would push, and learns to weigh that: in hundreds of steps, not thousands."""
+    """The network also sees where demons would push, and learns what to make of it."""
 
     def __post_init__(self) -> None:
         if self.kind not in _BACKBONES:
