@@ -44,8 +44,8 @@ class Structure:
     diffeomorphic: bool = True
     """What the network says is a velocity, and the field its flow."""
     stride: int = 2
-    """Network and flow work on a grid this many times coarser, the voxels of a block as channels: nothing is lost but
-    the finest detail of fields, and time and memory fall to a quarter or less."""
+    """Network and flow work on a grid this many times coarser, the voxels of a block as channels: cheaper, and
+    nothing is lost but the finest detail of fields."""
     forces: bool = True
     """The network also sees where demons would push, and learns what to make of it."""
 

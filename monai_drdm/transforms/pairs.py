@@ -17,12 +17,7 @@ from monai_drdm.fields.warp import Mode, PaddingMode
 from monai_drdm.networks import RecoveryNetwork
 from monai_drdm.transforms.array import DRDMRandomness
 from monai_drdm.transforms.draw import FieldDrawer
-from monai_drdm.transforms.inputs import (
-    as_tensor,
-    checked_pixdim,
-    spacing_of,
-    world_affine,
-)
+from monai_drdm.transforms.inputs import as_tensor, checked_pixdim, spacing_of, world_affine
 from monai_drdm.transforms.keyed import field_info, KeyedDeformation, take_back
 from monai_drdm.transforms.points import PointSpace
 from monai_drdm.transforms.record import Deformation, DeformationParams, PairParams
