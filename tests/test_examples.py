@@ -47,7 +47,7 @@ def test_segmentation_pipeline_trains(tmp_path):
 def test_few_shot_segmentation_learns_with_and_without(tmp_path):
     """The short form: both networks get better, on drawn hearts and on volumes of one's own."""
     example = load_example("few_shot_segmentation")
-    short = ["--size", "32", "--scans", "7", "--steps", "40", "--every", "10"]
+    short = ["--size", "32", "--scans", "7", "--steps", "30", "--every", "10"]
     result = example.main(["--out", str(tmp_path / "drawn"), *short])
     assert list(result) == ["affine", "affine + DRDM"]
     assert min(result.values()) > 0.3
@@ -86,7 +86,7 @@ def run_notebook(name, monkeypatch, settings, pictures=4):
 
 def test_few_shot_notebook_runs_and_was_run(monkeypatch):
     """All cells at a small size; the committed outputs hold their pictures and no error."""
-    names = run_notebook("few_shot_segmentation", monkeypatch, "DATA, STEPS, SIZE, SCANS = None, 20, 32, 7")
+    names = run_notebook("few_shot_segmentation", monkeypatch, "DATA, STEPS, SIZE, SCANS = None, 10, 32, 7")
     assert set(names["trained"]) == {"affine", "affine + DRDM"}
     assert all(run["dice"][-1] > 0.1 for run in names["trained"].values())
 

@@ -182,7 +182,7 @@ def test_stack_of_slices_there_and_back(small_network, scan):
 def test_real_cardiac_slices_there_and_back(data, published_weights):
     with np.load(data / "acdc" / "acdc2d_160.npz") as file:
         images, labels, patients, slices = (file[name] for name in ("image", "label", "patient", "slice"))
-    patients_seen = (61, 65, 70)
+    patients_seen = (61, 70)
     chosen = [int(np.flatnonzero((patients == p) & (slices == 4))[0]) for p in patients_seen]
     transform = RandDRDMDeformd(
         KEYS, network="zheng2026-cmr-2d", prob=1.0, deformation_level=0.6, mode=MODES
