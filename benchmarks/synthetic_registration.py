@@ -12,7 +12,8 @@
 
 All fields between synthetic pairs of one image have the same mean displacement, that of DRDM's. All networks are the
 same and train for as many steps; `drdm-real` takes as many again. The averaged weights of the last step are judged.
-Settings are chosen on validation images; test images are registered once, each to the next.
+Settings are chosen on validation images, among them how often each network registers, once to three times; test
+images are registered once, each to the next, with what was chosen.
 
     python benchmarks/synthetic_registration.py pairs --set hippocampus --work DIR
     python benchmarks/synthetic_registration.py train --set hippocampus --work DIR
@@ -26,6 +27,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -44,7 +46,7 @@ from tqdm import tqdm
 from monai_drdm.augment import make_pairs, PairSettings
 from monai_drdm.diffusion import DRDM
 from monai_drdm.executors import workers
-from monai_drdm.fields import compose, exp_svf, gaussian_smooth, resize_image, warp
+from monai_drdm.fields import compose, crop, exp_svf, gaussian_smooth, warp
 from monai_drdm.io import find_cases, load_ddf, load_image, save_ddf
 from monai_drdm.networks import load_network
 from monai_drdm.registration import evaluate_registration, load_registration, register
@@ -56,6 +58,7 @@ PAIR_ARMS = ("drdm", "random", "smooth")
 ARMS = ("smooth", "random", "drdm", "drdm-plain", "real", "drdm-real")
 BASELINES = ("identity", "demons", "bspline")
 Register = Callable[[Tensor, Tensor], Tensor]
+ROUNDS = (1, 2, 3)
 _EPOCH = 100
 
 
@@ -98,14 +101,13 @@ def prepare(name: str, work: Path) -> None:
 
 
 def _coarser(there: Path, new: Path, factor: int, kind: str) -> None:
+    """Every so many voxels of a volume, an image smoothed before."""
     volume = nib.load(there)
     values = torch.from_numpy(np.asarray(volume.dataobj, dtype=np.float32))
-    if kind == "labels":
-        values = values[(slice(None, None, factor),) * 3]
-        array = values.to(torch.uint8).numpy()
-    else:
-        shape = tuple(len(range(0, n, factor)) for n in values.shape)
-        array = resize_image(values[None, None], shape)[0, 0].numpy()
+    if kind == "images":
+        values = gaussian_smooth(values[None, None], (factor - 1) / 2)[0, 0]
+    array = values[(slice(None, None, factor),) * 3].numpy()
+    array = array.astype(np.uint8) if kind == "labels" else array
     nib.save(nib.Nifti1Image(array, volume.affine @ np.diag([factor] * 3 + [1])), new)
 
 
@@ -127,7 +129,7 @@ def write_pairs(name: str, work: Path, processes: int) -> None:
 
 
 def _like(folder: Path, arm: str, entry: dict[str, str], draw: Callable[[Tensor, int], Tensor]) -> None:
-    """A pair of the same image whose two fields have the mean displacements of DRDM's pair."""
+    """A pair of the same image; both fields have the mean displacement of the one between DRDM's pair."""
     out = {key: folder / f"pairs-{arm}" / path for key, path in entry.items()}
     if out["ddf"].is_file():
         return
@@ -153,8 +155,10 @@ def _random(model: DRDM, one: Set, image: Tensor, seed: int) -> Tensor:
 
 
 def _smooth(one: Set, image: Tensor, seed: int) -> Tensor:
-    noise = torch.randn(1, 3, *image.shape[2:], generator=torch.Generator().manual_seed(seed))
-    velocity = gaussian_smooth(noise, one.smooth_vox)
+    """The flow of noise that is smoothed on a larger grid, so that it is alike at the border and inside."""
+    larger = [n + 2 * math.ceil(4 * one.smooth_vox) for n in image.shape[2:]]
+    noise = torch.randn(1, 3, *larger, generator=torch.Generator().manual_seed(seed))
+    velocity = crop(gaussian_smooth(noise, one.smooth_vox), image.shape[2:], centre=True)
     return exp_svf(velocity * (2.0 / velocity.norm(dim=1).mean()))
 
 
@@ -190,27 +194,41 @@ def judge(name: str, work: Path, arm: str, seed: int, split: str) -> None:
     one, folder = SETS[name], work / name / split
     bank = load_images(folder / "images", folder / "labels", spatial_dims=3)
     assert bank.labels is not None
-    method, rows = _method(name, work, arm, seed), []
-    for i in tqdm(range(len(bank)), desc=f"{name} {arm}", unit="pair"):
-        pair = bank.pairs(torch.tensor([(i + 1) % len(bank)]), torch.tensor([i])).to(torch.device("cpu"))
-        score = evaluate_registration(
-            method,
-            pair.moving,
-            pair.fixed,
-            moving_label=pair.moving_label,
-            fixed_label=pair.fixed_label,
-            structures=one.structures,
-            both_ways=arm not in BASELINES,
-        )
-        row = {"set": name, "arm": arm, "seed": seed, "split": split, "pair": bank.names[i]}
-        rows.append(row | vars(score) | machine())
+    rounds = (0,) if arm in BASELINES else ROUNDS if split == "validation" else (chosen_rounds(name, arm),)
+    rows = []
+    for number in rounds:
+        method = _method(name, work, arm, seed, number)
+        for i in tqdm(range(len(bank)), desc=f"{name} {arm} {number or ''}", unit="pair"):
+            pair = bank.pairs(torch.tensor([(i + 1) % len(bank)]), torch.tensor([i])).to(torch.device("cpu"))
+            score = evaluate_registration(
+                method,
+                pair.moving,
+                pair.fixed,
+                moving_label=pair.moving_label,
+                fixed_label=pair.fixed_label,
+                structures=one.structures,
+                both_ways=arm not in BASELINES,
+            )
+            row = {"set": name, "arm": arm, "seed": seed, "split": split, "rounds": number, "pair": bank.names[i]}
+            rows.append(row | vars(score) | machine())
     append_rows(PATH, *rows)
 
 
-def _method(name: str, work: Path, arm: str, seed: int) -> Register:
+def chosen_rounds(name: str, arm: str) -> int:
+    """How often an arm's networks register best on validation images."""
+    dice: dict[int, list[float]] = {}
+    for row in read_rows(PATH):
+        if (row["set"], row["arm"], row["split"]) == (name, arm, "validation"):
+            dice.setdefault(row["rounds"], []).append(float(np.nanmean(row["dice"])))
+    if not dice:
+        raise SystemExit(f"{name}: no validation of {arm!r} yet; judge --split validation first.")
+    return max(dice, key=lambda rounds: float(np.mean(dice[rounds])))
+
+
+def _method(name: str, work: Path, arm: str, seed: int, rounds: int) -> Register:
     if arm in ARMS:
         network = load_registration(train(name, work, arm, seed))
-        return lambda moving, fixed: register(network, moving, fixed)
+        return lambda moving, fixed: register(network, moving, fixed, rounds=rounds)
     return {"identity": _identity, "demons": _demons, "bspline": _bspline}[arm]
 
 
@@ -253,11 +271,13 @@ def _bspline(moving: Tensor, fixed: Tensor) -> Tensor:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: mean over pairs ± standard deviation over seeds (or, of one seed, over pairs)."""
-    lines = ["| set | split | arm | seeds | pairs | Dice % | HD95 vox | folds % | consistency vox | s a pair |"]
-    lines.append("|" + "---|" * 10)
-    keys = dict.fromkeys((r["set"], r["split"], r["arm"]) for r in rows)
-    for key in sorted(keys, key=lambda k: (k[0], k[1], (*BASELINES, *ARMS).index(k[2]))):
-        mine = [r for r in rows if (r["set"], r["split"], r["arm"]) == key]
+    lines = [
+        "| set | split | arm | rounds | seeds | pairs | Dice % | HD95 vox | folds % | consistency vox | s a pair |"
+    ]
+    lines.append("|" + "---|" * 11)
+    keys = dict.fromkeys((r["set"], r["split"], r["arm"], r["rounds"]) for r in rows)
+    for key in sorted(keys, key=lambda k: (k[0], k[1], (*BASELINES, *ARMS).index(k[2]), k[3])):
+        mine = [r for r in rows if (r["set"], r["split"], r["arm"], r["rounds"]) == key]
         seeds = sorted({r["seed"] for r in mine})
         by_pair = [[100 * float(np.nanmean(r["dice"])) for r in mine if r["seed"] == seed] for seed in seeds]
         dice = np.mean(by_pair[0]) if len(seeds) == 1 else np.mean([np.mean(one) for one in by_pair])
@@ -267,10 +287,24 @@ def table(rows: list[dict[str, Any]]) -> str:
         back = np.nanmean([r["inverse_consistency_vox"] for r in mine]) if key[2] in ARMS else float("nan")
         seconds = np.median([r["seconds"] for r in mine])
         lines.append(
-            f"| {' | '.join(key)} | {len(seeds)} | {len(by_pair[0])} | {dice:.1f} ± {spread:.1f} | {hd95:.2f} "
-            f"| {folds:.3f} | {back:.2f} | {seconds:.2f} |"
+            f"| {' | '.join(key[:3])} | {key[3] or ''} | {len(seeds)} | {len(by_pair[0])} "
+            f"| {dice:.1f} ± {spread:.1f} | {hd95:.2f} | {folds:.3f} | {back:.2f} | {seconds:.2f} |"
         )
     return "\n".join(lines)
+
+
+def by_structure(rows: list[dict[str, Any]]) -> str:
+    """Markdown: mean Dice in % of every structure in test images."""
+    tables = []
+    for name, one in SETS.items():
+        mine = [r for r in rows if (r["set"], r["split"]) == (name, "test")]
+        arms = [arm for arm in (*BASELINES, *ARMS) if any(r["arm"] == arm for r in mine)]
+        lines = [f"| {name}, structure | {' | '.join(arms)} |", "|" + "---|" * (1 + len(arms))]
+        for k, structure in enumerate(one.structures):
+            dice = [100 * float(np.nanmean([r["dice"][k] for r in mine if r["arm"] == arm])) for arm in arms]
+            lines.append(f"| {structure} | {' | '.join(f'{value:.1f}' for value in dice)} |")
+        tables.append("\n".join(lines))
+    return "\n\n".join(tables)
 
 
 def main() -> None:
@@ -295,7 +329,7 @@ def main() -> None:
             if args.what == "judge" and (args.set, arm, seed, args.split) not in there:
                 judge(args.set, args.work, arm, seed, args.split)
     if args.what == "table":
-        print(table(read_rows(PATH)))
+        print(table(read_rows(PATH)), by_structure(read_rows(PATH)), sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 
 from monai_drdm.augment import draw_overview, make_pairs, PairSettings
 from monai_drdm.fields import warp
-from monai_drdm.io import find_cases
+from monai_drdm.io import find_cases, load_ddf
 from monai_drdm.registration import evaluate_registration, load_registration, motion_separability, register
-from monai_drdm.registration.data import ImageBank, load_images, load_pairs
+from monai_drdm.registration.data import ImageBank, load_images
 from monai_drdm.registration.task import fit, RegistrationConfig
 from monai_drdm.viz import draw_warped_grid, middle_plane, separability_figure
 
@@ -43,6 +43,8 @@ def draw_scans(folder: Path, count: int, size: int) -> None:
 
 def link_split(data: Path, folder: Path, judged: int) -> None:
     """Links to the scans to learn from, and to those to judge by: the last ones."""
+    if judged < 2:
+        raise SystemExit(f"--judged must be 2 or more, for scans are registered to each other, got {judged}.")
     names = sorted(path.name for path in (data / "images").glob("*.nii*"))
     if len(names) < judged + 2:
         raise SystemExit(
@@ -151,14 +153,13 @@ def draw_registered(found: Sequence[Registered], count: int = 4) -> Figure:
     return figure
 
 
-def draw_separability(pairs: Path, found: Sequence[Registered], dims: int) -> Figure:
+def draw_separability(pairs: Path, found: Sequence[Registered]) -> Figure:
     """How differently near points move: in the fields learned from, and in those of the network."""
     largest = min(found[0]["ddf"].shape[2:]) // 2
     distances = sorted({round(largest ** (k / 12)) for k in range(13)})
-    known = load_pairs(pairs, spatial_dims=dims).pairs.ddf
-    assert known is not None
+    known = [load_ddf(path).as_tensor()[None] for path in sorted((pairs / "fields").iterdir())[:20]]
     curves = {
-        "pairs by DRDM": motion_separability(known[:20].float(), distances),
+        "pairs by DRDM": torch.cat([motion_separability(ddf.float(), distances) for ddf in known]),
         "registered scans": torch.cat([motion_separability(one["ddf"], distances) for one in found]),
     }
     return separability_figure(distances, curves)
@@ -184,7 +185,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     network = train(args.out / "pairs", args.out / "run", args.steps, dims)
     found = register_all(network, args.out / "judged", dims)
     draw_registered(found).savefig(args.out / "registered.png", dpi=120)
-    draw_separability(args.out / "pairs", found, dims).savefig(args.out / "separability.png", dpi=120)
+    draw_separability(args.out / "pairs", found).savefig(args.out / "separability.png", dpi=120)
     result = summary(found)
     (args.out / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print("\n".join(f"{name}: {value:.3f}" for name, value in result.items()))

@@ -131,7 +131,8 @@ def load_pairs(
 
     Raises:
         FileNotFoundError: no such folder or datalist.
-        ValueError: a datalist without pairs, or images of other dimensions.
+        ValueError: a datalist without pairs; images of other dimensions, or not finite; files of a pair that differ in
+            shape.
     """
     path = Path(data)
     path = path / "datalist.json" if path.is_dir() else path
@@ -151,9 +152,11 @@ def load_pairs(
     for one in tqdm(files, desc="read", unit="pair", disable=not progress):
         read["ddf"].append(load_ddf(one["ddf"]).as_tensor().half())
         for side in ("moving", "fixed"):
-            read[side].append(_image(one[side], spatial_dims))
+            read[side].append(_image(load_image(one[side]).data.as_tensor(), one[side], spatial_dims))
             if labelled:
                 read[f"{side}_label"].append(_label(one[f"{side}_label"]))
+        for key in keys:
+            _check_same_shape(one["fixed"], read["fixed"][-1], one[key], read[key][-1])
     shape = _common_shape(read["fixed"])
     stacked = {
         key: torch.stack([_centred(one, shape, image=key in ("moving", "fixed")) for one in values])
@@ -174,20 +177,38 @@ def load_images(
 ) -> ImageBank:
     """Read a folder of images, and one of labels of the same names, or a MONAI datalist.
 
+    Images of different size are centred on one grid, and what was added is marked as outside.
+
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: fewer than two images, or images of other dimensions.
+        ValueError: fewer than two images; images of other dimensions, of different orientation, or not finite; labels
+            of some images only, of another shape than theirs, or beside a datalist, which names its own.
     """
+    if labels is not None and Path(images).is_file():
+        raise ValueError(f"labels must be None with the datalist {images}, which names its labels, got {labels}.")
     cases = read_cases(images, section) if Path(images).is_file() else find_cases(images, labels)
     if len(cases) < 2:
         raise ValueError(f"{images} must hold two images or more to register with each other, got {len(cases)}.")
-    read = [_image(case.image, spatial_dims) for case in tqdm(cases, desc="read", unit="image", disable=not progress)]
+    read, marks, oriented = [], [], []
+    for case in tqdm(cases, desc="read", unit="image", disable=not progress):
+        data = load_image(case.image).data
+        oriented.append(_orientation(data.affine))
+        if oriented[-1] != oriented[0]:
+            raise ValueError(
+                f"{case.image} must have its axes along those of {cases[0].image}, got world axes {oriented[-1]} and "
+                f"{oriented[0]}. Reorient them first (Orientationd)."
+            )
+        read.append(_image(data.as_tensor(), case.image, spatial_dims))
+        if case.label is not None:
+            marks.append(_label(case.label))
+            _check_same_shape(case.image, read[-1], case.label, marks[-1])
     shape = _common_shape(read)
-    marks = [_label(case.label) for case in cases if case.label is not None]
+    if marks and len(marks) < len(read):
+        raise ValueError(f"{images}: all images or none must have labels, got {len(marks)} of {len(read)}.")
     return ImageBank(
         torch.stack([_centred(one, shape, image=True) for one in read]),
         torch.stack([_centred(torch.ones_like(one, dtype=torch.bool), shape) for one in read]),
-        torch.stack([_centred(one, shape) for one in marks]) if len(marks) == len(read) else None,
+        torch.stack([_centred(one, shape) for one in marks]) if marks else None,
         tuple(case.name for case in cases),
     )
 
@@ -199,10 +220,11 @@ def unit_range(image: Tensor) -> Tensor:
     return ((values - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
 
 
-def _image(path: Path, spatial_dims: int) -> Tensor:
-    data = load_image(path).data.as_tensor()
+def _image(data: Tensor, path: Path, spatial_dims: int) -> Tensor:
     if data.ndim != spatial_dims + 1 or data.shape[0] != 1:
         raise ValueError(f"{path} must be a {spatial_dims}D image of one channel, got {tuple(data.shape)}.")
+    if not bool(torch.isfinite(data).all()):
+        raise ValueError(f"{path} must hold finite numbers, got NaN or infinity. Mend it or leave it out.")
     return unit_range(data).half()
 
 
@@ -211,6 +233,22 @@ def _label(path: Path) -> Tensor:
     if bool((values != values.round()).any()) or float(values.min()) < 0 or float(values.max()) > 255:
         raise ValueError(f"{path} must hold label ids from 0 to 255.")
     return values.to(torch.uint8)
+
+
+def _check_same_shape(path: Path, image: Tensor, other_path: Path, other: Tensor) -> None:
+    if other.shape[1:] != image.shape[1:]:
+        raise ValueError(
+            f"{other_path} must have the spatial shape of {path}, got {tuple(other.shape[1:])} and "
+            f"{tuple(image.shape[1:])}. Resample them to one grid first."
+        )
+
+
+def _orientation(affine: Tensor) -> tuple[int, ...]:
+    """The world axis, from 1, that each array axis runs along, negative where it runs backwards."""
+    directions = affine[:-1, :-1]
+    along = directions.abs().argmax(dim=0)
+    signs = directions[along, torch.arange(len(along))].sign()
+    return tuple(int(value) for value in signs * (along + 1))
 
 
 def _common_shape(images: Sequence[Tensor]) -> tuple[int, ...]:

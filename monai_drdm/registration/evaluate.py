@@ -74,17 +74,19 @@ def evaluate_registration(
         The score.
 
     Raises:
-        ValueError: a method whose field has another shape.
+        ValueError: a method whose field has another shape, or a wrong spacing.
     """
     dims = moving.ndim - 2
-    start = time.perf_counter()
+    if spacing is not None and (len(spacing) != dims or min(spacing) <= 0):
+        raise ValueError(f"evaluate_registration: spacing must be {dims} positive numbers, got {tuple(spacing)}.")
+    start = _now(fixed.device)
     found = register(moving, fixed)
-    seconds = time.perf_counter() - start
+    seconds = _now(fixed.device) - start
     if found.shape != (1, dims, *fixed.shape[2:]):
         raise ValueError(
             f"register must give a field (1, {dims}, *{tuple(fixed.shape[2:])}), got {tuple(found.shape)}."
         )
-    steps = torch.ones(dims) if spacing is None else torch.tensor([float(s) for s in spacing])
+    steps = torch.tensor([1.0] * dims if spacing is None else [float(s) for s in spacing], device=found.device)
     dice: tuple[float, ...] = ()
     hd95: tuple[float, ...] = ()
     if moving_label is not None and fixed_label is not None and structures:
@@ -100,6 +102,13 @@ def evaluate_registration(
         mask = torch.ones_like(fixed, dtype=torch.bool) if inside is None else inside
         error = float((found - ddf).norm(dim=1, keepdim=True)[mask].mean())
     return RegistrationScore(dice, hd95, tre, float(fold_fraction(found)[0]), consistency, error, seconds)
+
+
+def _now(device: torch.device) -> float:
+    """Seconds, once the device has done what it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
 
 
 def _overlap(

@@ -16,7 +16,7 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import nn, Tensor
 
-from monai_drdm.fields import crop, exp_svf, resize_ddf
+from monai_drdm.fields import compose, crop, exp_svf, warp
 from monai_drdm.io.files import atomically
 from monai_drdm.registration.forces import demons_forces, WIDTHS
 
@@ -139,7 +139,7 @@ class RegistrationNetwork(nn.Module):
         said = self.backbone(seen).float()
         with torch.autocast(said.device.type, enabled=False):
             ddf = exp_svf(said, _SQUARINGS) if self.structure.diffeomorphic else said
-            return crop(resize_ddf(ddf, padded.shape[2:]), shape)
+            return crop(_at_voxels(ddf, stride), shape)
 
 
 def _blocks_as_channels(images: Tensor, stride: int) -> Tensor:
@@ -149,17 +149,43 @@ def _blocks_as_channels(images: Tensor, stride: int) -> Tensor:
     return rearrange(images, "b c (h hs) (w ws) (d ds) -> b (c hs ws ds) h w d", hs=stride, ws=stride, ds=stride)
 
 
+def _at_voxels(ddf: Tensor, stride: int) -> Tensor:
+    """A field in blocks, one vector at the centre of each, as one in voxels, ``stride`` times finer."""
+    if stride == 1:
+        return ddf
+    mode = "bilinear" if ddf.ndim == 4 else "trilinear"
+    finer: Tensor = F.interpolate(stride * ddf, scale_factor=float(stride), mode=mode, align_corners=False)
+    return finer
+
+
 def _padded(images: Tensor, multiple: int) -> Tensor:
     room = [-n % multiple for n in images.shape[2:]]
     return F.pad(images, [p for r in reversed(room) for p in (0, r)], "replicate")
 
 
 @torch.no_grad()
-def register(network: nn.Module, moving: Tensor, fixed: Tensor) -> Tensor:
-    """The field ``(B, D, *S)`` in voxels that warps moving onto fixed images, ``(B, 1, *S)`` in [0, 1] each."""
+def register(network: nn.Module, moving: Tensor, fixed: Tensor, *, rounds: int = 1) -> Tensor:
+    """The field that warps moving onto fixed images.
+
+    Args:
+        network: of ``load_registration``, or another that takes both images as channels.
+        moving: ``(B, 1, *S)`` in [0, 1].
+        fixed: ``(B, 1, *S)`` in [0, 1].
+        rounds: how often; every round after the first registers the moving images as they are warped so far.
+
+    Returns:
+        ``(B, D, *S)`` voxels: ``fixed(x)`` is to look like ``moving(x + ddf(x))``.
+
+    Raises:
+        ValueError: fewer than one round.
+    """
+    if rounds < 1:
+        raise ValueError(f"rounds must be 1 or more, got {rounds}.")
     network.eval()
-    found: Tensor = network(torch.cat([moving, fixed], dim=1))
-    return found
+    ddf: Tensor = network(torch.cat([moving, fixed], dim=1))
+    for _ in range(rounds - 1):
+        ddf = compose(ddf, network(torch.cat([warp(moving, ddf), fixed], dim=1)))
+    return ddf
 
 
 def save_registration(network: RegistrationNetwork, path: str | os.PathLike[str]) -> None:

@@ -43,10 +43,11 @@ def motion_separability(
 
     Raises:
         TypeError: ``ddf`` is not a floating tensor.
-        ValueError: negative or no distances, or shapes that do not fit.
+        ValueError: distances that are negative, infinite or none, or shapes that do not fit.
     """
     dims = check_ddf(ddf, "motion_separability")
-    if not distances or not all(p >= 0 for p in distances):
+    distances = [float(p) for p in distances]
+    if not distances or not all(0 <= p < math.inf for p in distances):
         raise ValueError(f"motion_separability: distances must be one or more numbers of 0 or more, got {distances}.")
     steps = (1.0,) * dims if spacing is None else tuple(float(s) for s in spacing)
     if len(steps) != dims or min(steps) <= 0:

@@ -12,7 +12,7 @@ from monai.networks.utils import one_hot
 from torch import nn, Tensor
 
 from monai_drdm.fields import warp
-from monai_drdm.registration.augment import mirrored, posed, repainted
+from monai_drdm.registration.augment import brought_nearer, mirrored, posed, repainted
 from monai_drdm.registration.data import ImageBank, load_images, load_pairs, PairBank, RegistrationBatch
 from monai_drdm.registration.networks import kinds, load_registration, RegistrationNetwork, save_registration, Structure
 from monai_drdm.train.engine import Predict, run_task, Task
@@ -53,6 +53,9 @@ class RegistrationConfig(RunConfig):
     mirror: bool = setting(True, "mirror pairs along every axis at random, the field with them")
     pose: float = setting(
         0.02, "how far fixed images with known fields are turned, stretched and shifted", low=0, high=1
+    )
+    nearer: float = setting(
+        0.5, "share of moving images with known fields that are taken part of the way", low=0, high=1
     )
     repaint: float = setting(0.1, "how differently bright the two images are made, each on its own", low=0, high=1)
     validation_share: float = setting(0.1, "share of the pairs or images kept for validation", low=0, high=0.5)
@@ -95,6 +98,9 @@ class RegistrationTask(Task):
                 section=config.section,
                 progress=progress,
             )
+        labelled = bank.labels is not None if isinstance(bank, ImageBank) else bank.pairs.fixed_label is not None
+        if config.label_weight > 0 and not labelled:
+            raise ValueError("label_weight needs labels of all images, got none; give labels or set it to 0.")
         self.training, self.validation = bank.split(config.validation_share)
         return ""
 
@@ -132,6 +138,7 @@ class RegistrationTask(Task):
         if not validate:
             pairs = mirrored(pairs, generator) if self.config.mirror else pairs
             pairs = posed(pairs, self.config.pose, generator)
+            pairs = brought_nearer(pairs, self.config.nearer, generator)
             seen = [repainted(one, self.config.repaint, generator) for one in (pairs.moving, pairs.fixed)]
         return torch.cat(seen, dim=1), (), pairs
 
@@ -158,8 +165,8 @@ class RegistrationTask(Task):
         return loss
 
     def _overlap(self, predicted: Tensor, target: RegistrationBatch) -> Tensor:
-        if target.moving_label is None or target.fixed_label is None:
-            raise ValueError("label_weight needs labels of all images.")
+        assert target.moving_label is not None
+        assert target.fixed_label is not None
         classes = 1 + int(max(target.moving_label.max(), target.fixed_label.max()))
         moving, fixed = (one_hot(one, classes) for one in (target.moving_label, target.fixed_label))
         overlap: Tensor = self.overlap(warp(moving, predicted), fixed)

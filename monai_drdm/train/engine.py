@@ -152,6 +152,7 @@ class _Run:
             decollate=False,
         )
         self.averaged = AveragedModel(self.network, multi_avg_fn=self._average)
+        self.averaged.eval()  # only ever judged and written
         self.checkpoints = Checkpoints(folder, team.leads)
         self.checkpoint = Checkpoint(
             self._state(),

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
+from monai.utils import TraceKeys
 from torch import Tensor
 
 from monai_drdm.fields import compose
@@ -26,6 +27,7 @@ from monai_drdm.transforms.trace import in_plain_mode
 
 SIDES = ("moving", "fixed")
 DDF, INVERSE_DDF, INVERSE_RESIDUAL = "ddf", "inverse_ddf", "inverse_residual"
+_ONWARDS = "onwards"
 
 
 @dataclass(frozen=True)
@@ -182,9 +184,11 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
 
         Raises:
             KeyError: a key is missing (and not allowed to), or the image key is.
-            TypeError: a value is not an array or tensor of a real numeric type.
+            TypeError: a value is not an array or tensor of a real numeric type; ``params`` that are no pair's.
             ValueError: anything that does not fit, or a name of the pair that the sample holds already.
         """
+        if params is not None and not isinstance(params, PairParams):
+            raise TypeError(f"params must be PairParams, the record of a pair, got {type(params).__name__}.")
         received, result = self.received(data), dict(data)
         taken = sorted({str(name) for name in self._outputs(result)} & {str(key) for key in result})
         if taken:
@@ -234,8 +238,8 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
         for side in SIDES:
             for name in (self._named(side, key) for key in (*self.keys, *self.point_keys)):
                 if name in result:
-                    result[name] = take_back(self, result[name], repr(name), inverses)
-                    while self.has_record(result[name]):  # landmarks of the fixed image came by the moving one
+                    records = 2 if self._came_onwards(result[name]) else 1
+                    for _ in range(records):
                         result[name] = take_back(self, result[name], repr(name), inverses)
         return result
 
@@ -249,8 +253,13 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
         shared = field_info(synthesis, shape) if self.invertible else {}
         for key in points:
             found |= {one: moving[one] for one in (key, f"{key}_valid")}
-            self.move_points(found, key, synthesis.ddf, shape, affine, {"kind": "points", **shared})
+            self.move_points(found, key, synthesis.ddf, shape, affine, {"kind": "points", _ONWARDS: True, **shared})
         return found
+
+    def _came_onwards(self, data: Any) -> bool:
+        """Whether these are landmarks of the fixed image, which came by the moving one and have a record of each."""
+        record = self.latest_record(data)
+        return record is not None and bool(record[TraceKeys.EXTRA_INFO].get(_ONWARDS, False))
 
     def _seeds(self, randomize: bool, seed_value: object) -> tuple[int, int] | None:
         """Seeds of the two fields, or None if the transform does not fire."""

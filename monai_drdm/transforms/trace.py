@@ -73,9 +73,11 @@ class TracedTransform(InvertibleTransform):
         rest.applied_operations = operations
         return rest, record
 
-    def has_record(self, data: NdarrayOrTensor) -> bool:
-        """Whether data carry a record of this transform."""
-        return isinstance(data, MetaTensor) and self._find(list(data.applied_operations)) is not None
+    def latest_record(self, data: NdarrayOrTensor) -> dict[str, Any] | None:
+        """The latest record of this transform that data carry."""
+        operations = list(data.applied_operations) if isinstance(data, MetaTensor) else []
+        index = self._find(operations)
+        return None if index is None else operations[index]
 
     def _find(self, operations: list[dict[str, Any]]) -> int | None:
         """Index of the latest record of this transform; failing that, of one of its class whose id a cache erased."""

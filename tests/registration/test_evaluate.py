@@ -81,6 +81,13 @@ def test_folds_are_counted_and_what_is_not_known_is_nan(pair):
     assert np.isnan([score.tre, score.error_vox, score.inverse_consistency_vox]).all()
 
 
+@pytest.mark.parametrize("spacing", [(1.0,), (1.0, 1.0, 1.0), (1.0, 0.0)])
+def test_wrong_spacings_are_refused(pair, spacing):
+    moving, fixed, _, ddf = pair
+    with pytest.raises(ValueError, match="spacing must be 2 positive numbers"):
+        evaluate_registration(lambda a, b: ddf, moving, fixed, spacing=spacing)
+
+
 def test_fields_of_another_shape_are_refused(pair):
     moving, fixed, _, _ = pair
     with pytest.raises(ValueError, match=r"\(1, 2, \*\(32, 40\)\)"):

@@ -1,8 +1,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from monai.networks.blocks import DVF2DDF
-from scipy.ndimage import zoom
+from monai.networks.blocks import DVF2DDF, Warp
 
 from monai_drdm.fields import fold_fraction
 from monai_drdm.registration import load_registration, register, RegistrationNetwork, save_registration
@@ -54,18 +53,52 @@ class Remembers(Says):
         return self.field
 
 
-def test_a_coarser_network_sees_every_voxel_and_its_field_is_upsampled(smooth_field):
-    """Beside torch's pixel_unshuffle, and interpolation by SciPy's zoom."""
-    network = RegistrationNetwork(Structure("regunet", 2, 4, depth=1, diffeomorphic=False, stride=3, forces=False))
-    said = smooth_field((16, 12))
-    network.backbone = Remembers(said)
-    moving, fixed = torch.rand(1, 1, 47, 36), torch.rand(1, 1, 47, 36)
+@pytest.mark.parametrize("shape", [(47, 36), (20, 31, 24)])
+def test_a_coarser_network_sees_every_voxel_and_its_field_is_linear_between_blocks(shape):
+    """A map that is linear in the centres of blocks is the same map in voxels; what is seen beside pixel_unshuffle."""
+    dims, stride = len(shape), 3
+    network = RegistrationNetwork(Structure("regunet", dims, 4, depth=1, diffeomorphic=False, stride=3, forces=False))
+    coarse = [-(-n // (2 * stride)) * 2 for n in shape]
+    linear = torch.randn(dims, dims, generator=torch.Generator().manual_seed(0))
+
+    def field(*axes):
+        return torch.einsum("ij,j...->i...", linear, torch.stack(torch.meshgrid(*axes, indexing="ij")))[None]
+
+    network.backbone = Remembers(field(*(stride * torch.arange(n) + (stride - 1) / 2 for n in coarse)) / stride)
+    moving, fixed = torch.rand(1, 1, *shape), torch.rand(1, 1, *shape)
     found = register(network, moving, fixed)
-    padded = F.pad(torch.cat([moving, fixed], dim=1), [0, 0, 0, 1], "replicate")
-    assert torch.equal(network.backbone.seen, F.pixel_unshuffle(padded, 3))
-    larger = torch.stack([torch.from_numpy(zoom(one.numpy(), 3, order=1)) for one in said[0]])
-    scale = torch.tensor([47 / 15, 35 / 11]).view(2, 1, 1)
-    torch.testing.assert_close(found[0], (larger * scale)[:, :47], atol=1e-4, rtol=0)
+    expected = field(*(torch.arange(n).float() for n in shape))
+    inner = (..., *(slice(1, -1),) * dims)  # half a block at the border has no neighbour
+    torch.testing.assert_close(found[inner], expected[inner], atol=1e-3, rtol=0)
+    if dims == 2:
+        padded = F.pad(torch.cat([moving, fixed], dim=1), [0, 0, 0, 1], "replicate")
+        assert torch.equal(network.backbone.seen, F.pixel_unshuffle(padded, 3))
+
+
+@pytest.mark.parametrize("stride", [1, 2, 4])
+def test_a_shift_of_everything_is_the_same_at_any_size(stride):
+    network = RegistrationNetwork(Structure("regunet", 2, 4, depth=1, diffeomorphic=False, stride=stride, forces=False))
+    for size in (16, 33, 128):
+        coarse = -(-size // (2 * stride)) * 2
+        network.backbone = Says(torch.full((1, 2, coarse, coarse), 4.0 / stride))
+        found = register(network, torch.rand(1, 1, size, size), torch.rand(1, 1, size, size))
+        torch.testing.assert_close(found, torch.full((1, 2, size, size), 4.0))
+
+
+def test_every_round_registers_what_the_last_one_left(smooth_field):
+    """Beside a chain of MONAI's Warp."""
+    said = 2 * smooth_field((40, 44))
+    network = RegistrationNetwork(Structure("regunet", 2, 4, depth=1, diffeomorphic=False, stride=1, forces=False))
+    network.backbone = Remembers(said)
+    moving, fixed = (F.interpolate(torch.rand(1, 1, 10, 11), (40, 44), mode="bicubic").clamp(0, 1) for _ in range(2))
+    found = register(network, moving, fixed, rounds=3)
+    monai_warp = Warp("bilinear", "border")
+    twice = monai_warp(said, said) + said
+    torch.testing.assert_close(network.backbone.seen[:, :1], monai_warp(moving, twice), atol=1e-5, rtol=0)
+    torch.testing.assert_close(network.backbone.seen[:, 1:], fixed)
+    torch.testing.assert_close(found, monai_warp(twice, said) + said, atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="rounds must be 1 or more, got 0"):
+        register(network, moving, fixed, rounds=0)
 
 
 def test_a_coarser_network_of_volumes_takes_all_of_them():

@@ -54,6 +54,12 @@ def test_a_linear_ramp_grows_with_the_distance_until_the_border():
     np.testing.assert_allclose(motion_separability(ddf, [0, 1, 3, 8, 11, 40])[0], expected)
 
 
+def test_distances_may_be_a_tensor():
+    ddf = torch.rand(2, 2, 9, 8)
+    found = motion_separability(ddf, torch.tensor([1.0, 3.0]))
+    assert torch.equal(found, motion_separability(ddf, [1, 3]))
+
+
 def test_millimetres_count_for_distances_and_displacements():
     ddf = torch.zeros(1, 2, 16, 16, dtype=torch.float64)
     ddf[:, 0] = 0.5 * torch.arange(16.0).view(16, 1)
@@ -75,6 +81,7 @@ def test_two_organs_that_slide_differ_only_where_they_are_near():
     [
         ({"distances": []}, "distances must be"),
         ({"distances": [-1]}, "distances must be"),
+        ({"distances": [1.0, float("inf")]}, "distances must be"),
         ({"distances": [1], "spacing": (1.0,)}, "spacing must be 2"),
         ({"distances": [1], "spacing": (1.0, 0.0)}, "spacing must be 2"),
         ({"distances": [1], "regions": torch.zeros(1, 1, 4, 5)}, "regions must have shape"),

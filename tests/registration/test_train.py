@@ -162,3 +162,84 @@ def test_a_network_of_other_dimensions_is_refused(tmp_path, scans, small_network
     save_network(small_network(2), path)
     assert main(command(tmp_path / "run", "--images", scans / "images", "--init", path)) == 1
     assert "is not a registration network" in capsys.readouterr().err
+
+
+@pytest.fixture
+def bad(tmp_path):
+    """A folder of four images and labels, of which one is spoilt as a test asks."""
+
+    def make(image=None, label=None, affine=None):
+        for kind in ("images", "labels"):
+            (tmp_path / "bad" / kind).mkdir(parents=True)
+        for number in range(4):
+            values = {"images": np.random.default_rng(number).random((24, 20)).astype(np.float32)}
+            values["labels"] = (values["images"] > 0.5).astype(np.uint8)
+            matrix = np.eye(4)
+            if number == 2:
+                values["images"] = values["images"] if image is None else image(values["images"])
+                values["labels"] = values["labels"] if label is None else label(values["labels"])
+                matrix = matrix if affine is None else affine
+            for kind, array in values.items():
+                nib.save(nib.Nifti1Image(array[..., None], matrix), tmp_path / "bad" / kind / f"{number}.nii.gz")
+        return tmp_path / "bad"
+
+    return make
+
+
+def with_nan(image):
+    image[3, 3] = np.nan
+    return image
+
+
+@pytest.mark.parametrize(
+    ("spoilt", "says"),
+    [
+        ({"image": with_nan}, "2.nii.gz must hold finite numbers"),
+        ({"label": lambda label: label[:20, :18]}, "labels/2.nii.gz must have the spatial shape of"),
+        ({"affine": np.diag([-1.0, 1, 1, 1])}, r"2.nii.gz must have its axes along .* got world axes \(-1, 2, 3\)"),
+    ],
+)
+def test_images_that_make_no_pairs_are_refused(bad, spoilt, says):
+    folder = bad(**spoilt)
+    with pytest.raises(ValueError, match=says):
+        load_images(folder / "images", folder / "labels", spatial_dims=2)
+
+
+def test_images_some_of_which_have_labels_are_refused(scans, tmp_path):
+    entries = [{"image": str(path)} for path in sorted((scans / "images").iterdir())]
+    entries[0]["label"] = str(scans / "labels" / "case0.nii.gz")
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
+    with pytest.raises(ValueError, match="all images or none must have labels, got 1 of 6"):
+        load_images(tmp_path / "list.json", spatial_dims=2)
+    with pytest.raises(ValueError, match="labels must be None with the datalist"):
+        load_images(tmp_path / "list.json", scans / "labels", spatial_dims=2)
+
+
+def test_pairs_whose_files_do_not_fit_are_refused(pairs, tmp_path):
+    entries = json.loads((pairs / "datalist.json").read_text())["training"][:2]
+    files = [{key: str(pairs / name) for key, name in entry.items()} for entry in entries]
+    other = tmp_path / "other.nii.gz"
+    nib.save(nib.Nifti1Image(np.zeros((12, 14, 1), np.uint8), np.eye(4)), other)
+    files[1]["moving_label"] = str(other)
+    (tmp_path / "list.json").write_text(json.dumps({"training": files}))
+    with pytest.raises(ValueError, match=r"other.nii.gz must have the spatial shape of .* got \(12, 14\)"):
+        load_pairs(tmp_path / "list.json", spatial_dims=2)
+
+
+def test_a_label_weight_without_labels_is_refused_before_training(scans, tmp_path, capsys):
+    settings = ["--images", scans / "images", "--set", "label_weight=0.5"]
+    assert main(command(tmp_path / "run", *settings)) == 1
+    assert "label_weight needs labels of all images, got none" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["regunet", "localnet"])
+def test_validation_leaves_networks_that_normalise_as_they_are(pairs, tmp_path, kind, monkeypatch):
+    """What batches teach them about grey values comes from training images alone."""
+    runs = {}
+    for batches in (1, 4):
+        monkeypatch.setattr("monai_drdm.train.engine._VALIDATION_BATCHES", batches)
+        settings = ["--pairs", pairs, "--set", f"network={kind}", "--set", "channels=4"]
+        assert main(command(tmp_path / str(batches), *settings, steps=3, epochs=2)) == 0
+        runs[batches] = load_registration(tmp_path / str(batches) / "network.safetensors").state_dict()
+    assert any("running_mean" in name for name in runs[1])
+    assert all(torch.equal(value, runs[4][name]) for name, value in runs[1].items())

@@ -179,6 +179,24 @@ def test_inverse_brings_both_sides_back(scan):
         torch.testing.assert_close(back[f"{side}_points"].as_tensor(), sample["points"], atol=1e-2, rtol=0)
 
 
+def test_inverse_takes_back_the_latest_call_only(scan):
+    transform = pair(point_keys="points")
+    first = transform(scan((64, 56)) | {"points": torch.tensor([[[30.0, 25.0]]])})
+    given = {"image": first["fixed"], "label": first["fixed_label"], "points": first["fixed_points"]}
+    back = transform.inverse(transform(given))
+    for side in ("moving", "fixed"):
+        assert len(back[side].applied_operations) == len(given["image"].applied_operations) == 1
+        torch.testing.assert_close(back[f"{side}_points"].as_tensor(), given["points"].as_tensor(), atol=1e-2, rtol=0)
+        assert len(back[f"{side}_points"].applied_operations) == len(given["points"].applied_operations) == 2
+
+
+def test_records_of_other_transforms_are_refused(scan):
+    transform = RandDRDMDeformd(KEYS, mode=MODES, prob=1.0, steps=3)
+    transform(scan((20, 20)))
+    with pytest.raises(TypeError, match="params must be PairParams, the record of a pair, got DeformationParams"):
+        pair()(scan((20, 20)), params=transform.last.params)
+
+
 def test_workers_make_the_pairs_of_their_names(scan):
     data = [{**scan((33, 33)), "name": f"case {i}"} for i in range(4)]
     transform = pair(seed_key="name", steps=1)
