@@ -12,13 +12,14 @@
 
 All fields between synthetic pairs of one image have the same mean displacement, that of DRDM's. All networks are the
 same and train for as many steps; `drdm-real` takes as many again. The averaged weights of the last step are judged.
-Settings are chosen on validation images, among them how often each network registers, once to three times; test
+Settings are chosen on validation images, among them how often each network registers, once to six times; test
 images are registered once, each to the next, with what was chosen.
 
     python benchmarks/synthetic_registration.py pairs --set hippocampus --work DIR
     python benchmarks/synthetic_registration.py train --set hippocampus --work DIR
     python benchmarks/synthetic_registration.py judge --set hippocampus --work DIR --split test
     python benchmarks/synthetic_registration.py table
+    python benchmarks/synthetic_registration.py figure --out docs/images/registration.png
 
 Pairs that are written and runs that are finished are skipped, and a run that was stopped goes on.
 """
@@ -40,6 +41,7 @@ import SimpleITK
 import torch
 from common import append_rows, data_folder, machine, read_rows, RESULTS
 from domains import DOMAINS
+from synthetic_registration_table import ARMS, BASELINES, by_structure, figure, table
 from torch import Tensor
 from tqdm import tqdm
 
@@ -55,10 +57,8 @@ from monai_drdm.registration.task import fit, RegistrationConfig
 
 PATH = RESULTS / "synthetic_registration.jsonl"
 PAIR_ARMS = ("drdm", "random", "smooth")
-ARMS = ("smooth", "random", "drdm", "drdm-plain", "real", "drdm-real")
-BASELINES = ("identity", "demons", "bspline")
 Register = Callable[[Tensor, Tensor], Tensor]
-ROUNDS = (1, 2, 3)
+ROUNDS = (1, 2, 3, 4, 6)
 _EPOCH = 100
 
 
@@ -269,55 +269,18 @@ def _bspline(moving: Tensor, fixed: Tensor) -> Tensor:
     return _ddf(method.Execute(target, source), target)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: mean over pairs ± standard deviation over seeds (or, of one seed, over pairs)."""
-    lines = [
-        "| set | split | arm | rounds | seeds | pairs | Dice % | HD95 vox | folds % | consistency vox | s a pair |"
-    ]
-    lines.append("|" + "---|" * 11)
-    keys = dict.fromkeys((r["set"], r["split"], r["arm"], r["rounds"]) for r in rows)
-    for key in sorted(keys, key=lambda k: (k[0], k[1], (*BASELINES, *ARMS).index(k[2]), k[3])):
-        mine = [r for r in rows if (r["set"], r["split"], r["arm"], r["rounds"]) == key]
-        seeds = sorted({r["seed"] for r in mine})
-        by_pair = [[100 * float(np.nanmean(r["dice"])) for r in mine if r["seed"] == seed] for seed in seeds]
-        dice = np.mean(by_pair[0]) if len(seeds) == 1 else np.mean([np.mean(one) for one in by_pair])
-        spread = np.std(by_pair[0]) if len(seeds) == 1 else np.std([np.mean(one) for one in by_pair])
-        hd95 = np.nanmean([np.nanmean(r["hd95"]) for r in mine])
-        folds = 100 * np.mean([r["fold_fraction"] for r in mine])
-        back = np.nanmean([r["inverse_consistency_vox"] for r in mine]) if key[2] in ARMS else float("nan")
-        seconds = np.median([r["seconds"] for r in mine])
-        lines.append(
-            f"| {' | '.join(key[:3])} | {key[3] or ''} | {len(seeds)} | {len(by_pair[0])} "
-            f"| {dice:.1f} ± {spread:.1f} | {hd95:.2f} | {folds:.3f} | {back:.2f} | {seconds:.2f} |"
-        )
-    return "\n".join(lines)
-
-
-def by_structure(rows: list[dict[str, Any]]) -> str:
-    """Markdown: mean Dice in % of every structure in test images."""
-    tables = []
-    for name, one in SETS.items():
-        mine = [r for r in rows if (r["set"], r["split"]) == (name, "test")]
-        arms = [arm for arm in (*BASELINES, *ARMS) if any(r["arm"] == arm for r in mine)]
-        lines = [f"| {name}, structure | {' | '.join(arms)} |", "|" + "---|" * (1 + len(arms))]
-        for k, structure in enumerate(one.structures):
-            dice = [100 * float(np.nanmean([r["dice"][k] for r in mine if r["arm"] == arm])) for arm in arms]
-            lines.append(f"| {structure} | {' | '.join(f'{value:.1f}' for value in dice)} |")
-        tables.append("\n".join(lines))
-    return "\n\n".join(tables)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("pairs", "train", "judge", "table"))
+    parser.add_argument("what", choices=("pairs", "train", "judge", "table", "figure"))
     parser.add_argument("--set", choices=tuple(SETS), default="hippocampus")
     parser.add_argument("--work", type=Path, default=Path("synthetic_registration"), help="folder for pairs and runs")
     parser.add_argument("--arms", nargs="+", choices=(*BASELINES, *ARMS), default=[*BASELINES, *ARMS])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--workers", type=int, default=1, help="processes that make pairs")
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--out", type=Path, default=Path("registration.png"), help="the figure")
     args = parser.parse_args()
-    if args.what != "table":
+    if args.what not in ("table", "figure"):
         prepare(args.set, args.work)
     if args.what == "pairs":
         write_pairs(args.set, args.work, args.workers)
@@ -330,6 +293,8 @@ def main() -> None:
                 judge(args.set, args.work, arm, seed, args.split)
     if args.what == "table":
         print(table(read_rows(PATH)), by_structure(read_rows(PATH)), sep="\n\n")
+    if args.what == "figure":
+        figure(read_rows(PATH)).savefig(args.out, dpi=130)
 
 
 if __name__ == "__main__":

@@ -47,7 +47,7 @@ def test_segmentation_pipeline_trains(tmp_path):
 def test_few_shot_segmentation_learns_with_and_without(tmp_path):
     """The short form: both networks get better, on drawn hearts and on volumes of one's own."""
     example = load_example("few_shot_segmentation")
-    short = ["--size", "32", "--scans", "7", "--steps", "30", "--every", "10"]
+    short = ["--size", "32", "--scans", "7", "--steps", "20", "--every", "10"]
     result = example.main(["--out", str(tmp_path / "drawn"), *short])
     assert list(result) == ["affine", "affine + DRDM"]
     assert min(result.values()) > 0.3
