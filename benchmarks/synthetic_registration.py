@@ -207,7 +207,7 @@ def judge(name: str, work: Path, arm: str, seed: int, split: str) -> None:
                 moving_label=pair.moving_label,
                 fixed_label=pair.fixed_label,
                 structures=one.structures,
-                both_ways=arm not in BASELINES,
+                both_ways=arm in ARMS and split == "test",
             )
             row = {"set": name, "arm": arm, "seed": seed, "split": split, "rounds": number, "pair": bank.names[i]}
             rows.append(row | vars(score) | machine())

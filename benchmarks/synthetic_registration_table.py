@@ -25,11 +25,12 @@ def table(rows: list[Row]) -> str:
         spread = np.std(by_pair[0]) if len(seeds) == 1 else np.std(means)
         hd95 = np.nanmean([np.nanmean(r["hd95"]) for r in mine])
         folds = 100 * np.mean([r["fold_fraction"] for r in mine])
-        back = f"{np.nanmean([r['inverse_consistency_vox'] for r in mine]):.2f}" if key[2] in ARMS else ""
+        back = [r["inverse_consistency_vox"] for r in mine]
+        consistency = "" if np.isnan(back).all() else f"{np.mean(back):.2f}"
         seconds = np.median([r["seconds"] for r in mine])
         lines.append(
             f"| {' | '.join(key[:3])} | {key[3] or ''} | {len(seeds)} | {len(by_pair[0])} "
-            f"| {np.mean(means):.1f} ± {spread:.1f} | {hd95:.2f} | {folds:.3f} | {back} | {seconds:.2f} |"
+            f"| {np.mean(means):.1f} ± {spread:.1f} | {hd95:.2f} | {folds:.3f} | {consistency} | {seconds:.2f} |"
         )
     return "\n".join(lines)
 

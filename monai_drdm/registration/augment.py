@@ -13,7 +13,6 @@ from monai_drdm.registration.data import RegistrationBatch
 
 _BIAS_NODES = 4
 _NOISE = 0.1
-_ITERATIONS = 8
 _ALL_INSIDE = 1 - 1e-4
 
 
@@ -69,36 +68,6 @@ def posed(pairs: RegistrationBatch, strength: float, generator: torch.Generator)
         inside=warp(pairs.inside.float(), moved, padding_mode="zeros") > _ALL_INSIDE,
         ddf=compose(pairs.ddf.float(), moved),
         fixed_label=None if label is None else warp(label, moved, "nearest", "zeros"),
-    )
-
-
-def brought_nearer(pairs: RegistrationBatch, share: float, generator: torch.Generator) -> RegistrationBatch:
-    """Take some moving images a random part of the way to their fixed ones; what is left is the field to know.
-
-    Such pairs are what a network sees that registers again what it has registered (``register(…, rounds=2)``).
-
-    Args:
-        pairs: with known fields, on the generator's device.
-        share: of the pairs, in [0, 1].
-        generator: decides.
-
-    Returns:
-        New pairs; ``fixed(x) = moving(x + ddf(x))`` holds to interpolation error.
-    """
-    if share == 0 or pairs.ddf is None:
-        return pairs
-    chosen, part = torch.rand((2, len(pairs.ddf)), generator=generator, device=generator.device)
-    ddf = pairs.ddf.float()
-    taken = ((chosen < share) * part).view(-1, *(1,) * (ddf.ndim - 1)) * ddf
-    rest = ddf - taken
-    for _ in range(_ITERATIONS):  # x + rest + taken(x + rest) = x + ddf
-        rest = ddf - warp(taken, rest)
-    label = pairs.moving_label
-    return replace(
-        pairs,
-        moving=warp(pairs.moving.float(), taken),
-        ddf=rest,
-        moving_label=None if label is None else warp(label, taken, "nearest"),
     )
 
 

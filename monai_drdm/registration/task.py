@@ -12,7 +12,7 @@ from monai.networks.utils import one_hot
 from torch import nn, Tensor
 
 from monai_drdm.fields import warp
-from monai_drdm.registration.augment import brought_nearer, mirrored, posed, repainted
+from monai_drdm.registration.augment import mirrored, posed, repainted
 from monai_drdm.registration.data import ImageBank, load_images, load_pairs, PairBank, RegistrationBatch
 from monai_drdm.registration.networks import kinds, load_registration, RegistrationNetwork, save_registration, Structure
 from monai_drdm.train.engine import Predict, run_task, Task
@@ -53,9 +53,6 @@ class RegistrationConfig(RunConfig):
     mirror: bool = setting(True, "mirror pairs along every axis at random, the field with them")
     pose: float = setting(
         0.02, "how far fixed images with known fields are turned, stretched and shifted", low=0, high=1
-    )
-    nearer: float = setting(
-        0.5, "share of moving images with known fields that are taken part of the way", low=0, high=1
     )
     repaint: float = setting(0.1, "how differently bright the two images are made, each on its own", low=0, high=1)
     validation_share: float = setting(0.1, "share of the pairs or images kept for validation", low=0, high=0.5)
@@ -138,7 +135,6 @@ class RegistrationTask(Task):
         if not validate:
             pairs = mirrored(pairs, generator) if self.config.mirror else pairs
             pairs = posed(pairs, self.config.pose, generator)
-            pairs = brought_nearer(pairs, self.config.nearer, generator)
             seen = [repainted(one, self.config.repaint, generator) for one in (pairs.moving, pairs.fixed)]
         return torch.cat(seen, dim=1), (), pairs
 
