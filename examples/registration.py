@@ -32,6 +32,10 @@ from monai_drdm.registration.task import fit, RegistrationConfig
 from monai_drdm.viz import draw_warped_grid, middle_plane, separability_figure
 
 KINDS = ("images", "labels")
+LEVEL = (0.6, 1.0)
+"""Of both fields of a pair: people differ by more than one of them moves."""
+ROUNDS = 2
+"""How often the network registers."""
 Registered = dict[str, Any]
 """One pair: `moving`, `fixed`, `warped`, their labels where there are any, the `ddf`, and the `score`."""
 
@@ -71,6 +75,7 @@ def labels_of(folder: Path) -> Path | None:
 def make_known_pairs(folder: Path, out: Path, pairs: int, **settings: Any) -> None:
     """Registration pairs of every scan, by DRDM: what ``monai-drdm pairs`` does."""
     cases = find_cases(folder / "images", labels_of(folder))
+    settings = {"augmentation_level": LEVEL, "synthesis_level": LEVEL} | settings
     draw_overview(make_pairs(cases, out, PairSettings(pairs=pairs, **settings), progress=True))
 
 
@@ -100,11 +105,14 @@ def _register_pair(network: torch.nn.Module, bank: ImageBank, fixed: int) -> Reg
     pair = bank.pairs(torch.tensor([(fixed + 1) % len(bank)]), torch.tensor([fixed])).to(torch.device("cpu"))
     structures = [] if pair.fixed_label is None else [int(v) for v in pair.fixed_label.unique() if v > 0]
     labels = {"moving_label": pair.moving_label, "fixed_label": pair.fixed_label, "structures": structures}
-    ddf = register(network, pair.moving, pair.fixed)
+
+    def method(moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
+        return register(network, moving, fixed, rounds=ROUNDS)
 
     def nothing(moving: torch.Tensor, fixed: torch.Tensor) -> torch.Tensor:
         return torch.zeros_like(ddf)
 
+    ddf = method(pair.moving, pair.fixed)
     return {
         "moving": pair.moving,
         "fixed": pair.fixed,
@@ -113,7 +121,7 @@ def _register_pair(network: torch.nn.Module, bank: ImageBank, fixed: int) -> Reg
         "fixed_label": pair.fixed_label,
         "warped_label": None if pair.moving_label is None else warp(pair.moving_label, ddf, "nearest"),
         "ddf": ddf,
-        "score": evaluate_registration(lambda *_: register(network, *_), pair.moving, pair.fixed, **labels),
+        "score": evaluate_registration(method, pair.moving, pair.fixed, **labels),
         "before": evaluate_registration(nothing, pair.moving, pair.fixed, both_ways=False, **labels),
     }
 
