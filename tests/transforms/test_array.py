@@ -147,7 +147,7 @@ def test_pixdim_stands_in_for_a_missing_affine(small_network, scan):
 
 def test_anisotropic_volume_moves_alike_in_millimetres(small_network):
     image = torch.rand(1, 32, 32, 8, generator=torch.Generator().manual_seed(0))
-    transform = deform(small_network(3), pixdim=(1.0, 1.0, 4.0), on_fold="keep", deformation_level=0.5)
+    transform = deform(small_network(3, working_size=16), pixdim=(1.0, 1.0, 4.0), on_fold="keep", deformation_level=0.5)
     rms = []
     for seed in range(4):
         transform.set_random_state(seed)(image)
@@ -160,7 +160,7 @@ def test_anisotropic_volume_moves_alike_in_millimetres(small_network):
 def test_fold_policies(small_network, scan, policy):
     image = scan((40, 40))["image"]
     # a fold-free fast field still folds once a limit of zero meets a rough network
-    network = small_network(2, scale=300.0)
+    network = small_network(2, working_size=16, scale=300.0)
     transform = deform(network, on_fold=policy, max_fold_fraction=0.0, deformation_level=1.0, sampler="reference")
     transform.set_random_state(4)
     if policy == "raise":

@@ -83,7 +83,7 @@ def test_volumes_move_as_monai_warps_them(small_network, scan):
     sample = scan((20, 24, 18))
     batch = {key: torch.stack([value, value.flip(1)]) for key, value in sample.items()}
     transform = BatchRandDRDMDeformd(
-        ["image", "label"], mode=["bilinear", "nearest"], prob=1.0, network=small_network(3)
+        ["image", "label"], mode=["bilinear", "nearest"], prob=1.0, network=small_network(3, working_size=16)
     )
     out = transform(batch)
     ddf = torch.stack([one.ddf for one in transform.last])
