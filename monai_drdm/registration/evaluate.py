@@ -77,8 +77,7 @@ def evaluate_registration(
         ValueError: a method whose field has another shape, or a wrong spacing.
     """
     dims = moving.ndim - 2
-    if spacing is not None and (len(spacing) != dims or min(spacing) <= 0):
-        raise ValueError(f"evaluate_registration: spacing must be {dims} positive numbers, got {tuple(spacing)}.")
+    steps = _steps(spacing, dims, fixed.device)
     start = _now(fixed.device)
     found = register(moving, fixed)
     seconds = _now(fixed.device) - start
@@ -86,7 +85,6 @@ def evaluate_registration(
         raise ValueError(
             f"register must give a field (1, {dims}, *{tuple(fixed.shape[2:])}), got {tuple(found.shape)}."
         )
-    steps = torch.tensor([1.0] * dims if spacing is None else [float(s) for s in spacing], device=found.device)
     dice: tuple[float, ...] = ()
     hd95: tuple[float, ...] = ()
     if moving_label is not None and fixed_label is not None and structures:
@@ -102,6 +100,15 @@ def evaluate_registration(
         mask = torch.ones_like(fixed, dtype=torch.bool) if inside is None else inside
         error = float((found - ddf).norm(dim=1, keepdim=True)[mask].mean())
     return RegistrationScore(dice, hd95, tre, float(fold_fraction(found)[0]), consistency, error, seconds)
+
+
+def _steps(spacing: Sequence[float] | None, dims: int, device: torch.device) -> Tensor:
+    """Of the grid along each axis."""
+    if spacing is None:
+        return torch.ones(dims, device=device)
+    if len(spacing) != dims or min(spacing) <= 0:
+        raise ValueError(f"evaluate_registration: spacing must be {dims} positive numbers, got {tuple(spacing)}.")
+    return torch.tensor([float(s) for s in spacing], device=device)
 
 
 def _now(device: torch.device) -> float:
