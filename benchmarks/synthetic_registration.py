@@ -17,6 +17,7 @@ images are registered once, each to the next, with what was chosen.
 
     python benchmarks/synthetic_registration.py pairs --set hippocampus --work DIR
     python benchmarks/synthetic_registration.py train --set hippocampus --work DIR
+    python benchmarks/synthetic_registration.py judge --set hippocampus --work DIR --split validation
     python benchmarks/synthetic_registration.py judge --set hippocampus --work DIR --split test
     python benchmarks/synthetic_registration.py table
     python benchmarks/synthetic_registration.py figure --out docs/images/registration.png
