@@ -11,6 +11,8 @@ import hashlib
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import cache
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
@@ -30,6 +32,7 @@ from monai.transforms import (
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+import monai_drdm
 from monai_drdm.diffusion import DRDM
 from monai_drdm.fields import compose, gaussian_smooth, identity_grid, resize_ddf, sample
 from monai_drdm.networks import load_network, network_sha256, RecoveryNetwork
@@ -63,10 +66,12 @@ class Setting:
     """Lever: iterations over which the probability rises from 0."""
     recovery: float = 1.0
     """Lever: factor on every recovery step; less of it leaves more of the random field."""
+    steps: int = 0
+    """Lever: recovery steps, where not as many as the network was made for."""
 
     def row(self) -> dict[str, float]:
         """As JSON lines name it: levers only where they are pulled."""
-        levers = ("amplitude", "second", "smooth", "guided", "ramp", "recovery")
+        levers = ("amplitude", "second", "smooth", "guided", "ramp", "recovery", "steps")
         return {
             k: v for k, v in asdict(self).items() if k not in levers or v != Setting.__dataclass_fields__[k].default
         }
@@ -111,6 +116,8 @@ class Arm:
     setting_of: str = ""
     """The arm whose search it takes its setting from, instead of one of its own."""
     posed: bool = True
+    recovers: bool = True
+    """Whether its network can take less of each recovery step."""
     stacked: bool = False
     """Intensities change by a stack of MONAI's transforms, each with chance 0.5, instead of ``INTENSITY``."""
 
@@ -124,7 +131,7 @@ ARMS = {
     "drdm-tuned": Arm("drdm", network="tuned", setting_of="drdm"),
     "torchio": Arm("torchio"),
     "bigaug": Arm("elastic", setting_of="elastic", stacked=True),
-    "drdm-published": Arm("drdm", network="zheng2026-cmr-2d", setting_of="drdm"),
+    "drdm-published": Arm("drdm", network="zheng2026-cmr-2d", setting_of="drdm", recovers=False),
     "drdm-only": Arm("drdm", setting_of="drdm", posed=False),
 }
 CORE = ("affine", "elastic", "random", "drdm", "drdm-tuned")
@@ -151,7 +158,7 @@ def candidates(
 
 
 class Fields:
-    """Banks of fields, drawn when first asked for and kept in a folder: a new one when the sampler's code changes."""
+    """Banks of fields, drawn when first asked for and kept in a folder; other code draws anew."""
 
     def __init__(self, folder: Path, tuned: str | None = None) -> None:
         self.folder, self.tuned = folder, tuned
@@ -162,15 +169,16 @@ class Fields:
         kind = ARMS[arm].fields
         if not kind:
             return None
-        model = self._model(arm, protocol, setting.recovery) if kind in ("random", "drdm") else None
+        model = self._model(arm, protocol, setting.recovery, setting.steps) if kind in ("random", "drdm") else None
         key = {
             "kind": kind,
             "range": [setting.low, setting.high],
             "protocol": [protocol.domain, protocol.grid, protocol.bank],
             "case": case.name,
             "network": self.name_for(arm, protocol),
+            "code": self.code_of(arm),
         }
-        key |= {name: value for name, value in setting.row().items() if name in ("guided", "recovery")}
+        key |= {name: value for name, value in setting.row().items() if name in ("guided", "recovery", "steps")}
         digest = hashlib.sha256(json.dumps(key, sort_keys=True).encode()).hexdigest()[:16]
         path = self.folder / f"{kind}-{case.name}-{digest}.safetensors"
         if not path.is_file():
@@ -193,7 +201,15 @@ class Fields:
         model = self._model(arm, protocol)
         return f"{model.network.card.name} {network_sha256(model.network)[:8]}, {model.steps} steps"
 
-    def _model(self, arm: str, protocol: Protocol, recovery: float = 1.0) -> DRDM:
+    def code_of(self, arm: str) -> str:
+        """Names the code that draws an arm's fields: a digest of ours, the version of a peer."""
+        kind = ARMS[arm].fields
+        if kind in ("elastic", "torchio"):
+            package = {"elastic": "monai", "torchio": "torchio"}[kind]
+            return f"{package} {version(package)}"
+        return _code_digest() if kind else ""
+
+    def _model(self, arm: str, protocol: Protocol, recovery: float = 1.0, steps: int = 0) -> DRDM:
         shipped = {2: "anatomy-2d", 3: "anatomy-3d"}[len(protocol.grid)]
         name = ARMS[arm].network or shipped
         if name == "tuned":
@@ -202,7 +218,16 @@ class Fields:
             name = self.tuned
         if name not in self._networks:
             self._networks[name] = load_network(name)
-        return DRDM(self._networks[name], recovery=recovery)
+        return DRDM(self._networks[name], steps=steps or None, recovery=recovery)
+
+
+@cache
+def _code_digest() -> str:
+    digest = hashlib.sha256()
+    for folder in ("diffusion", "fields", "networks"):
+        for path in sorted((Path(monai_drdm.__file__).parent / folder).glob("*.py")):
+            digest.update(path.read_bytes())
+    return digest.hexdigest()[:8]
 
 
 def _draw(model: DRDM | None, kind: str, setting: Setting, protocol: Protocol, case: Case, seed: int) -> Tensor:

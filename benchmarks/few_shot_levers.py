@@ -1,9 +1,10 @@
 """Levers that might make DRDM teach a segmenter more, one at a time, on validation subjects only.
 
-Each lever changes one thing of an arm and is trained with 1 and 5 labelled subjects and two draws of them; its gain is
+Each lever changes one thing of an arm and is trained with 1 or 5 labelled subjects and two draws of them; its gain is
 the mean difference to the same arm without it. Every training is a JSON line; those that are there are skipped.
 
     python benchmarks/few_shot_levers.py --levers affine drdm drdm-smooth
+    python benchmarks/few_shot_levers.py --protocol hippocampus --levers drdm drdm-recovery-0.24 --subjects 5
     python benchmarks/few_shot_levers.py --table
 """
 
@@ -16,13 +17,12 @@ from typing import Any
 
 import numpy as np
 from common import append_rows, machine, read_rows, RESULTS
-from few_shot_arms import Fields, Setting
-from few_shot_protocols import Protocol, PROTOCOLS
-from few_shot_segmentation import recipe, train
+from few_shot_arms import Fields
+from few_shot_protocols import Protocol, PROTOCOLS, recipe
+from few_shot_segmentation import chosen_setting, train
 
 PATH = RESULTS / "few_shot_levers.jsonl"
 SUBJECTS, SEEDS = (1, 5), (100, 101)
-_POSE = Setting(rotation_deg=180.0, scale=0.3, shift_frac=0.1, flip=0.5)
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,10 @@ class Lever:
 
 
 _LOW = {"low": 0.2, "high": 0.5, "prob": 0.9}
-LEVERS = {
+_WIDE = _LOW | {"low": 0.3, "high": 0.8}
+_LONG = {"cap": 8000, "patience": 2000}
+_VOLUME = {"low": 0.3, "high": 0.8, "prob": 0.5}
+_ACDC = {
     "affine": Lever("affine", "affine"),
     "elastic": Lever("elastic", "affine", {"low": 0.0, "high": 3.0, "prob": 0.9}),
     "random": Lever("random", "affine", {"low": 0.02, "high": 0.1, "prob": 0.5}),
@@ -52,40 +55,53 @@ LEVERS = {
     "drdm-guided": Lever("drdm", "drdm", _LOW | {"guided": 4}),
     "drdm-ramp": Lever("drdm", "drdm", _LOW | {"ramp": 2000}),
     "drdm-fresh": Lever("drdm", "drdm", _LOW, {"bank": 64}),
-    "drdm-recovery-0.48": Lever("drdm", "drdm", _LOW | {"low": 0.3, "high": 0.8, "recovery": 0.48}),
-    "drdm-recovery-0.24": Lever("drdm", "drdm", _LOW | {"low": 0.3, "high": 0.8, "recovery": 0.24}),
-    "drdm-recovery-0.24-half": Lever("drdm", "drdm", _LOW | {"low": 0.3, "high": 0.8, "recovery": 0.24, "prob": 0.5}),
-    "drdm-recovery-0.24-long": Lever(
-        "drdm", "affine-long", _LOW | {"low": 0.3, "high": 0.8, "recovery": 0.24}, {"cap": 8000, "patience": 2000}
-    ),
-    "affine-long": Lever("affine", "affine", {}, {"cap": 8000, "patience": 2000}),
-    "drdm-long": Lever("drdm", "affine-long", _LOW, {"cap": 8000, "patience": 2000}),
+    "drdm-steps": Lever("drdm", "drdm", _LOW | {"steps": 24}),
+    "drdm-wide": Lever("drdm", "drdm", _WIDE),
+    "drdm-wide-half": Lever("drdm", "drdm-wide", _WIDE | {"prob": 0.5}),
+    "drdm-recovery-0.48": Lever("drdm", "drdm-wide", _WIDE | {"recovery": 0.48}),
+    "drdm-recovery-0.24": Lever("drdm", "drdm-wide", _WIDE | {"recovery": 0.24}),
+    "drdm-recovery-0.24-half": Lever("drdm", "drdm-wide-half", _WIDE | {"recovery": 0.24, "prob": 0.5}),
+    "drdm-recovery-0.24-long": Lever("drdm", "affine-long", _WIDE | {"recovery": 0.24}, _LONG),
+    "affine-long": Lever("affine", "affine", {}, _LONG),
+    "drdm-long": Lever("drdm", "affine-long", _LOW, _LONG),
 }
+_HIPPOCAMPUS = {
+    "affine": Lever("affine", "affine"),
+    "elastic": Lever("elastic", "affine", {"high": 500.0, "prob": 0.5}),
+    "elastic-1000": Lever("elastic", "elastic", {"high": 1000.0, "prob": 0.5}),
+    "drdm": Lever("drdm", "affine", _VOLUME),
+    "drdm-recovery-0.48": Lever("drdm", "drdm", _VOLUME | {"recovery": 0.48}),
+    "drdm-recovery-0.24": Lever("drdm", "drdm", _VOLUME | {"recovery": 0.24}),
+}
+LEVERS = {"acdc": _ACDC, "hippocampus": _HIPPOCAMPUS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--levers", nargs="+", choices=tuple(LEVERS), default=[])
+    parser.add_argument("--protocol", choices=tuple(LEVERS), default="acdc")
+    parser.add_argument("--levers", nargs="+", choices=tuple(_ACDC | _HIPPOCAMPUS), default=[])
     parser.add_argument("--subjects", nargs="+", type=int, default=SUBJECTS)
     parser.add_argument("--seeds", nargs="+", type=int, default=SEEDS)
     parser.add_argument("--network", help="network of arm drdm-tuned: a .safetensors file")
     parser.add_argument("--fields", type=Path, default=Path("few_shot_fields"), help="folder for fields drawn ahead")
     parser.add_argument("--table", action="store_true", help="print the table")
     args = parser.parse_args()
+    if unknown := set(args.levers) - set(LEVERS[args.protocol]):
+        parser.error(f"{args.protocol} has no lever {', '.join(sorted(unknown))}")
     fields = Fields(args.fields, args.network)
     for count in args.subjects:
         for seed in args.seeds:
             for name in args.levers:
-                pull(name, count, seed, fields)
+                pull(args.protocol, name, count, seed, fields)
     if args.table:
-        print(table(read_rows(PATH)))
+        print(table(args.protocol, read_rows(PATH)))
 
 
-def pull(name: str, count: int, seed: int, fields: Fields) -> None:
+def pull(task: str, name: str, count: int, seed: int, fields: Fields) -> None:
     """One training with a lever, on validation subjects, unless its line is there."""
-    lever = LEVERS[name]
-    protocol: Protocol = replace(PROTOCOLS["acdc"], **lever.protocol)
-    setting = replace(_POSE, **lever.setting)
+    lever = LEVERS[task][name]
+    protocol: Protocol = replace(PROTOCOLS[task], **lever.protocol)
+    setting = replace(chosen_setting(PROTOCOLS[task], "affine", 5, fields), **lever.setting)
     key = {"lever": name, "protocol": protocol.name, "recipe": recipe(protocol), "setting": setting.row()}
     key |= {"subjects": count, "seed": seed, "network": fields.name_for(lever.arm, protocol)}
     if not any(all(row.get(k) == v for k, v in key.items()) for row in read_rows(PATH)):
@@ -93,13 +109,15 @@ def pull(name: str, count: int, seed: int, fields: Fields) -> None:
         append_rows(PATH, key | {"arm": lever.arm} | story | machine())
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(task: str, rows: list[dict[str, Any]]) -> str:
     """Markdown: validation Dice of every lever, and its gain where both were trained."""
+    recipes = {name: recipe(replace(PROTOCOLS[task], **lever.protocol)) for name, lever in LEVERS[task].items()}
+    rows = [r for r in rows if (r["protocol"], r["recipe"]) == (task, recipes.get(r["lever"]))]
     found = {(r["lever"], r["subjects"], r["seed"]): 100 * r["validation"] for r in rows}
     counts = sorted({r["subjects"] for r in rows})
     lines = [f"| lever | against | {' | '.join(f'{n} subjects: Dice % | gain' for n in counts)} |"]
     lines.append("|---|---|" + "---|---|" * len(counts))
-    for name, lever in LEVERS.items():
+    for name, lever in LEVERS[task].items():
         cells = []
         for count in counts:
             mine = {seed: v for (key, n, seed), v in found.items() if (key, n) == (name, count)}

@@ -10,6 +10,7 @@ A case is a volume: Dice and HD95 are taken over all its slices at once.
 
 from __future__ import annotations
 
+import hashlib
 import random
 from dataclasses import dataclass
 from functools import cache
@@ -58,6 +59,8 @@ PRECISION = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "flo
 """Of the segmenter's convolutions: bfloat16 where the machine computes in it and does not imitate it."""
 RISE = 0.002
 """Dice that counts as a rise of the validation curve."""
+WARM_UP, EMA = 100, 0.99
+"""Iterations over which the learning rate rises, and the decay of the averaged weights."""
 
 PROTOCOLS = {
     protocol.name: protocol
@@ -92,6 +95,11 @@ PROTOCOLS = {
         ),
     )
 }
+
+
+def recipe(protocol: Protocol) -> str:
+    """Names how segmenters are trained; figures of different recipes are not compared."""
+    return hashlib.sha256(repr((protocol, RISE, WARM_UP, EMA)).encode()).hexdigest()[:8]
 
 
 class Case(NamedTuple):

@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import argparse
 import copy
-import hashlib
 import os
 import time
 from collections.abc import Iterator
@@ -50,14 +49,17 @@ from few_shot_protocols import (
     build_segmenter,
     Case,
     dice_of,
+    EMA,
     hd95_of,
     labelled,
     PRECISION,
     predict,
     Protocol,
     PROTOCOLS,
+    recipe,
     RISE,
     subjects,
+    WARM_UP,
 )
 from few_shot_table import tables
 from monai.losses import DiceCELoss
@@ -69,7 +71,6 @@ SEARCH = RESULTS / "few_shot_search.jsonl"
 SEARCH_SEEDS: dict[int, tuple[int, ...]] = {5: (100,), 1: (100, 101)}
 """Draws of subjects of a search, by their number; poses are searched with 5 only."""
 COMPILED = bool(os.environ.get("FEW_SHOT_COMPILE"))
-_WARM_UP, _EMA = 100, 0.99
 
 
 def results(protocol: str) -> Path:
@@ -91,7 +92,7 @@ def train(
     torch.manual_seed(seed)
     network = build_segmenter(protocol)
     forward = torch.compile(network, dynamic=False) if COMPILED else network
-    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(_EMA))
+    averaged = AveragedModel(network, multi_avg_fn=get_ema_multi_avg_fn(EMA))
     optimiser = torch.optim.AdamW(network.parameters(), protocol.learning_rate, weight_decay=1e-3)
     loss = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
     curve: list[float] = []
@@ -100,7 +101,7 @@ def train(
     for iteration in bar:
         image, label = augmenter.batch(generator, iteration)
         for group in optimiser.param_groups:
-            group["lr"] = protocol.learning_rate * min(1.0, iteration / _WARM_UP)
+            group["lr"] = protocol.learning_rate * min(1.0, iteration / WARM_UP)
         network.train()
         with autocast():
             logits = forward(image)
@@ -125,6 +126,7 @@ def train(
         "curve": [round(value, 4) for value in curve],
         "validation": best,
         "precision": PRECISION,
+        "fields_code": fields.code_of(arm),
         "fields_seconds": drawn,
         "seconds": time.perf_counter() - started,
     }
@@ -154,33 +156,42 @@ def judge(protocol: Protocol, segmenter: nn.Module) -> dict[str, Any]:
     return {"dice": dice, "hd95": hd95}
 
 
-def recipe(protocol: Protocol) -> str:
-    """Names how segmenters are trained; figures of different recipes are not compared."""
-    return hashlib.sha256(repr((protocol, RISE, _WARM_UP, _EMA)).encode()).hexdigest()[:8]
+def trials(protocol: Protocol, arm: str, count: int, fields: Fields) -> list[Setting]:
+    """What the search of an arm tries; poses are searched with 5 subjects only."""
+    if arm == "affine":
+        return candidates(arm, len(protocol.grid), Setting()) if count == 5 else []
+    pose = chosen_setting(protocol, "affine", 5, fields)
+    choice = (STRENGTHS, PROBABILITIES) if count == 5 else (SPARSE, PROBABILITIES[-1:])
+    return candidates(arm, len(protocol.grid), pose, *choice)
 
 
-def chosen_setting(protocol: Protocol, arm: str, count: int) -> Setting:
+def chosen_setting(protocol: Protocol, arm: str, count: int, fields: Fields) -> Setting:
     """What an arm's search found best on validation subjects; where none had so many subjects, that with 5."""
     if arm == "none":
         return Setting()
     searched = ARMS[arm].setting_of or arm
-    found: dict[int, dict[Setting, list[float]]] = {}
-    for row in read_rows(SEARCH):
-        if (row["recipe"], row["arm"]) == (recipe(protocol), searched):
-            trials = found.setdefault(row["subjects"], {})
-            trials.setdefault(Setting(**row["setting"]), []).append(row["validation"])
-    trials = found.get(count, found.get(5, {}))
-    if not trials:
-        raise SystemExit(f"{protocol.name}: no search of {searched!r} yet; run the search first.")
-    best = max(trials, key=lambda setting: float(np.mean(trials[setting])))
+    key = {"recipe": recipe(protocol), "arm": searched, "network": fields.name_for(searched, protocol)}
+    rows = [row for row in read_rows(SEARCH) if all(row[name] == value for name, value in key.items())]
+    count = count if any(row["subjects"] == count for row in rows) else 5
+    found = {
+        (Setting(**row["setting"]), row["seed"]): float(row["validation"]) for row in rows if row["subjects"] == count
+    }
+    wanted = trials(protocol, searched, count, fields)
+    missing = sum((setting, seed) not in found for setting in wanted for seed in SEARCH_SEEDS[count])
+    if missing or not wanted:
+        raise SystemExit(
+            f"{protocol.name}: the search of {searched!r} with {count} subjects lacks {missing or 'all'} trainings; "
+            f"run `search --protocol {protocol.name} --arms {searched} --subjects {count}` first."
+        )
+    best = max(wanted, key=lambda setting: float(np.mean([found[setting, seed] for seed in SEARCH_SEEDS[count]])))
+    if not ARMS[arm].recovers:
+        best = replace(best, recovery=1.0)
     return best if ARMS[arm].posed else replace(best, **dict.fromkeys(POSE, 0.0))
 
 
 def search(protocol: Protocol, arm: str, count: int, fields: Fields) -> None:
     """Every candidate of an arm once for each draw of subjects, on validation subjects."""
-    pose = Setting() if arm == "affine" else chosen_setting(protocol, "affine", 5)
-    choice = (STRENGTHS, PROBABILITIES) if count == 5 else (SPARSE, PROBABILITIES[-1:])
-    for setting in candidates(arm, len(protocol.grid), pose, *choice):
+    for setting in trials(protocol, arm, count, fields):
         for seed in SEARCH_SEEDS[count]:
             key = {"protocol": protocol.name, "recipe": recipe(protocol), "arm": arm, "setting": setting.row()}
             key |= {"subjects": count, "seed": seed, "network": fields.name_for(arm, protocol)}
@@ -192,7 +203,7 @@ def search(protocol: Protocol, arm: str, count: int, fields: Fields) -> None:
 def run(protocol: Protocol, arm: str, count: int, seed: int, fields: Fields) -> None:
     """One final run: train with the chosen setting, evaluate on test subjects."""
     key = {"protocol": protocol.name, "recipe": recipe(protocol), "arm": arm, "subjects": count, "seed": seed}
-    setting = chosen_setting(protocol, arm, count)
+    setting = chosen_setting(protocol, arm, count, fields)
     key |= {"setting": setting.row(), "network": fields.name_for(arm, protocol)}
     if not _has(results(protocol.name), key):
         segmenter, story = train(protocol, arm, setting, count, seed, fields)
@@ -215,6 +226,8 @@ def main() -> None:
     args = parser.parse_args()
     protocol, fields = PROTOCOLS[args.protocol], Fields(args.fields, args.network)
     if args.what == "search":
+        if not set(args.subjects or [5]) <= set(SEARCH_SEEDS):
+            parser.error(f"a search takes --subjects {sorted(SEARCH_SEEDS)}, got {args.subjects}")
         for count in args.subjects or [5]:
             for arm in args.arms:
                 search(protocol, arm, count, fields)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
-from few_shot_protocols import PROTOCOLS
+from few_shot_arms import ARMS
+from few_shot_protocols import PROTOCOLS, recipe
 from scipy.stats import wilcoxon
 
 Row = dict[str, Any]
@@ -16,8 +17,9 @@ Row = dict[str, Any]
 def tables(search: list[Row], final: list[Row]) -> str:
     """Markdown: what the searches found, the final figures, and the tests between arms."""
     parts = []
-    for name in PROTOCOLS:
-        found, runs = ([row for row in rows if row["protocol"] == name] for rows in (search, final))
+    for name, protocol in PROTOCOLS.items():
+        key = (name, recipe(protocol))
+        found, runs = ([r for r in rows if (r["protocol"], r["recipe"]) == key] for rows in (search, final))
         if found:
             parts += [f"## {name}: search on validation subjects", search_table(found)]
         if runs:
@@ -36,9 +38,9 @@ def split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def search_table(rows: list[Row]) -> str:
-    """Validation Dice of every trial, mean over draws; the best of each arm in bold."""
-    lines = ["| subjects | arm | rotation ° | scale | shift | flip | strength | probability | iterations | Dice % |"]
-    lines.append("|" + "---|" * 10)
+    """Validation Dice of every trial, mean over draws, an arm's best in bold; and the best mean of 5 in a row."""
+    heads = "subjects | arm | rotation ° | scale | shift | flip | strength | probability | iterations"
+    lines = [f"| {heads} | Dice % | 5 in a row |", "|" + "---|" * 11]
     trials: dict[tuple[int, str, str], list[Row]] = defaultdict(list)
     for row in rows:
         trials[row["subjects"], row["arm"], json.dumps(row["setting"])].append(row)
@@ -50,35 +52,43 @@ def search_table(rows: list[Row]) -> str:
         dice += f": {100 * mean:.1f}" if len(group) > 1 else ""
         strength = f"{s['low']:g} to {s['high']:g}" if s["high"] else "–"
         strength += f", recovery {s['recovery']:g}" if "recovery" in s else ""
+        steady = np.mean([max(np.convolve(row["curve"], np.full(5, 0.2), "valid")) for row in group])
         lines.append(
             f"| {count} | {arm} | {s['rotation_deg']:g} | {s['scale']:g} | {s['shift_frac']:g} | {s['flip']:g} "
             f"| {strength} | {s['prob']:g} | {np.mean([row['iterations'] for row in group]):.0f} "
-            f"| {f'**{dice}**' if mean == best else dice} |"
+            f"| {f'**{dice}**' if mean == best else dice} | {100 * steady:.1f} |"
         )
     return "\n".join(lines)
 
 
 def final_table(rows: list[Row]) -> str:
-    """Mean over cases, then mean ± standard deviation over seeds; seconds are those of the median run."""
+    """Mean over cases, then mean ± standard deviation over seeds; training seconds are those of the median run.
+
+    Seconds of fields are those of the slowest run: others found some of theirs on disk.
+    """
     structures = PROTOCOLS[rows[0]["protocol"]].structures
-    lines = [
-        f"| subjects | arm | seeds | Dice % | {' | '.join(structures)} | HD95 vox | not found | iterations | s |",
-        "|" + "---|" * (8 + len(structures)),
-    ]
+    heads = f"subjects | arm | seeds | Dice % | {' | '.join(structures)} | HD95 vox | Dice 0 | iterations"
+    lines = [f"| {heads} | precision | training s | fields s |", "|" + "---|" * (11 + len(structures))]
     for (count, arm), group in sorted(_groups(rows).items()):
         dice = np.array([_by_structure(row, "dice") for row in group])
         hd95 = [float(np.nanmean(_by_structure(row, "hd95"))) for row in group]
         missing = [np.mean([d == 0 for case in row["dice"].values() for d in case if d is not None]) for row in group]
         cells = [_spread(100 * dice.mean(axis=1)), *(_spread(100 * column) for column in dice.T), _spread(hd95)]
         cells += [f"{100 * np.mean(missing):.1f} %", f"{np.mean([row['iterations'] for row in group]):.0f}"]
+        precisions = Counter(row.get("precision", "bfloat16") for row in group)
+        cells.append(", ".join(f"{name} × {n}" if len(precisions) > 1 else name for name, n in precisions.items()))
         cells.append(f"{np.median([row['seconds'] for row in group]):.0f}")
+        cells.append(f"{max(row['fields_seconds'] for row in group):.0f}" if ARMS[arm].fields else "–")
         lines.append(f"| {count} | {arm} | {len(group)} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def comparison_table(rows: list[Row]) -> str:
-    """DRDM against every other arm: differences of cases averaged over the seeds that both have, Wilcoxon's test."""
-    lines = ["| subjects | arm | minus | seeds | cases | Dice points | p (Wilcoxon) |", "|---|---|---|---|---|---|---|"]
+    """DRDM against every other arm: differences of cases averaged over the seeds that both have, Wilcoxon's test.
+
+    A second test takes both phases of a patient for one. One seed is not tested.
+    """
+    lines = ["| subjects | arm | minus | seeds | Dice points | p, cases | p, patients |", "|" + "---|" * 7]
     groups = _groups(rows)
     for (count, arm), ours in sorted(groups.items()):
         if not arm.startswith("drdm"):
@@ -89,11 +99,20 @@ def comparison_table(rows: list[Row]) -> str:
             seeds = {row["seed"] for row in ours} & {row["seed"] for row in theirs}
             if seeds:
                 a, b = (_case_means(group, seeds) for group in (ours, theirs))
-                difference = np.array([a[case] - b[case] for case in a])
-                p = float(wilcoxon(difference).pvalue) if np.any(difference) else 1.0
-                points = f"{100 * difference.mean():+.2f}"
-                lines.append(f"| {count} | {arm} | {other} | {len(seeds)} | {len(a)} | {points} | {p:.2g} |")
+                difference = {case: a[case] - b[case] for case in a}
+                patients: dict[str, list[float]] = defaultdict(list)
+                for case, value in difference.items():
+                    patients[case.split("-")[0]].append(value)
+                points = f"{100 * np.mean(list(difference.values())):+.2f}"
+                tests = [_p(list(difference.values())), _p([float(np.mean(v)) for v in patients.values()])]
+                cells = tests if len(seeds) > 1 else ["–", "–"]
+                lines.append(f"| {count} | {arm} | {other} | {len(seeds)} | {points} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _p(differences: list[float]) -> str:
+    p = float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0
+    return f"{p:.2g} ({len(differences)})"
 
 
 def _groups(rows: list[Row]) -> dict[tuple[int, str], list[Row]]:
@@ -117,4 +136,6 @@ def _case_means(rows: list[Row], seeds: set[int]) -> dict[str, float]:
 
 
 def _spread(values: Any) -> str:
-    return f"{np.mean(values):.1f} ± {np.std(values):.1f}"
+    """Sample standard deviation; none of one value."""
+    mean = f"{np.mean(values):.1f}"
+    return f"{mean} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else mean
