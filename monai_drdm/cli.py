@@ -214,8 +214,9 @@ def _shard(text: str) -> tuple[int, int]:
 
 _BANK = (
     "Draw fields for every image ahead of training, as RandDRDMBankd takes them. Images are known by their file names "
-    "without suffix: give RandDRDMBankd the same as id_key, and apply it to images as they are on disk, before "
-    "anything changes their grid or their values. An interrupted build goes on when it is called again."
+    "without suffix or, where those repeat, by their paths below the common folder, joined by '_': give RandDRDMBankd "
+    "the same as id_key, and apply it to images as they are on disk, before anything changes their grid or their "
+    "values. An interrupted build goes on when it is called again."
 )
 
 

@@ -443,3 +443,45 @@ def test_bad_cases_of_workers_are_skipped_too(command, folders, capsys):
     nib.save(nib.Nifti1Image(np.full((8, 8, 2), np.nan, np.float32), OBLIQUE), folders / "images" / "case1.nii.gz")
     assert main(command(workers=2)) == 3
     assert "4 written, 0 already there, 1 cases skipped" in capsys.readouterr().out
+
+
+def test_cases_that_get_other_names_are_listed_once(folders, network_file):
+    """A second case of the same file name puts folders before both."""
+    for part, number in (("p1", 0), ("p2", 1)):
+        (folders / part).mkdir()
+        (folders / "images" / f"case{number}.nii.gz").rename(folders / part / "t1.nii.gz")
+    run = ["augment", "--datalist", str(folders / "list.json"), "--out", str(folders / "out"), "--levels", "0.5"]
+    for parts in (["p1"], ["p1", "p2"]):
+        entries = [{"image": f"{part}/t1.nii.gz"} for part in parts]
+        (folders / "list.json").write_text(json.dumps({"training": entries}), encoding="utf-8")
+        assert main([*run, "--network", str(network_file), "--slice-axis", "2"]) == 0
+        listed = json.loads((folders / "out" / "datalist.json").read_text(encoding="utf-8"))["training"]
+        assert len(listed) == len(parts)
+
+
+@pytest.mark.parametrize("force", [[], ["--force"]])
+def test_results_do_not_go_among_the_inputs(command, folders, capsys, force):
+    before = hashes(folders)
+    assert main([*command(out="."), *force]) == 1
+    assert "where inputs are" in capsys.readouterr().err
+    assert hashes(folders) == before
+
+
+def test_a_name_that_is_too_long_is_one_bad_case(command, folders, capsys):
+    for kind in ("images", "labels"):
+        (folders / kind / "case0.nii.gz").rename(folders / kind / f"{'x' * 246}.nii.gz")
+        (folders / kind / "case1.nii.gz").rename(folders / kind / f"{'y' * 200}.nii.gz")
+    assert main(command()) == 3
+    assert "4 written, 0 already there, 1 cases skipped" in capsys.readouterr().out
+
+
+def test_figure_of_a_run_whose_sources_moved(command, folders, capsys):
+    assert main(command()) == 0
+    for kind in ("images", "labels"):
+        (folders / kind).rename(folders / f"moved_{kind}")
+    moved = {"images": folders / "moved_images", "labels": folders / "moved_labels"}
+    for kind in ("images", "labels"):  # one of three comes back
+        (folders / kind).mkdir()
+        (folders / kind / "case2.nii.gz").write_bytes((moved[kind] / "case2.nii.gz").read_bytes())
+    assert main([*command(**moved), "--figure"]) == 0
+    assert (folders / "out" / "overview.png").stat().st_size > 1000

@@ -29,11 +29,13 @@ def draw_overview(report: AugmentReport, count: int = 6) -> Path:
     from monai_drdm.viz import contact_sheet, SheetEntry  # matplotlib is an extra
 
     folder = report.datalist.parent
-    entries = json.loads(report.datalist.read_text(encoding="utf-8"))["training"][:count]
+    entries = json.loads(report.datalist.read_text(encoding="utf-8"))["training"]
     if not entries:
         raise ValueError(f"nothing to draw: no case of {folder} is finished.")
-    sheet = []
+    sheet: list[SheetEntry] = []
     for entry in entries:
+        if len(sheet) == count:
+            break
         last = "fixed" if "fixed" in entry else "image"
         name = stem_of(entry[last])
         record = json.loads((folder / "records" / f"{name}.json").read_text(encoding="utf-8"))
@@ -43,6 +45,8 @@ def draw_overview(report: AugmentReport, count: int = 6) -> Path:
             labels = [folder / entry[key] for key in (f"{side}_label" for side in SIDES) if key in entry]
         else:
             axis, sources = record["params"]["slice_axis"], record["source"]
+            if not all(Path(source).is_file() for source in sources.values()):
+                continue  # it was moved since
             images = [sources["image"], folder / entry["image"]]
             labels = [sources["label"], folder / entry["label"]] if "label" in entry else []
         (before, spacing), (after, _) = (_plane(path, axis) for path in images)
@@ -51,6 +55,8 @@ def draw_overview(report: AugmentReport, count: int = 6) -> Path:
             outlines = [_plane(path, axis)[0] for path in labels]
         title = "fixed" if last == "fixed" else "deformed"
         sheet.append(SheetEntry(name, before, after, outlines[0], outlines[1], spacing, title))
+    if not sheet:
+        raise ValueError(f"nothing to draw: what the cases of {folder} came from is no longer there.")
     path = folder / "overview.png"
     figure = contact_sheet(sheet)
     atomically(path, lambda part: figure.savefig(part, dpi=100, metadata={"Software": None}))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -109,6 +110,7 @@ def _fill(
     part, parts = check_shard(shard)
     if force and parts > 1:
         raise ValueError("force and shard do not go together: a part would remove what another has drawn.")
+    _refuse_own_inputs(cases, Path(out), settings)
     run, mine = _Run(Path(out), settings, device), cases[part::parts]
     written, kept, failed = 0, 0, dict[str, str]()
     each, finished = settings.per_case, 0
@@ -132,18 +134,23 @@ def _fill(
                 written, kept = written + done, kept + each - done
             finished += 1
             bar.update(each * finished - bar.n)
-        return AugmentReport(written, kept, failed, run.write_datalist())
+        return AugmentReport(written, kept, failed, run.write_datalist(cases))
 
 
 def _write_case(run: _Run, case: Case, tick: Callable[[], object] | None) -> int:
     """Write what is missing of a case, in any process; how many draws that were."""
     inputs = _hashes(case)
-    todo = run.unfinished(case, inputs)
-    files = run.load(case) if todo else {}
-    for draw in todo:
-        run.write(case, inputs, files, draw)
-        if tick is not None:
-            tick()
+    try:
+        todo = run.unfinished(case, inputs)
+        files = run.load(case) if todo else {}
+        for draw in todo:
+            run.write(case, inputs, files, draw)
+            if tick is not None:
+                tick()
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:  # the next case's name may do
+            raise _BadCaseError(str(error)) from error
+        raise
     return len(todo)
 
 
@@ -187,7 +194,8 @@ class _Run:
     def forget(self, cases: Sequence[Case]) -> None:
         """Remove the records of all draws, so that a run that goes on after this one draws them again."""
         for draw in (draw for case in cases for draw in self.settings.draws_of(case.name)):
-            self._record_path(draw.name).unlink(missing_ok=True)
+            if os.path.lexists(path := self._record_path(draw.name)):
+                path.unlink()
 
     def unfinished(self, case: Case, inputs: Mapping[str, str]) -> list[Draw]:
         """Draws that were not finished with the same settings, or whose files are no longer there.
@@ -237,18 +245,27 @@ class _Run:
         }
         _write_text(self._record_path(draw.name), json.dumps(record, indent=2) + "\n")
 
-    def write_datalist(self) -> Path:
-        """A MONAI datalist of all draws in the folder that were finished with these settings, relative to it."""
+    def write_datalist(self, cases: Sequence[Case]) -> Path:
+        """A MONAI datalist of all draws in the folder that were finished with these settings, relative to it.
+
+        Draws of the cases under names that they no longer have are left out.
+        """
         path, entries = self.folder / _DATALIST, None
-        while entries != (found := self._entries()):  # another shard may have finished meanwhile
+        names = {draw.name for case in cases for draw in self.settings.draws_of(case.name)}
+        sources = {str(case.image.absolute()) for case in cases}
+        while entries != (found := self._entries(names, sources)):  # another shard may have finished meanwhile
             entries = found
             _write_text(path, json.dumps({"training": entries}, indent=2) + "\n")
         return path
 
-    def _entries(self) -> list[dict[str, str]]:
+    def _entries(self, names: set[str], sources: set[str]) -> list[dict[str, str]]:
         records = [self._read_record(path) for path in sorted((self.folder / "records").glob("*.json"))]
         unlisted = self.settings.unlisted
-        return [{key: name for key, name in one["files"].items() if key not in unlisted} for one in records if one]
+        return [
+            {key: name for key, name in one["files"].items() if key not in unlisted}
+            for one in records
+            if one and (one["name"] in names or one["source"]["image"] not in sources)
+        ]
 
     def _record_path(self, name: str) -> Path:
         return self.folder / "records" / f"{name}.json"
@@ -261,6 +278,14 @@ class _Run:
             return None
         mine = isinstance(record, dict) and record.get("settings_sha256") == self.digest
         return record if mine else None
+
+
+def _refuse_own_inputs(cases: Sequence[Case], out: Path, settings: AugmentSettings | PairSettings) -> None:
+    """What is written beside its inputs would be taken for inputs by the next call."""
+    written = {(out / name).resolve() for name in settings.folders}
+    for path in (path for case in cases for path in _paths(case).values()):
+        if path.resolve().parent in written:
+            raise ValueError(f"{out}: results would go into {path.parent}, where inputs are. Choose another folder.")
 
 
 def _paths(case: Case) -> dict[str, Path]:

@@ -15,7 +15,7 @@ from monai.config import NdarrayOrTensor
 from torch import Tensor
 from tqdm import tqdm
 
-from monai_drdm.bank.entry import BankEntry, EntryFile, fingerprint, identity_of
+from monai_drdm.bank.entry import BankEntry, EntryFile, fingerprint_of, identity_of, same_fingerprint
 from monai_drdm.bank.making import draw_entry, item_identity, Job, Maker
 from monai_drdm.bank.settings import BankSettings, check_count
 from monai_drdm.bank.stores import FolderStore, MemoryStore
@@ -152,7 +152,7 @@ class DeformationBank:
                 file name in its metadata.
             path: folder for the fields; None: in memory.
             executor: any ``concurrent.futures.Executor``: processes, threads, or those of Dask and the like. The
-                fields are the same with any, and without.
+                fields are the same with any, and without, but for threads' rounding.
             shard: ``(I, N)``: only part I of N (from 0), for array jobs that fill one folder.
             skip_failed: go on where an image cannot be used; ``failed`` then says why.
             progress: show a progress bar.
@@ -170,7 +170,7 @@ class DeformationBank:
         bank = cls.on_demand(path, **options)
         total = len(range(part, len(items), parts)) if isinstance(items, Sized) else None
         with tqdm(total=total, desc="bank", unit="image", disable=not progress) as bar:
-            begun: dict[str, str] = {}
+            begun: dict[str, Tensor] = {}
 
             def jobs() -> Iterator[Job]:
                 for number, item in _part_of(items, part, parts):
@@ -181,7 +181,7 @@ class DeformationBank:
                     if job is None:
                         bar.update()
                     else:
-                        begun[job.identity] = fingerprint(job.image)
+                        begun[job.identity] = fingerprint_of(job.image)
                         yield job
 
             for job, entry in (
@@ -252,7 +252,7 @@ class DeformationBank:
         close = len(entry.spacing) == len(spacing) and all(
             abs(a - b) <= 1e-3 * b for a, b in zip(entry.spacing, spacing)
         )
-        if entry.shape != shape or not close or entry.fingerprint != fingerprint(image):
+        if entry.shape != shape or not close or not same_fingerprint(entry.fingerprint, fingerprint_of(image)):
             raise ValueError(
                 f"the deformation bank's fields of {entry.identity!r} were drawn on another image: of shape "
                 f"{entry.shape} and spacing {entry.spacing}, this one has {shape} and {spacing}"
@@ -299,9 +299,9 @@ class DeformationBank:
         assert self.settings is not None
         return Job(self._maker.drawer, self.settings, identity, image, spacing)
 
-    def _refuse_twins(self, job: Job, begun: str, skip_failed: bool) -> None:
+    def _refuse_twins(self, job: Job, begun: Tensor, skip_failed: bool) -> None:
         """That an image whose name came before is the same image."""
-        if fingerprint(job.image) != begun:
+        if not same_fingerprint(begun, fingerprint_of(job.image)):
             message = f"two images of one identity: {job.identity!r}. Give every image its own."
             if not skip_failed:
                 raise ValueError(message)

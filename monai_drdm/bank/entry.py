@@ -7,20 +7,24 @@ import json
 import os
 import zlib
 from dataclasses import dataclass
+from numbers import Integral
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open, SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from monai_drdm.io.files import atomically
 from monai_drdm.transforms.stored import StoredField
 
 _META = "monai_drdm_bank"
-_VALUES = "values"
+_VALUES, _PRINT = "values", "fingerprint"
 _PRINT_SAMPLES = 4096
+_PRINT_TOLERANCE = 1e-4
+"""Of the range of values; sums taken by another number of threads or another machine differ by less."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -28,8 +32,8 @@ class BankEntry:
     """All fields of one image."""
 
     identity: str
-    fingerprint: str
-    """Of the image they were drawn on."""
+    fingerprint: Tensor
+    """Of the image they were drawn on, see ``fingerprint_of``."""
     shape: tuple[int, ...]
     """Spatial shape of the image."""
     spacing: tuple[float, ...]
@@ -56,7 +60,7 @@ class BankEntry:
         """From fields of one image ``(C, *S)``."""
         return cls(
             identity,
-            fingerprint(image),
+            fingerprint_of(image),
             tuple(image.shape[1:]),
             spacing,
             fields[0].slice_axis,
@@ -86,7 +90,6 @@ class BankEntry:
         """
         meta = {
             "identity": self.identity,
-            "fingerprint": self.fingerprint,
             "shape": self.shape,
             "spacing": self.spacing,
             "slice_axis": self.slice_axis,
@@ -95,15 +98,9 @@ class BankEntry:
             "settings": self.settings,
             "crc32": [_checksum(one) for one in self.values],
         }
-        tensors, metadata = {_VALUES: self.values.contiguous()}, {_META: json.dumps(meta, sort_keys=True)}
-
-        def write(part: str) -> None:
-            try:
-                save_file(tensors, part, metadata)
-            except SafetensorError as error:  # its word for a full disk
-                raise OSError(str(error)) from error
-
-        atomically(path, write)
+        tensors = {_VALUES: self.values.contiguous(), _PRINT: self.fingerprint.contiguous()}
+        data = to_safetensors(tensors, {_META: json.dumps(meta, sort_keys=True)})
+        atomically(path, lambda part: Path(part).write_bytes(data))
 
 
 class EntryFile:
@@ -115,16 +112,17 @@ class EntryFile:
             self._file = safe_open(path, framework="pt")
             meta: dict[str, Any] = json.loads((self._file.metadata() or {})[_META])  # type: ignore[no-untyped-call]
             self._values = self._file.get_slice(_VALUES)  # type: ignore[no-untyped-call]
-            self.identity, self.fingerprint, self.settings = (
-                str(meta[key]) for key in ("identity", "fingerprint", "settings")
-            )
+            self.fingerprint: Tensor = self._file.get_tensor(_PRINT)  # type: ignore[no-untyped-call]
+            self.identity, self.settings = str(meta["identity"]), str(meta["settings"])
             self.shape, self.spacing = tuple(meta["shape"]), tuple(meta["spacing"])
             self.slice_axis: int | None = meta["slice_axis"]
             self.steps, self.params, self._crc32 = (tuple(meta[key]) for key in ("steps", "params", "crc32"))
             kind, size = self._values.get_dtype(), self._values.get_shape()
             if kind != "I16" or not size[0] == len(self.steps) == len(self.params) == len(self._crc32) > 0:
                 raise ValueError(f"{kind} {size} for {len(self.steps)} fields")
-        except FileNotFoundError:
+        except FileNotFoundError as error:  # also its word for a file that may not be read
+            if path.exists():
+                raise PermissionError(f"{path} cannot be read: {error}. Ask its owner for permission.") from error
             raise
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise ValueError(_damaged(path, error)) from error
@@ -150,14 +148,21 @@ def file_name(identity: str) -> str:
     return f"{readable}-{hashlib.sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.safetensors"
 
 
-def fingerprint(image: Tensor) -> str:
-    """Tells images ``(C, *S)`` apart: by shape, and by at most 4,096 values spread over them."""
+def fingerprint_of(image: Tensor) -> Tensor:
+    """Tells images ``(C, *S)`` of one shape apart: at most some 4,096 values spread over them, float32."""
     flat = image.detach().reshape(-1)
     stride = max(1, flat.numel() // _PRINT_SAMPLES)
     while stride > 1 and any(n % stride == 0 for n in image.shape[1:] if n > 1):  # else it sees some columns only
         stride += 1
-    values = flat[::stride].to(torch.float32).cpu().contiguous().numpy()
-    return hashlib.sha256(f"{tuple(image.shape)}".encode() + values.tobytes()).hexdigest()[:32]
+    return flat[::stride].to(torch.float32).cpu().clone()
+
+
+def same_fingerprint(first: Tensor, other: Tensor) -> bool:
+    """Whether two fingerprints are of one image, but for rounding errors."""
+    if first.shape != other.shape:
+        return False
+    tolerance = _PRINT_TOLERANCE * (first.max() - first.min())
+    return bool(((first - other).abs() <= tolerance).all())
 
 
 def identity_of(value: object) -> str:
@@ -168,9 +173,9 @@ def identity_of(value: object) -> str:
     """
     if isinstance(value, Tensor) and value.ndim == 0:
         value = value.item()
-    if isinstance(value, bool) or not isinstance(value, (str, os.PathLike, int)):
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, (str, os.PathLike, Integral)):
         raise TypeError(f"the identity of an image must be a string, a path or a whole number, got {value!r}.")
-    return str(value if isinstance(value, (str, int)) else os.fspath(value))
+    return str(os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
 def _checksum(values: Tensor) -> int:

@@ -24,7 +24,7 @@ from monai_drdm.transforms.array import checked_prob
 from monai_drdm.transforms.inputs import as_tensor, spacing_of
 from monai_drdm.transforms.keyed import KeyedDeformation
 from monai_drdm.transforms.points import PointSpace
-from monai_drdm.transforms.record import BankedParams, Deformation, DeformationParams
+from monai_drdm.transforms.record import BankedParams, check_record, Deformation, DeformationParams
 from monai_drdm.transforms.seeds import stable_hash
 from monai_drdm.transforms.stored import StoredField
 from monai_drdm.transforms.trace import in_plain_mode
@@ -177,6 +177,8 @@ class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
         """
         result = self.received(data)
         image, name = result[self.image_key], repr(self.image_key)
+        if params is not None:
+            check_record(params, BankedParams)
         if randomize and params is None:
             self.randomize(None if self.seed_key is None else result[self.seed_key])
         choice = self._choice

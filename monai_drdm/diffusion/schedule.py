@@ -6,6 +6,7 @@ A deformation level is the paper's T'/T, a number in (0, 1]; T = 80.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from numbers import Real
 
 from monai_drdm.networks.recresacnet import TIME_STEPS
 
@@ -34,7 +35,7 @@ def check_recovery(recovery: float) -> float:
     Raises:
         ValueError: not a number in [0, 1].
     """
-    if isinstance(recovery, bool) or not isinstance(recovery, (int, float)) or not 0.0 <= recovery <= 1.0:
+    if isinstance(recovery, bool) or not isinstance(recovery, Real) or not 0.0 <= recovery <= 1.0:
         raise ValueError(f"recovery must be a number in [0, 1], got {recovery!r}.")
     return float(recovery)
 

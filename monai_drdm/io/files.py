@@ -12,6 +12,8 @@ from pathlib import Path
 PART = ".part-"
 """What the names of unfinished files begin with."""
 
+_TAIL = 16
+"""Of a name, kept in its unfinished file's: the suffix, but nothing that makes it too long."""
 _UNFINISHED = re.compile(re.escape(PART) + "[0-9a-f]{32}-")
 
 ITK_FORMATS = {".mha": "MetaImageIO", ".nrrd": "NrrdImageIO", ".png": "PNGImageIO"}
@@ -48,7 +50,7 @@ def atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> 
         OSError: what writing raised; nothing is left behind, and what was at ``path`` stays.
     """
     path = Path(path)
-    part = path.with_name(f"{PART}{uuid.uuid4().hex}-{path.name}".lower())
+    part = path.with_name(f"{PART}{uuid.uuid4().hex}-{path.name[-_TAIL:]}".lower())
     try:
         write(str(part))
         os.replace(part, path)

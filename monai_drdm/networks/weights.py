@@ -16,7 +16,7 @@ from safetensors.torch import save as to_safetensors
 from monai_drdm.networks.base import RecoveryNetwork
 from monai_drdm.networks.card import NetworkCard
 from monai_drdm.networks.recresacnet import RecResACNet
-from monai_drdm.networks.registry import network_card, shipped_file
+from monai_drdm.networks.registry import list_networks, network_card, shipped_file
 from monai_drdm.networks.velocity_unet import VelocityUNet
 
 _METADATA_KEY = "monai_drdm"
@@ -55,7 +55,7 @@ def load_network(name: str | os.PathLike[str], device: torch.device | str | None
         FileNotFoundError: the weights are neither here nor reachable; says what to do.
     """
     path = Path(name)
-    if path.suffix == ".safetensors" or path.is_file():
+    if os.fspath(name) not in list_networks() and (path.suffix == ".safetensors" or path.is_file()):
         network = read_network(path)
     else:
         network = _load_known(network_card(os.fspath(name)))

@@ -28,7 +28,7 @@ from monai_drdm.transforms.inputs import (
     spacing_of,
 )
 from monai_drdm.transforms.keyed import field_info, take_back
-from monai_drdm.transforms.record import Deformation, DeformationParams
+from monai_drdm.transforms.record import check_record, Deformation, DeformationParams
 from monai_drdm.transforms.seeds import stable_hash
 from monai_drdm.transforms.trace import in_plain_mode, TracedTransform
 
@@ -84,10 +84,13 @@ class DRDMRandomness(RandomizableTransform, TracedTransform):
         """The deformation to apply to an image, or None if the transform does not fire.
 
         Raises:
+            TypeError: ``params`` of another kind.
             ValueError: both ``params`` and ``field``, a field that does not fit, or nothing yet to replay.
         """
         if params is not None and field is not None:
             raise ValueError("give params= to replay a record or field= to apply a field, not both.")
+        if params is not None:
+            check_record(params, DeformationParams)
         tensor = as_tensor(image, name)
         if field is not None:
             check_field(field)

@@ -29,9 +29,9 @@ from monai_drdm.transforms.inputs import (
     spacing_of,
     world_affine,
 )
-from monai_drdm.transforms.keyed import field_info, KeyedDeformation
+from monai_drdm.transforms.keyed import field_info, KeyedDeformation, validity
 from monai_drdm.transforms.points import check_points, inside, move_points, PointSpace, to_voxels
-from monai_drdm.transforms.record import Deformation, DeformationParams
+from monai_drdm.transforms.record import check_record, Deformation, DeformationParams
 from monai_drdm.transforms.seeds import stable_hash
 from monai_drdm.transforms.trace import in_plain_mode
 
@@ -178,7 +178,6 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         return tuple(torch.as_tensor(out[key]).as_subclass(Tensor) for key in self.keys)
 
     @in_plain_mode
-    @torch.no_grad()
     def __call__(
         self,
         data: Mapping[Any, Any],
@@ -198,7 +197,7 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
 
         Raises:
             KeyError: a key is missing (and not allowed to), or the image key is.
-            TypeError: a value is not an array or tensor of a real numeric type.
+            TypeError: a value is not an array or tensor of a real numeric type; ``params`` that are no such records.
             ValueError: anything that does not fit.
         """
         result = dict(data)
@@ -221,7 +220,8 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
             if points.ndim != 4 or len(points) != len(samples):
                 raise ValueError(f"{key!r} must hold points ({len(samples)}, C, N, D), got {tuple(points.shape)}.")
             check_points(points[0], samples[0].ndim - 1, repr(key))
-        deformations = self._deformations(result, samples, name, randomize, params)
+        with torch.no_grad():
+            deformations = self._deformations(result, samples, name, randomize, params)
         self.last = deformations
         self._move(result, samples, present, deformations)  # threads may share this transform, and with it ``last``
         return result
@@ -236,6 +236,10 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
     ) -> list[Deformation | None]:
         count = len(samples)
         if params is not None:
+            if not isinstance(params, Sequence):
+                raise TypeError(f"params must be one record or None per sample, got {type(params).__name__}.")
+            for record in (record for record in params if record is not None):
+                check_record(record, DeformationParams)
             if len(params) != count:
                 raise ValueError(f"params must be one record or None per sample: {count}, got {len(params)}.")
             chosen = [i for i, record in enumerate(params) if record is not None]
@@ -271,9 +275,13 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         for key, mode, padding in present:
             values = numeric_tensor(data[key], repr(key))
             interpolated = mode in ("bilinear", "bicubic") and not values.is_floating_point()
-            out = values.to(torch.float32) if interpolated else values.clone()
+            out = values.to(torch.float32) if interpolated else values
             if mover is not None:
-                out[moving] = mover.warp(values[moving], mode, padding).to(out.dtype)
+                warped = iter(mover.warp(torch.stack([values[i] for i in moving]), mode, padding).to(out.dtype))
+                # one by one: PyTorch does not index unsigned integers
+                out = torch.stack([next(warped) if i in moving else one for i, one in enumerate(out)])
+            elif not interpolated:
+                out = values.clone()
             info = {"kind": "image", "mode": mode, "padding_mode": padding}
             data[key] = self._recorded_batch(data[key], out, moving, [info | one for one in infos])
         for key in (key for key in self.point_keys if key in data):
@@ -290,7 +298,7 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
     ) -> None:
         values = numeric_tensor(data[key], repr(key))
         moved = values.clone() if values.is_floating_point() else values.float()
-        valid, affines = [], []
+        valid, affines, name = [], [], f"{key}_valid"
         for i, sample in enumerate(samples):
             affine = world_affine(sample, repr(self.image_key)) if self.point_space == "world" else None
             on_device = None if affine is None else affine.to(values.device)
@@ -300,13 +308,12 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
                 moved[i] = points.to(moved.dtype)
             else:
                 ok = inside(to_voxels(moved[i].double(), on_device), tuple(sample.shape[1:]))
+            if name in data:
+                ok = ok & validity(data[name][i], ok, name)
             valid.append(ok)
             affines.append([] if affine is None else affine.tolist())
         records = [{"kind": "points", "affine": affine} | one for affine, one in zip(affines, infos)]
-        data[key], data[f"{key}_valid"] = (
-            self._recorded_batch(data[key], moved, moving, records),
-            torch.stack(valid),
-        )
+        data[key], data[name] = self._recorded_batch(data[key], moved, moving, records), torch.stack(valid)
 
     def _recorded_batch(self, before: Any, out: Tensor, moving: list[int], infos: list[dict[str, Any]]) -> Tensor:
         """A batch with one more record on each of its samples, where metadata is tracked."""

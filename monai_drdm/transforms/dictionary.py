@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
+from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_drdm.fields.warp import Mode, PaddingMode
@@ -143,7 +144,9 @@ class RandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         """
         result = self.received(data)
         image, name = result[self.image_key], repr(self.image_key)
-        spacing = spacing_of(image, self.pixdim, name)
+        aligned = (result[key] for key in (self.image_key, *(key for key, *_ in self.present(result))))
+        known = next((one for one in aligned if isinstance(one, MetaTensor)), image)  # outputs get its affine too
+        spacing = spacing_of(known, self.pixdim, name)
         seed_value = None if self.seed_key is None else result[self.seed_key]
         self.last = deformation = self.deformation(image, spacing, name, randomize, params, field, seed_value)
         self.move(result, image, name, deformation)  # threads may share this transform, and with it ``last``

@@ -58,22 +58,31 @@ def numeric_tensor(data: NdarrayOrTensor, name: str) -> Tensor:
 def spacing_of(data: NdarrayOrTensor, pixdim: Sequence[float] | None, name: str) -> tuple[float, ...]:
     """Millimetres per voxel along each spatial axis: from the affine, else ``pixdim``, else 1.
 
-    An identity affine is what MONAI gives to data that never had one, so there ``pixdim`` counts too.
+    An identity affine is what MONAI gives to data that never had one, and what it flips and turns, so there ``pixdim``
+    counts too, along the axes that these data had.
 
     Raises:
         ValueError: an affine or ``pixdim`` that gives no positive spacing.
     """
     dims = data.ndim - 1
     columns = data.affine.detach().cpu().double()[:-1, :-1] if isinstance(data, MetaTensor) else None
-    if columns is not None and (
-        pixdim is None or not torch.equal(columns, torch.eye(len(columns), dtype=columns.dtype))
-    ):
+    axes = list(range(dims)) if columns is None else _turned_axes(columns)
+    if columns is not None and (pixdim is None or axes is None):
         spacing = [float(columns[:, d].norm()) for d in range(dims)] if columns.shape[1] >= dims else []
-    else:
+    elif pixdim is None or axes is None or len(pixdim) != len(axes):
         spacing = [1.0] * dims if pixdim is None else [float(s) for s in pixdim]
+    else:
+        spacing = [float(pixdim[axis]) for axis in axes]
     if len(spacing) != dims or not all(np.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"{name}: need {dims} positive spacings in mm, got {spacing}. Check the affine or pixdim.")
     return tuple(spacing)
+
+
+def _turned_axes(columns: Tensor) -> list[int] | None:
+    """Which axis each one was, of an identity that was at most flipped and turned by right angles; else None."""
+    steps = columns.round().abs()
+    once = all(bool((steps.sum(d) == 1).all()) for d in (0, 1))
+    return steps.argmax(0).tolist() if once and torch.allclose(columns.abs(), steps, rtol=0, atol=1e-6) else None
 
 
 def checked_pixdim(pixdim: Sequence[float] | None) -> tuple[float, ...] | None:
@@ -132,7 +141,8 @@ def check_same_space(first: NdarrayOrTensor, other: NdarrayOrTensor, first_name:
         )
     if isinstance(first, MetaTensor) and isinstance(other, MetaTensor):
         a, b = first.affine.detach().cpu().double(), other.affine.detach().cpu().double()
-        if a.shape != b.shape or not torch.allclose(a, b, atol=_AFFINE_TOLERANCE):
+        small = min(1.0, float(a[..., :-1, :-1].norm(dim=-2).min()))  # microscopes' voxels are smaller than 1e-3 mm
+        if a.shape != b.shape or not torch.allclose(a, b, atol=_AFFINE_TOLERANCE * small):
             raise ValueError(
                 f"{first_name} and {other_name} must have one affine, got {a.tolist()} and {b.tolist()}. {advice}"
             )

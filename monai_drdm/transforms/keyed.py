@@ -112,7 +112,8 @@ class KeyedDeformation(TracedTransform, MapTransform):
             ValueError: anything that does not fit.
         """
         result = dict(data)
-        names = [key for key, *_ in self.present(result)]
+        present = self.present(result)
+        names = [key for key, *_ in present]
         for which in ("image_key", "seed_key"):
             key = getattr(self, which)
             if key not in result and not (which == "seed_key" and key is None):
@@ -123,6 +124,8 @@ class KeyedDeformation(TracedTransform, MapTransform):
             result[key] = flushed(result[key])
             as_tensor(result[key], repr(key))
         check_keys_agree(result, self.image_key, names)
+        for _, mode, padding in present:
+            check_modes(mode, padding, result[self.image_key].ndim - 1, type(self).__name__)
         self.check_geometry(result, result[self.image_key].ndim - 1)
         if self.seed_key is not None:
             stable_hash(result[self.seed_key])  # refuses None, which would mean the random state
@@ -217,7 +220,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
             moved, valid = move_points(points, ddf.to(points.device), on_device)
         name = f"{key}_valid"
         if name in data:
-            valid = valid & _validity(data[name], valid, name)
+            valid = valid & validity(data[name], valid, name)
         info |= {"affine": [] if affine is None else affine.tolist()}
         out = like(data[key], moved.to(points.dtype))
         data[key], data[name] = self._recorded(out, ddf is not None, info), valid
@@ -273,7 +276,8 @@ def _values(data: NdarrayOrTensor, name: str) -> Tensor:
     return tensor if tensor.is_floating_point() else tensor.to(torch.float32)
 
 
-def _validity(data: NdarrayOrTensor, valid: Tensor, name: str) -> Tensor:
+def validity(data: NdarrayOrTensor, valid: Tensor, name: str) -> Tensor:
+    """What data say of the validity of points so far, checked to be of the shape of what is said now."""
     before: Tensor = convert_to_tensor(data, track_meta=False)
     if before.shape != valid.shape or before.dtype != torch.bool:
         raise ValueError(

@@ -21,7 +21,7 @@ from monai_drdm.transforms.draw import FieldDrawer
 from monai_drdm.transforms.inputs import as_tensor, checked_pixdim, spacing_of, world_affine
 from monai_drdm.transforms.keyed import field_info, KeyedDeformation, take_back
 from monai_drdm.transforms.points import PointSpace
-from monai_drdm.transforms.record import Deformation, DeformationParams, PairParams
+from monai_drdm.transforms.record import check_record, Deformation, DeformationParams, PairParams
 from monai_drdm.transforms.stored import ComposedField, StoredField
 from monai_drdm.transforms.trace import in_plain_mode
 
@@ -187,8 +187,8 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
             TypeError: a value is not an array or tensor of a real numeric type; ``params`` that are no pair's.
             ValueError: anything that does not fit, or a name of the pair that the sample holds already.
         """
-        if params is not None and not isinstance(params, PairParams):
-            raise TypeError(f"params must be PairParams, the record of a pair, got {type(params).__name__}.")
+        if params is not None:
+            check_record(params, PairParams)
         received, result = self.received(data), dict(data)
         taken = sorted({str(name) for name in self._outputs(result)} & {str(key) for key in result})
         if taken:

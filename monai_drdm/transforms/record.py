@@ -17,6 +17,13 @@ from monai_drdm.metrics import field_statistics, FieldStatistics
 from monai_drdm.transforms.stored import ComposedField, StoredField
 
 
+def check_record(given: object, kind: type) -> None:
+    """Raise ``TypeError`` unless ``params=`` was given a record of a kind."""
+    if not isinstance(given, kind):
+        name, got = kind.__name__, type(given).__name__
+        raise TypeError(f"params must be {name}, such as .last holds or {name}.from_json reads, got {got}.")
+
+
 def _entries(record: type[DeformationParams] | type[BankedParams] | type[PairParams], text: str) -> dict[str, Any]:
     """Exactly the entries of a record, from JSON."""
     values = json.loads(text)

@@ -8,6 +8,7 @@ import multiprocessing.context
 import os
 import threading
 from functools import lru_cache
+from pathlib import Path
 
 import torch
 
@@ -57,7 +58,7 @@ class NetworkSource:
         assert not isinstance(self.network, RecoveryNetwork)
         name = auto_network(dims) if self.network == "auto" else os.fspath(self.network)
         with _LOCK:  # threads that fire at once would otherwise load it twice
-            return _shared_network(name, str(device), str(weights_folder()))
+            return _shared_network(name, str(device), *_whereabouts(name))
 
     def _on_device(self, device: torch.device) -> RecoveryNetwork:
         """The given network, or a copy on another device: the caller's own stays where it is."""
@@ -83,9 +84,18 @@ if hasattr(os, "register_at_fork"):
 
 
 @lru_cache(maxsize=8)
-def _shared_network(name: str, device: str, folder: str) -> RecoveryNetwork:
-    """One network per process, name and device; ``folder``, where names are looked up, is part of the key."""
+def _shared_network(name: str, device: str, *whereabouts: object) -> RecoveryNetwork:
+    """One network per process, name, device and whereabouts."""
     return load_network(name, device)
+
+
+def _whereabouts(name: str) -> tuple[object, ...]:
+    """What tells apart two networks of one name: where names are looked up, or which state of which file it is."""
+    if not name.endswith(".safetensors"):
+        return (str(weights_folder()),)
+    path = Path(name).resolve()
+    state = path.stat() if path.is_file() else None
+    return (str(path),) if state is None else (str(path), state.st_mtime_ns, state.st_size, state.st_ino)
 
 
 def _refuse_forked_cuda() -> None:

@@ -84,7 +84,7 @@ class StoredField:
         """The field without the affine map before it."""
         values = self.values.to(device)
         if values.is_floating_point():
-            return values
+            return values.clone()  # what is given away may be changed; all records share this one
         shape = [n for d, n in enumerate(self.shape) if d != self.slice_axis]
         return resize_ddf(values[None].to(torch.float32) * self.step, shape)[0]
 

@@ -7,9 +7,11 @@ import pickle
 import signal
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 
+import numpy as np
 import pytest
 import torch
 from monai.data import DataLoader, Dataset, MetaTensor
+from monai.transforms import NormalizeIntensity
 from safetensors.torch import load_file
 
 from monai_drdm import DeformationBank, RandDRDMBankd, RandDRDMDeform
@@ -293,3 +295,50 @@ def test_workers_read_it(build, items, network, tmp_path, context, where):
             torch.testing.assert_close(batch["image"][0].as_tensor(), image.as_tensor(), atol=1e-4, rtol=0)
     if where != "memory":
         assert len(DeformationBank(tmp_path / "bank")) == len(items)
+
+
+def test_rounding_of_sums_is_no_other_image(build, small_network):
+    """Another number of threads adds in another order, so ``NormalizeIntensity`` differs in its last digits."""
+    generator = torch.Generator().manual_seed(0)
+    image = 1000 * torch.rand(1, 96, 96, 48, generator=generator) + 100 * torch.randn(
+        1, 96, 96, 48, generator=generator
+    )
+    threads, normalised = torch.get_num_threads(), []
+    try:
+        for number in (2, 1):
+            torch.set_num_threads(number)
+            normalised.append(NormalizeIntensity()(image.clone()))
+    finally:
+        torch.set_num_threads(threads)
+    first, other = normalised[0], normalised[1] + 2e-7  # where both agree by luck
+    assert not torch.equal(first, other)
+    bank = build([{"image": first, "name": "a"}], network=small_network(3), fields_per_image=1)
+    assert len(bank.entry("a", other)) == 1
+    for changed in (first + 1e-2 * torch.randn(first.shape, generator=generator), first.flip(1), 2 * first):
+        with pytest.raises(ValueError, match="drawn on another image"):
+            bank.entry("a", changed)
+
+
+def test_files_may_be_read_by_whom_the_umask_lets(build, items, tmp_path):
+    before = os.umask(0o022)
+    try:
+        build(items[:1], path=tmp_path / "bank")
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o777 for path in (tmp_path / "bank").iterdir()} == {0o644}
+
+
+@pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() == 0, reason="nothing is forbidden to root")
+def test_a_file_that_may_not_be_read(build, items, tmp_path):
+    bank = build(items[:1], path=tmp_path / "bank")
+    next(path for path in (tmp_path / "bank").iterdir() if path.suffix == ".safetensors").chmod(0)
+    with pytest.raises(PermissionError, match="cannot be read"):
+        DeformationBank(bank.path).entry("ward/0", items[0]["image"])
+
+
+def test_numbers_of_numpy_are_numbers(build, items):
+    numbered = [{"image": item["image"], "name": np.int64(number)} for number, item in enumerate(items[:2])]
+    bank = build(numbered, fields_per_image=np.int64(2))
+    assert len(bank.entry("1", items[1]["image"])) == 2
+    DeformationBank.on_demand(recovery=np.float32(0.5))
+    assert np.int64(1) in bank

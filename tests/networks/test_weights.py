@@ -292,3 +292,12 @@ def test_one_byte_tampered(published_weights, tmp_path, monkeypatch, position):
     monkeypatch.setenv("MONAI_DRDM_WEIGHTS", str(tmp_path))
     with pytest.raises(ValueError, match="sha256"):
         load_network(CARDIAC)
+
+
+def test_a_file_that_is_called_like_a_known_network(small_network, tmp_path, monkeypatch):
+    """Its hash is not pinned, so it is not what a name stands for."""
+    save_network(small_network(2), tmp_path / "mine.safetensors")
+    (tmp_path / "mine.safetensors").rename(tmp_path / "anatomy-2d")
+    monkeypatch.chdir(tmp_path)
+    assert load_network("anatomy-2d").card.name == "anatomy-2d"
+    assert load_network(tmp_path / "anatomy-2d").card.name == "untrained-2d"

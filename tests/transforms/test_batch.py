@@ -234,3 +234,44 @@ def test_precision_and_compilation_are_for_our_networks(filled_network, argument
     network = filled_network(2) if arguments.pop("published", False) else "auto"
     with pytest.raises(ValueError, match=says):
         BatchRandDRDMDeformd("image", network=network, **arguments)
+
+
+def test_landmarks_that_were_lost_stay_lost(small_network, samples):
+    batched, single = both(small_network(2), prob=1.0)
+    for sample in samples:
+        sample["points_valid"] = torch.tensor([[True, False, True, True]])
+    out = batched(list_data_collate(samples))
+    for i, sample in enumerate(samples):
+        assert torch.equal(out["points_valid"][i], single(sample)["points_valid"])
+    assert not out["points_valid"][:, :, 1].any()
+    batch = list_data_collate(samples) | {"points_valid": torch.ones(6, 3)}
+    with pytest.raises(ValueError, match=r"points_valid.* Rename it"):
+        batched(batch)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_labels(small_network, samples, dtype):
+    """Exact ids, also where some samples of a batch fire and others do not."""
+    batched, single = both(small_network(2), point_keys=())
+    labels = torch.stack([sample["label"].as_tensor() for sample in samples]).to(dtype)
+    out = batched(list_data_collate(samples) | {"label": labels})["label"]
+    assert out.dtype == dtype
+    assert any(one is None for one in batched.last)
+    assert any(one is not None for one in batched.last)
+    for i, sample in enumerate(samples):
+        assert torch.equal(out[i].long(), single(sample)["label"].as_tensor().long())
+
+
+def test_gradients_flow_through_the_warp(small_network, samples):
+    batched, _ = both(small_network(2), prob=1.0)
+    batch = list_data_collate(samples)
+    batch["image"] = batch["image"].as_tensor().requires_grad_()
+    batched(batch)["image"].square().sum().backward()
+    assert batch["image"].grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("params", ["record", {}, [{}] * 6])
+def test_params_that_are_no_records(small_network, samples, params):
+    batched, _ = both(small_network(2))
+    with pytest.raises(TypeError, match="params must be"):
+        batched(list_data_collate(samples), params=params)

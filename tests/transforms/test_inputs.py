@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pickle
 import threading
 
@@ -10,10 +11,11 @@ import pytest
 import torch
 from monai.data import DataLoader, Dataset, MetaTensor
 from monai.networks.blocks import Warp
-from monai.transforms import EnsureTyped
+from monai.transforms import EnsureTyped, Flip, Rotate90
 
 from monai_drdm import ApplyDDFd, RandDRDMDeform, RandDRDMDeformd
 from monai_drdm.fields import exp_svf
+from monai_drdm.networks import save_network
 from monai_drdm.transforms.points import move_boxes
 
 
@@ -109,3 +111,82 @@ def test_large_boxes_enclose_what_they_become():
 def test_a_named_network_pickles_small():
     transform = RandDRDMDeformd(["image", "label"], point_keys="points", seed_key="name")
     assert len(pickle.dumps(transform)) < 2000
+
+
+@pytest.mark.parametrize("turn", [Flip(0), Rotate90(1, (0, 2)), Rotate90(1, (0, 1))])
+def test_pixdim_goes_with_data_that_were_turned(small_network, scan, turn):
+    """They had no affine, so MONAI made one of steps of 1 mm."""
+    image = turn(MetaTensor(scan((16, 18, 7))["image"]))
+    transform = RandDRDMDeform(small_network(3), prob=1.0, pixdim=(1.0, 2.0, 5.0))
+    transform(image)
+    spacing = dict(zip((16, 18, 7), (1.0, 2.0, 5.0)))
+    assert transform.last.spacing == tuple(spacing[n] for n in image.shape[1:])
+
+
+def test_pixdim_does_not_replace_an_affine(small_network, scan):
+    image = MetaTensor(scan((16, 18, 7))["image"], affine=torch.diag(torch.tensor([-1.0, 1.0, 3.0, 1.0])))
+    transform = RandDRDMDeform(small_network(3), prob=1.0, pixdim=(1.0, 2.0, 5.0))
+    transform(image)
+    assert transform.last.spacing == (1.0, 1.0, 3.0)
+
+
+def test_a_plain_image_has_the_spacing_of_the_label_whose_affine_it_gets(small_network, scan):
+    sample = scan((16, 18, 7))
+    sample["label"] = MetaTensor(sample["label"], affine=torch.diag(torch.tensor([1.0, 1.0, 5.0, 1.0])))
+    transform = RandDRDMDeformd(["image", "label"], network=small_network(3), prob=1.0)
+    out = transform(sample)
+    assert transform.last.spacing == (1.0, 1.0, 5.0)
+    assert torch.equal(out["image"].affine, sample["label"].affine)
+
+
+def test_affines_of_micrometres_are_told_apart(small_network, scan):
+    sample = scan((24, 20))
+    for key, step in (("image", 2.5e-4), ("label", 5e-4)):
+        sample[key] = MetaTensor(sample[key], affine=torch.diag(torch.tensor([step, step, 1.0, 1.0])))
+    with pytest.raises(ValueError, match="must have one affine"):
+        RandDRDMDeformd(["image", "label"], network=small_network(2))(sample)
+
+
+@pytest.mark.parametrize("prob", [0.0, 1.0])
+def test_bicubic_volumes_are_refused_at_once(small_network, scan, prob):
+    transform = RandDRDMDeformd("image", network=small_network(3), prob=prob, mode="bicubic")
+    with pytest.raises(ValueError, match="exists in 2D only"):
+        transform(scan((12, 12, 12)))
+
+
+@pytest.mark.parametrize("params", [{}, "{}", 3])
+def test_params_that_are_no_record(small_network, scan, params):
+    sample = scan((24, 20))
+    with pytest.raises(TypeError, match=r"params must be DeformationParams.*from_json"):
+        RandDRDMDeformd("image", network=small_network(2))(sample, params=params)
+    with pytest.raises(TypeError, match=r"params must be DeformationParams.*from_json"):
+        RandDRDMDeform(small_network(2))(sample["image"], params=params)
+
+
+def test_the_last_field_may_be_changed(scan):
+    transform = ApplyDDFd("image", constant(1.0))
+    first = transform(scan((24, 20)))["image"]
+    transform.last.ddf.mul_(5)
+    assert torch.equal(transform(scan((24, 20)))["image"], first)
+
+
+def test_a_network_file_that_is_replaced(small_network, scan, tmp_path, monkeypatch):
+    """The file that is there counts, under the name that it has from where one is."""
+    image = scan((24, 20))["image"]
+
+    def name_of(path):
+        transform = RandDRDMDeform(path, prob=1.0)
+        transform(image)
+        return transform.last.params.network
+
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        network = small_network(2)
+        network.card = dataclasses.replace(network.card, name=folder)
+        save_network(network, tmp_path / folder / "n.safetensors")
+    for folder in ("a", "b"):
+        monkeypatch.chdir(tmp_path / folder)
+        assert name_of("n.safetensors") == folder
+    assert name_of(tmp_path / "a" / "n.safetensors") == "a"
+    (tmp_path / "b" / "n.safetensors").replace(tmp_path / "a" / "n.safetensors")
+    assert name_of(tmp_path / "a" / "n.safetensors") == "b"
