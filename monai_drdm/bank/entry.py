@@ -75,8 +75,8 @@ class BankEntry:
 
     @property
     def nbytes(self) -> int:
-        """Of the fields."""
-        return self.values.numel() * self.values.element_size()
+        """Of the fields, and of what tells their image."""
+        return sum(one.numel() * one.element_size() for one in (self.values, self.fingerprint))
 
     def field(self, index: int) -> StoredField:
         """One field."""

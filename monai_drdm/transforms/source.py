@@ -7,6 +7,7 @@ import multiprocessing
 import multiprocessing.context
 import os
 import threading
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 
@@ -71,6 +72,8 @@ class NetworkSource:
 
 
 _LOCK = threading.Lock()
+_SEEN: dict[Path, tuple[object, ...]] = {}
+"""The latest state of every file that was asked for."""
 
 
 def _unlock_in_child() -> None:
@@ -94,8 +97,10 @@ def _whereabouts(name: str) -> tuple[object, ...]:
     if not name.endswith(".safetensors"):
         return (str(weights_folder()),)
     path = Path(name).resolve()
-    state = path.stat() if path.is_file() else None
-    return (str(path),) if state is None else (str(path), state.st_mtime_ns, state.st_size, state.st_ino)
+    with suppress(OSError):  # a file that is gone may still be loaded
+        state = path.stat()
+        _SEEN[path] = (str(path), state.st_mtime_ns, state.st_size, state.st_ino)
+    return _SEEN.get(path, (str(path),))
 
 
 def _refuse_forked_cuda() -> None:

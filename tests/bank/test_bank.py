@@ -6,6 +6,7 @@ import os
 import pickle
 import signal
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -242,17 +243,16 @@ def test_limit_of_size(build, items, network, tmp_path):
 
 def test_the_disk_is_full(build, items, tmp_path, monkeypatch):
     """What was written stays, nothing half is left, and the same call goes on."""
-    from monai_drdm.bank import entry
+    write, calls = Path.write_bytes, []
 
-    save, calls = entry.save_file, []
-
-    def full(*args):
-        calls.append(args)
+    def full(path, data):
+        calls.append(path)
         if len(calls) == 3:
+            write(path, data[: len(data) // 2])
             raise OSError(28, "No space left on device")
-        save(*args)
+        return write(path, data)
 
-    monkeypatch.setattr(entry, "save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(OSError, match=r"No space left.*the same call goes on"):
         build(items, path=tmp_path / "bank")
     monkeypatch.undo()
