@@ -45,7 +45,8 @@ def search_table(rows: list[Row]) -> str:
     for row in rows:
         trials[row["subjects"], row["arm"], json.dumps(row["setting"])].append(row)
     means = {trial: float(np.mean([row["validation"] for row in group])) for trial, group in trials.items()}
-    for (count, arm, setting), group in trials.items():
+    in_order = sorted(trials.items(), key=lambda trial: (-trial[0][0], list(ARMS).index(trial[0][1])))
+    for (count, arm, setting), group in in_order:
         s, mean = json.loads(setting), means[count, arm, setting]
         best = max(value for (n, other, _), value in means.items() if (n, other) == (count, arm))
         dice = " / ".join(f"{100 * row['validation']:.1f}" for row in group)
