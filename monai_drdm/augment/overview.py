@@ -24,7 +24,7 @@ def draw_overview(report: AugmentReport, count: int = 6) -> Path:
         count: at most this many.
 
     Raises:
-        ValueError: nothing was finished.
+        ValueError: nothing was finished, or nothing is left of what it came from.
     """
     from monai_drdm.viz import contact_sheet, SheetEntry  # matplotlib is an extra
 

@@ -72,6 +72,7 @@ def augment(
         FileExistsError: the folder holds something else, or what was made from other files, and not ``force``; or
             another run is at it.
         OSError: the output cannot be written, as when the disk is full; what is finished stays.
+        ValueError: results would go into a folder that inputs come from.
     """
     return _fill(cases, out, settings, force, device, progress, executor, shard)
 

@@ -148,8 +148,7 @@ class DeformationBank:
             items: samples such as those of a dataset, with images ``(C, *S)`` as the training pipeline has them where
                 the fields will be applied.
             image_key: of the image.
-            id_key: key of what an image is called: a string, path or whole number, another for each image. None: the
-                file name in its metadata.
+            id_key: key of an image's own name: a string, path or whole number. None: the file name in its metadata.
             path: folder for the fields; None: in memory.
             executor: any ``concurrent.futures.Executor``: processes, threads, or those of Dask and the like. The
                 fields are the same with any, and without, but for threads' rounding.
