@@ -7,6 +7,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_output/$(shell date +%Y%m%d-%H%M%S)
 
+# Python compiles what it imports; compiling all of torch ahead takes a minute
+export PIP_NO_COMPILE := 1
+
 .PHONY: demo test lint wheel clean
 
 # torch first: anything that depends on it would otherwise choose a build of its own
