@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 from common import append_rows, machine, read_rows, RESULTS
-from few_shot_arms import Fields
+from few_shot_fields import Fields
 from few_shot_protocols import Protocol, PROTOCOLS, recipe
 from few_shot_segmentation import chosen_setting, train
 

@@ -36,7 +36,6 @@ from few_shot_arms import (
     Augmenter,
     candidates,
     CORE,
-    Fields,
     POSE,
     PROBABILITIES,
     Setting,
@@ -44,6 +43,7 @@ from few_shot_arms import (
     stack,
     STRENGTHS,
 )
+from few_shot_fields import Fields
 from few_shot_protocols import (
     autocast,
     build_segmenter,

@@ -7,7 +7,7 @@ from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
-from few_shot_arms import ARMS
+from few_shot_arms import ARMS, CORE
 from few_shot_protocols import PROTOCOLS, recipe
 from scipy.stats import wilcoxon
 
@@ -15,8 +15,8 @@ Row = dict[str, Any]
 
 
 def tables(search: list[Row], final: list[Row]) -> str:
-    """Markdown: what the searches found, the final figures, and the tests between arms."""
-    parts = []
+    """Markdown: what the searches found, the final figures, the tests between arms, and the core arms in short."""
+    parts, by_protocol = [], {}
     for name, protocol in PROTOCOLS.items():
         key = (name, recipe(protocol))
         found, runs = ([r for r in rows if (r["protocol"], r["recipe"]) == key] for rows in (search, final))
@@ -24,10 +24,25 @@ def tables(search: list[Row], final: list[Row]) -> str:
             parts += [f"## {name}: search on validation subjects", search_table(found)]
         if runs:
             chosen, earlier = split(runs)
+            by_protocol[name] = chosen
             parts += [f"## {name}: test subjects", final_table(chosen), comparison_table(chosen)]
             if earlier:
                 parts += [f"### {name}: test subjects, settings or networks given up", final_table(earlier)]
+    if by_protocol:
+        parts += ["## Summary of test subjects", summary_table(by_protocol)]
     return "\n\n".join(parts)
+
+
+def summary_table(rows: dict[str, list[Row]]) -> str:
+    """Dice of the core arms, mean over cases, then mean ± standard deviation over seeds."""
+    lines = [f"| task | labelled | {' | '.join(CORE)} |", "|" + "---|" * (2 + len(CORE))]
+    for name, chosen in rows.items():
+        groups = _groups(chosen)
+        for count in sorted({count for count, _ in groups}):
+            runs = [groups.get((count, arm), []) for arm in CORE]
+            cells = [_spread([100 * _by_structure(row, "dice").mean() for row in one]) if one else "–" for one in runs]
+            lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def split(rows: list[Row]) -> tuple[list[Row], list[Row]]:

@@ -20,7 +20,8 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from common import append_rows, machine, read_rows, RESULTS
-from few_shot_arms import Fields, Setting
+from few_shot_arms import Setting
+from few_shot_fields import Fields
 from few_shot_protocols import Case, Protocol, PROTOCOLS, subjects
 from torch import Tensor
 from tqdm import tqdm
