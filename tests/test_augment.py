@@ -18,6 +18,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 
 from monai_drdm import ApplyDDFd
 from monai_drdm.cli import main
+from monai_drdm.io.datalists import read_cases
 from monai_drdm.io.files import locked
 from monai_drdm.networks import save_network
 
@@ -247,6 +248,17 @@ def test_datalists_and_other_formats(command, folders, network_file):
     )
     listed = json.loads((folders / "out" / "datalist.json").read_text())["training"]
     assert [sorted(entry) for entry in listed] == [["image"], ["image", "label"]]
+
+
+def test_two_raters_of_an_image(folders, tmp_path):
+    """A case for each label; the same entry twice is still a mistake."""
+    entries = [{"image": "images/case0.nii.gz", "label": f"labels/case{n}.nii.gz"} for n in (0, 1)]
+    entries.append({"image": "images/case2.nii.gz", "label": "labels/case2.nii.gz"})
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
+    assert [case.name for case in read_cases(tmp_path / "list.json")] == ["case0_case0", "case0_case1", "case2"]
+    (tmp_path / "list.json").write_text(json.dumps({"training": [*entries, entries[0]]}))
+    with pytest.raises(ValueError, match="called alike: \\['case0_case0'\\]"):
+        read_cases(tmp_path / "list.json")
 
 
 def test_figure(command, folders):

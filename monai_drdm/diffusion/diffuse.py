@@ -43,7 +43,7 @@ def diffuse(
         ValueError: a level outside (0, 1], a wrong number of levels, shape or spacing that do not fit.
     """
     levels = levels_of_batch(level, len(generators), "diffuse")
-    times = torch.tensor([integration_time(one, len(shape)) for one in levels])
+    times = torch.tensor([integration_time(one, len(shape)) for one in levels], dtype=torch.float32)
     velocity = isotropic_velocity(generators, shape, spacing) * times.view(-1, *(1,) * (len(shape) + 1))
     return exp_svf(velocity.to(device))
 

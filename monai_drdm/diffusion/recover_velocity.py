@@ -101,7 +101,7 @@ def timetable(levels: Sequence[float], steps: int, ddf: Tensor) -> tuple[Tensor,
     left = [[level * (1 - k / steps) for level in levels] for k in range(steps + 1)]
     times = [integration_times(row, ddf.shape[1]) for row in left]
     share = [[a - b for a, b in zip(*rows)] for rows in pairwise(times)]
-    return torch.tensor(left[:-1], device=ddf.device), torch.tensor(share, device=ddf.device)
+    return ddf.new_tensor(left[:-1]), ddf.new_tensor(share)
 
 
 def recovery_step(

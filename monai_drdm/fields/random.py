@@ -36,7 +36,7 @@ def control_grid_velocity(generators: Sequence[torch.Generator], spatial_dims: i
     size = (CONTROL_SIZE,) * spatial_dims
     mode = "bilinear" if spatial_dims == 2 else "trilinear"
     device = generators[0].device if generators else torch.device("cpu")
-    total = torch.zeros(len(generators), spatial_dims, *size, device=device)
+    total = torch.zeros(len(generators), spatial_dims, *size, dtype=torch.float32, device=device)
     for scale in range(SCALES):
         noise = draw_normal((spatial_dims, *(CONTROL_SIZE >> scale,) * spatial_dims), generators) * (std * 2**scale)
         total += F.interpolate(noise, size, mode=mode, align_corners=False)
@@ -76,7 +76,7 @@ def isotropic_velocity(
         raise ValueError(f"isotropic_velocity: spacing must be {dims} positive numbers in mm, got {tuple(spacing)}.")
     longest = max(n * s for n, s in zip(shape, spacing))
     device = generators[0].device if generators else torch.device("cpu")
-    total = torch.zeros(len(generators), dims, *shape, device=device)
+    total = torch.zeros(len(generators), dims, *shape, dtype=torch.float32, device=device)
     for scale in range(scales):
         node = longest * finest_node * 2**scale
         matrices = [_interpolation_matrix(n, s / node) for n, s in zip(shape, spacing)]
@@ -85,13 +85,16 @@ def isotropic_velocity(
             with torch.autocast(device.type, enabled=False):
                 lattice = torch.movedim(torch.movedim(lattice, axis + 2, -1) @ matrix.T.to(device), -1, axis + 2)
         total += lattice * 2**scale
-    per_axis = torch.tensor([1e-3 * longest / s for s in spacing], device=device).view(1, dims, *(1,) * dims)
+    per_axis = torch.tensor([1e-3 * longest / s for s in spacing], dtype=torch.float32, device=device).view(
+        1, dims, *(1,) * dims
+    )
     return total * per_axis
 
 
 def draw_normal(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -> Tensor:
     """Standard normal numbers ``(B, *shape)``, sample ``b`` from ``generators[b]``."""
-    return torch.cat([torch.randn((1, *shape), generator=g, device=g.device) for g in generators])
+    normal = [torch.randn((1, *shape), generator=g, dtype=torch.float32, device=g.device) for g in generators]
+    return torch.cat(normal)
 
 
 def _interpolation_matrix(size: int, nodes_per_voxel: float) -> Tensor:

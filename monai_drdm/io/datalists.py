@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -65,11 +66,19 @@ def read_cases(datalist: str | os.PathLike[str], section: str = "training") -> l
 
 
 def _named(pairs: Sequence[tuple[Path, Path | None]]) -> list[Case]:
-    """Cases by file name; where file names repeat, by their path below the common folder."""
+    """Cases by file name; where file names repeat, by their path below the common folder.
+
+    An image that several labels belong to, such as those of several raters, gives a case for each, named by both.
+    """
     names = [stem_of(image) for image, _ in pairs]
     if len(set(names)) < len(names):
         common = os.path.commonpath([image.absolute().parent for image, _ in pairs])
         names = ["_".join((*image.absolute().parent.relative_to(common).parts, stem_of(image))) for image, _ in pairs]
+    given = Counter(image for image, _ in pairs)
+    names = [
+        f"{name}_{stem_of(label)}" if label is not None and given[image] > 1 else name
+        for name, (image, label) in zip(names, pairs)
+    ]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
         raise ValueError(f"several images would be called alike: {repeated[:5]}. Give their files different names.")

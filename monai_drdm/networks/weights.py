@@ -106,7 +106,7 @@ def build_network(card: NetworkCard) -> RecoveryNetwork:
     """
     if card.kind not in _KINDS:
         raise ValueError(f"network card {card.name!r}: kind must be one of {sorted(_KINDS)}, got {card.kind!r}.")
-    network = _KINDS[card.kind](card)
+    network = _KINDS[card.kind](card).float()  # whatever the default dtype
     network.card = card
     return network
 

@@ -292,13 +292,14 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
     def _answer(self, synthesis: Deformation | None, image: NdarrayOrTensor) -> dict[str, Tensor]:
         """The field between the images, and its inverse."""
         if synthesis is None:
-            ddf = torch.zeros((image.ndim - 1, *image.shape[1:]), device=as_tensor(image, "image").device)
-            found = {DDF: ddf, INVERSE_DDF: ddf.clone(), INVERSE_RESIDUAL: torch.zeros(())}
+            device = as_tensor(image, "image").device
+            ddf = torch.zeros((image.ndim - 1, *image.shape[1:]), dtype=torch.float32, device=device)
+            found = {DDF: ddf, INVERSE_DDF: ddf.clone(), INVERSE_RESIDUAL: ddf.new_zeros(())}
         else:
             found = {DDF: synthesis.ddf.clone()}
             if self.with_inverse:
                 found[INVERSE_DDF] = synthesis.inverse_ddf.clone()
-                found[INVERSE_RESIDUAL] = torch.tensor(synthesis.inverse_residual_vox)
+                found[INVERSE_RESIDUAL] = torch.tensor(synthesis.inverse_residual_vox, dtype=torch.float32)
         return found if self.with_inverse else {DDF: found[DDF]}
 
     def _named(self, side: str, key: Hashable) -> str:

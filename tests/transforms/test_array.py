@@ -8,6 +8,7 @@ from monai.networks.blocks import Warp
 
 from monai_drdm import RandDRDMDeform
 from monai_drdm.fields import fold_fraction
+from monai_drdm.networks import load_network
 from monai_drdm.transforms import DeformationParams
 
 SHAPES_2D = [(40, 40), (33, 57), (7, 50), (1, 64), (64, 1), (1, 1), (5, 3)]
@@ -143,6 +144,21 @@ def test_pixdim_stands_in_for_a_missing_affine(small_network, scan):
         set_track_meta(True)
     meta = with_affine(MetaTensor(image, affine=torch.diag(torch.tensor([3.0, 0.5, 1.0, 1.0]))))
     torch.testing.assert_close(plain, meta.as_tensor(), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", [(40, 30), (20, 24, 22)])
+def test_another_default_dtype_changes_nothing(small_network, scan, shape):
+    """In float64 as in float32, but for what rounding to the 16 bits of a drawn field may do."""
+    image = scan(shape)["image"]
+    usual = deform("auto", deformation_level=0.4).set_random_state(4)(image)
+    torch.set_default_dtype(torch.float64)
+    try:
+        transform = deform(load_network(f"anatomy-{len(shape)}d"), deformation_level=0.4).set_random_state(4)
+        other = transform(image)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert other.dtype == transform.last.ddf.dtype == torch.float32
+    torch.testing.assert_close(other, usual, rtol=0, atol=2e-3)
 
 
 def test_anisotropic_volume_moves_alike_in_millimetres(small_network):
