@@ -7,16 +7,14 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_output/$(shell date +%Y%m%d-%H%M%S)
 
-# Python compiles what it imports; compiling all of torch ahead takes a minute
-export PIP_NO_COMPILE := 1
-
 .PHONY: demo test lint wheel clean
 
 # torch first: anything that depends on it would otherwise choose a build of its own
+# not compiled ahead: Python compiles what it imports, and all of it would take a minute
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet $(TORCH)
-	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable '.[test,train,viz]'
+	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test,train,viz]'
 	touch $@
 
 demo: $(VENV)/.ready
