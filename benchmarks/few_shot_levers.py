@@ -19,7 +19,7 @@ import numpy as np
 from common import append_rows, machine, read_rows, RESULTS
 from few_shot_fields import Fields
 from few_shot_protocols import Protocol, PROTOCOLS, recipe
-from few_shot_segmentation import chosen_setting, train
+from few_shot_segmentation import chosen_setting, has, SEARCH, train
 
 PATH = RESULTS / "few_shot_levers.jsonl"
 SUBJECTS, SEEDS = (1, 5), (100, 101)
@@ -38,6 +38,7 @@ class Lever:
 
 _LOW = {"low": 0.2, "high": 0.5, "prob": 0.9}
 _WIDE = _LOW | {"low": 0.3, "high": 0.8}
+_LESS = _WIDE | {"recovery": 0.24}
 _LONG = {"cap": 8000, "patience": 2000}
 _VOLUME = {"low": 0.3, "high": 0.8, "prob": 0.5}
 _ACDC = {
@@ -46,22 +47,23 @@ _ACDC = {
     "random": Lever("random", "affine", {"low": 0.02, "high": 0.1, "prob": 0.5}),
     "drdm": Lever("drdm", "affine", _LOW),
     "drdm-tuned": Lever("drdm-tuned", "drdm", _LOW),
-    "drdm-mild": Lever("drdm", "drdm", _LOW | {"low": 0.05, "high": 0.2}),
-    "drdm-mixed": Lever("drdm", "drdm", _LOW | {"low": 0.05, "high": 0.8}),
     "drdm-half": Lever("drdm", "drdm", _LOW | {"prob": 0.5}),
     "drdm-amplitude": Lever("drdm", "drdm", _LOW | {"amplitude": 0.0}),
-    "drdm-second": Lever("drdm", "drdm", _LOW | {"second": 0.5}),
     "drdm-smooth": Lever("drdm", "drdm", _LOW | {"smooth": 2.0}),
     "drdm-guided": Lever("drdm", "drdm", _LOW | {"guided": 4}),
-    "drdm-ramp": Lever("drdm", "drdm", _LOW | {"ramp": 2000}),
-    "drdm-fresh": Lever("drdm", "drdm", _LOW, {"bank": 64}),
-    "drdm-steps": Lever("drdm", "drdm", _LOW | {"steps": 24}),
     "drdm-wide": Lever("drdm", "drdm", _WIDE),
     "drdm-wide-half": Lever("drdm", "drdm-wide", _WIDE | {"prob": 0.5}),
     "drdm-recovery-0.48": Lever("drdm", "drdm-wide", _WIDE | {"recovery": 0.48}),
-    "drdm-recovery-0.24": Lever("drdm", "drdm-wide", _WIDE | {"recovery": 0.24}),
-    "drdm-recovery-0.24-half": Lever("drdm", "drdm-wide-half", _WIDE | {"recovery": 0.24, "prob": 0.5}),
-    "drdm-recovery-0.24-long": Lever("drdm", "affine-long", _WIDE | {"recovery": 0.24}, _LONG),
+    "drdm-recovery-0.24": Lever("drdm", "drdm-wide", _LESS),
+    "drdm-recovery-0.12": Lever("drdm", "drdm-wide", _WIDE | {"recovery": 0.12}),
+    "drdm-mild": Lever("drdm", "drdm-recovery-0.24", _LESS | {"low": 0.05, "high": 0.3}),
+    "drdm-mixed": Lever("drdm", "drdm-recovery-0.24", _LESS | {"low": 0.05}),
+    "drdm-second": Lever("drdm", "drdm-recovery-0.24", _LESS | {"second": 0.5}),
+    "drdm-ramp": Lever("drdm", "drdm-recovery-0.24", _LESS | {"ramp": 2000}),
+    "drdm-fresh": Lever("drdm", "drdm-recovery-0.24", _LESS, {"bank": 64}),
+    "drdm-steps": Lever("drdm", "drdm-recovery-0.24", _LESS | {"steps": 24}),
+    "drdm-recovery-0.24-half": Lever("drdm", "drdm-wide-half", _LESS | {"prob": 0.5}),
+    "drdm-recovery-0.24-long": Lever("drdm", "affine-long", _LESS, _LONG),
     "affine-long": Lever("affine", "affine", {}, _LONG),
     "drdm-long": Lever("drdm", "affine-long", _LOW, _LONG),
 }
@@ -98,15 +100,21 @@ def main() -> None:
 
 
 def pull(task: str, name: str, count: int, seed: int, fields: Fields) -> None:
-    """One training with a lever, on validation subjects, unless its line is there."""
+    """One training with a lever, on validation subjects, unless its line is there; the search's own are taken over."""
     lever = LEVERS[task][name]
     protocol: Protocol = replace(PROTOCOLS[task], **lever.protocol)
     setting = replace(chosen_setting(PROTOCOLS[task], "affine", 5, fields), **lever.setting)
     key = {"lever": name, "protocol": protocol.name, "recipe": recipe(protocol), "setting": setting.row()}
     key |= {"subjects": count, "seed": seed, "network": fields.name_for(lever.arm, protocol)}
-    if not any(all(row.get(k) == v for k, v in key.items()) for row in read_rows(PATH)):
+    if has(PATH, key):
+        return
+    key["arm"] = lever.arm
+    searched = [row for row in read_rows(SEARCH) if all(row[k] == v for k, v in key.items() if k != "lever")]
+    if searched:
+        append_rows(PATH, key | searched[-1])
+    else:
         _, story = train(protocol, lever.arm, setting, count, seed, fields)
-        append_rows(PATH, key | {"arm": lever.arm} | story | machine())
+        append_rows(PATH, key | story | machine())
 
 
 def table(task: str, rows: list[dict[str, Any]]) -> str:

@@ -195,7 +195,7 @@ def search(protocol: Protocol, arm: str, count: int, fields: Fields) -> None:
         for seed in SEARCH_SEEDS[count]:
             key = {"protocol": protocol.name, "recipe": recipe(protocol), "arm": arm, "setting": setting.row()}
             key |= {"subjects": count, "seed": seed, "network": fields.name_for(arm, protocol)}
-            if not _has(SEARCH, key):
+            if not has(SEARCH, key):
                 _, story = train(protocol, arm, setting, count, seed, fields)
                 append_rows(SEARCH, key | story | machine())
 
@@ -205,12 +205,13 @@ def run(protocol: Protocol, arm: str, count: int, seed: int, fields: Fields) -> 
     key = {"protocol": protocol.name, "recipe": recipe(protocol), "arm": arm, "subjects": count, "seed": seed}
     setting = chosen_setting(protocol, arm, count, fields)
     key |= {"setting": setting.row(), "network": fields.name_for(arm, protocol)}
-    if not _has(results(protocol.name), key):
+    if not has(results(protocol.name), key):
         segmenter, story = train(protocol, arm, setting, count, seed, fields)
         append_rows(results(protocol.name), key | story | judge(protocol, segmenter) | machine())
 
 
-def _has(path: Path, key: dict[str, Any]) -> bool:
+def has(path: Path, key: dict[str, Any]) -> bool:
+    """Whether a file holds a row of such entries."""
     return any(all(row.get(k) == value for k, value in key.items()) for row in read_rows(path))
 
 
