@@ -42,6 +42,7 @@ from monai.utils import set_determinism
 from tqdm import tqdm
 
 from monai_drdm import RandDRDMDeformd
+from monai_drdm.io import save_image
 
 KEYS = ["image", "label"]
 LABELLED = 5
@@ -85,7 +86,7 @@ def draw_data(folder: Path, count: int, size: int) -> None:
     for number in range(count):
         for key, array in zip(KEYS, draw_heart(generator, size)):
             (folder / f"{key}s").mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(array, np.eye(4)), folder / f"{key}s" / f"scan{number:03d}.nii.gz")
+            nib.save(nib.Nifti1Image(array, np.eye(4)), folder / f"{key}s" / f"scan{number:05d}.nii.gz")
 
 
 def cut_volumes(data: Path, folder: Path) -> None:
@@ -98,14 +99,14 @@ def cut_volumes(data: Path, folder: Path) -> None:
         for z in np.flatnonzero(volumes[1].any(axis=(0, 1))):
             for key, volume in zip(KEYS, volumes):
                 (folder / f"{key}s").mkdir(parents=True, exist_ok=True)
-                piece = nib.Nifti1Image(volume[:, :, z], np.eye(4))
-                nib.save(piece, folder / f"{key}s" / f"scan{number:03d}_{z:03d}.nii.gz")
+                piece = torch.from_numpy(volume[:, :, z].astype(volume.dtype.newbyteorder("=")))
+                save_image(piece, np.eye(4), folder / f"{key}s" / f"scan{number:05d}_{z:03d}.nii.gz")
 
 
 def split(folder: Path) -> tuple[list[dict[str, str]], list[dict[str, str]]]:
     """Slices of the first scans, and of all others."""
     images, labels = (sorted((folder / f"{key}s").glob("*.nii.gz")) for key in KEYS)
-    entries = [{"image": str(i), "label": str(la), "scan": i.name[:7]} for i, la in zip(images, labels, strict=True)]
+    entries = [{"image": str(i), "label": str(la), "scan": i.name[:9]} for i, la in zip(images, labels, strict=True)]
     scans = sorted({entry["scan"] for entry in entries})
     if len(scans) <= LABELLED:
         raise SystemExit(f"{folder}: need more than {LABELLED} scans, to judge by those after the first {LABELLED}.")

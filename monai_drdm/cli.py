@@ -172,7 +172,7 @@ def _fill(options: argparse.Namespace, function: Callable[..., AugmentReport], s
     from monai_drdm.io import find_cases, read_cases
 
     if options.figure:
-        _require_matplotlib()
+        _require_matplotlib("--figure")
     if options.datalist is not None and options.labels is not None:
         raise ValueError("--labels goes with --images; a datalist names its labels itself.")
     cases = (
@@ -216,7 +216,8 @@ _BANK = (
     "Draw fields for every image ahead of training, as RandDRDMBankd takes them. Images are known by their file names "
     "without suffix or, where those repeat, by their paths below the common folder, joined by '_': give RandDRDMBankd "
     "the same as id_key, and apply it to images as they are on disk, before anything changes their grid or their "
-    "values. An interrupted build goes on when it is called again."
+    "values. A volume of one slice is a 2D image here, unless --slice-axis is given: drop its axis in the pipeline too "
+    "(SqueezeDimd). An interrupted build goes on when it is called again."
 )
 
 
@@ -293,13 +294,15 @@ def _bank_info(options: argparse.Namespace) -> int:
     return 0
 
 
-def _require_matplotlib() -> None:
+def _require_matplotlib(what: str) -> None:
     if importlib.util.find_spec("matplotlib") is None:
-        raise ValueError("--figure needs matplotlib: pip install 'monai-drdm[viz]'.")
+        raise ValueError(f"{what} needs matplotlib: pip install 'monai-drdm[viz]'.")
 
 
 def _demo(options: argparse.Namespace) -> int:
-    from monai_drdm.demo import run_demo  # matplotlib is an extra
+    from monai_drdm.demo import run_demo
+
+    _require_matplotlib("demo")
 
     for path in run_demo(options.image, options.label, options.out, options.network, options.level, options.seed):
         print(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 from collections.abc import Mapping
 from importlib.resources import files
 from pathlib import Path
@@ -77,14 +78,17 @@ def run_demo(
     deformed = _tensors(transform(scans))
     deformation = transform.last
     assert deformation is not None
-    paths = _write(folder, deformed, deformation, scan.affine.cpu().numpy())
-    _draw(_tensors(scans), deformed, deformation, loaded, folder / "figure.png")
-    return [*paths, folder / "figure.png"]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:  # all files, or none
+        made = _write(Path(partial), deformed, deformation, scan.affine.cpu().numpy())
+        made.append(Path(partial) / "figure.png")
+        _draw(_tensors(scans), deformed, deformation, loaded, made[-1])
+        folder.mkdir(exist_ok=True)
+        return [path.replace(folder / path.name) for path in made]
 
 
 def _write(folder: Path, sample: Mapping[str, Tensor], deformation: Deformation, affine: ArrayLike) -> list[Path]:
     assert deformation.params is not None
-    folder.mkdir(parents=True, exist_ok=True)
     image, label, ddf, record = (
         folder / name for name in ("image.nii.gz", "label.nii.gz", "field.nii.gz", "record.json")
     )

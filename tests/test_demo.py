@@ -79,6 +79,16 @@ def test_own_image_and_label_2d(network_file, tmp_path):
     np.testing.assert_allclose(label.affine, affine)
 
 
+def test_all_files_or_none(network_file, tmp_path, capsys):
+    """Labels that cannot be written leave nothing behind, so that the command can be given again."""
+    for name, values in (("image", np.random.RandomState(0).rand(20, 24)), ("label", np.full((20, 24), 2**40))):
+        nib.save(nib.Nifti1Image(values, np.eye(4), dtype=values.dtype), tmp_path / f"{name}.nii")
+    scans = ["--image", str(tmp_path / "image.nii"), "--label", str(tmp_path / "label.nii")]
+    assert run("--network", str(network_file), *scans, "--out", str(tmp_path / "out")) == 1
+    assert "beyond 32 bits" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(["image.nii", "label.nii", network_file.name])
+
+
 def test_missing_file_is_explained(network_file, tmp_path, capsys):
     assert run("--network", network_file, "--image", tmp_path / "no.nii.gz", "--out", tmp_path / "out") == 1
     assert "no.nii.gz" in capsys.readouterr().err

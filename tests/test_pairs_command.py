@@ -93,6 +93,69 @@ def test_itk_warps_moving_images_onto_fixed_ones_by_the_written_fields(command, 
         np.testing.assert_allclose(nib.load(paths["fixed"]).affine, OBLIQUE, atol=1e-5)
 
 
+def in_nifti(shape, *, sform=OBLIQUE, qform=OBLIQUE, codes=(1, 1), unit="mm"):
+    def write(path, values):
+        file = nib.Nifti1Image(values.reshape(shape), sform)
+        file.set_sform(sform, code=codes[0])
+        file.set_qform(qform, code=codes[1])
+        file.header.set_xyzt_units(unit)
+        nib.save(file, path.with_suffix(".nii.gz"))
+
+    return write
+
+
+def in_itk(suffix, dtype=np.float32, **place):
+    def write(path, values):
+        image = SimpleITK.GetImageFromArray(values.T.astype(dtype))
+        image.SetSpacing(place.get("spacing", (1.0, 1.0)))
+        image.SetOrigin(place.get("origin", (0.0, 0.0)))
+        SimpleITK.WriteImage(image, str(path.with_suffix(suffix)))
+
+    return write
+
+
+CORONAL = np.eye(4)[[0, 2, 1, 3]] * np.array([[2.0], [1.5], [1.0], [1.0]])
+
+
+@pytest.mark.parametrize(
+    ("dims", "write"),
+    [
+        (3, in_nifti((22, 24, 20), qform=np.diag([2.0, 1.0, 1.5, 1]), codes=(4, 1))),
+        (3, in_nifti((22, 24, 20), codes=(0, 0))),
+        (3, in_nifti((22, 24, 20), unit="micron")),
+        (2, in_nifti((22, 24), sform=np.diag([-2.0, 1.5, 1, 1]), qform=np.diag([-2.0, 1.5, 1, 1]))),
+        (2, in_nifti((22, 24, 1))),
+        (2, in_nifti((22, 24, 1), sform=CORONAL, qform=CORONAL)),
+        (2, in_itk(".png", np.uint8)),
+        (2, in_itk(".mha", spacing=(0.5, 2.0), origin=(3.0, -4.0))),
+        (2, in_itk(".nrrd", spacing=(0.5, 2.0), origin=(3.0, -4.0))),
+    ],
+    ids=["qform", "no form", "micron", "2D nifti", "slice", "coronal", "png", "2D mha", "2D nrrd"],
+)
+def test_itk_warps_wherever_it_places_an_image(tmp_path, dims, write):
+    """Fields lie where ITK sees the image, which with some headers is not where NIfTI's sform says."""
+    network = VelocityUNet(dims, channels=(4, 6))
+    network.card = replace(network.card, working_size=24, steps=1)
+    save_network(network, tmp_path / "net.safetensors")
+    (tmp_path / "images").mkdir()
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in (22, 24, 20)[:dims]), indexing="ij")
+    wave = 100 + 60 * np.sin(4 * axes[0] + 1) + 60 * np.cos(5 * axes[1])
+    write(tmp_path / "images" / "case", wave.astype(np.float32))
+    folders = ["--images", str(tmp_path / "images"), "--out", str(tmp_path / "out")]
+    options = ["--network", str(tmp_path / "net.safetensors"), "--no-augmentation", "--synthesis-level", "0.3", "0.4"]
+    assert main(["pairs", *folders, *options]) == 0
+    [one] = json.loads((tmp_path / "out" / "datalist.json").read_text())["training"]
+    paths = {key: str(tmp_path / "out" / name) for key, name in one.items()}
+    moving, fixed = (SimpleITK.ReadImage(paths[key], SimpleITK.sitkFloat64) for key in ("moving", "fixed"))
+    transform = SimpleITK.DisplacementFieldTransform(SimpleITK.ReadImage(paths["ddf"], SimpleITK.sitkVectorFloat64))
+    warped = SimpleITK.Resample(moving, fixed, transform, SimpleITK.sitkLinear, float("nan"))
+    warped, target, given = (SimpleITK.GetArrayFromImage(image) for image in (warped, fixed, moving))
+    there = np.isfinite(warped)
+    assert there.mean() > 0.6
+    assert np.abs(warped - target)[there].mean() < 0.1 * np.abs(given - target)[there].mean()
+    assert load_ddf(paths["ddf"]).shape == (dims, *wave.shape)
+
+
 def test_records_replay_the_written_pairs(command, folders):
     assert main(command()) == 0
     out = folders / "out"

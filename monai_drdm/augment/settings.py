@@ -189,16 +189,20 @@ class PairSettings:
         names = {side: f"{side}/{draw.name}{files['image'].suffix}" for side in SIDES}
         if "label" in files:
             names |= {f"{side}_label": f"{side}_labels/{draw.name}{files['label'].suffix}" for side in SIDES}
-        return names | {DDF: f"fields/{draw.name}.nii.gz", INVERSE_DDF: f"inverse_fields/{draw.name}.nii.gz"}
+        data = files["image"].data
+        suffix = ".mha" if data.ndim == 3 or data.shape[-1] == 1 else ".nii.gz"  # ITK takes no slice's field from NIfTI
+        return names | {DDF: f"fields/{draw.name}{suffix}", INVERSE_DDF: f"inverse_fields/{draw.name}{suffix}"}
 
     def make(self, files: Mapping[str, ImageFile], draw: Draw, device: str | None) -> Made:
         """Make a pair."""
         transform = self.transform(list(files), device)
         out = transform(_sample(files, draw))
         assert transform.last is not None
-        affine = files["image"].data.affine.numpy()
+        image = files["image"]
+        affine = image.data.affine.numpy() if image.itk_affine is None else image.itk_affine
         savers: dict[str, Callable[[Path], None]] = {
-            name: partial(save_ddf, out[name], affine, convention="itk") for name in (DDF, INVERSE_DDF)
+            name: partial(save_ddf, out[name], affine, convention="itk", one_slice=image.itk_dims == 3)
+            for name in (DDF, INVERSE_DDF)
         }
         for side in SIDES:
             for key, file in files.items():

@@ -207,8 +207,10 @@ class DRDM:
                 f"{card.name!r} needs images of shape (B, {card.in_channels}, *S) with {card.spatial_dims} spatial "
                 f"axes, got {tuple(images.shape)}."
             )
-        if not bool(torch.isfinite(images).all()):
-            raise ValueError("images must be finite, got NaN or infinity. Clean the image first (numpy.nan_to_num).")
+        if not bool(torch.isfinite(images.to(torch.float32)).all()):
+            raise ValueError(
+                "images must be finite in float32, got NaN, infinity or more. Clean them first (numpy.nan_to_num)."
+            )
 
 
 @lru_cache(maxsize=8)

@@ -52,12 +52,13 @@ def check_precision(precision: str) -> str:
 
 
 def levels_of_batch(level: float | Sequence[float], batch: int, function: str) -> list[float]:
-    """One checked level per sample, from one number or one per sample.
+    """One checked level per sample, from one number or one per sample; tensors and arrays may hold them too.
 
     Raises:
         ValueError: a wrong number of levels, or one outside (0, 1].
     """
-    levels = list(level) if isinstance(level, Sequence) else [level] * batch
+    given = level.tolist() if hasattr(level, "tolist") else level
+    levels = list(given) if isinstance(given, Sequence) else [given] * batch
     if len(levels) != batch:
         raise ValueError(f"{function}: level must be one number or one per sample, got {len(levels)} for {batch}.")
     return [check_level(one, function) for one in levels]

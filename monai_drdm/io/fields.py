@@ -22,23 +22,33 @@ _DISPLACEMENT_INTENT = 1006  # components in the file's own world, RAS
 _VECTOR_INTENT = 1007  # what ITK and ANTs write: LPS components
 _LPS = np.diag([-1.0, -1.0, 1.0])
 _PLANAR = "ddf 2D"
+_KIND = "monai_drdm"  # of ITK files: their key for what NIfTI calls the intent's name
+_POSITIONS = ("Mapping", "NREG_TRANS")  # intents' names of SPM and NiftyReg, whose vectors are no displacements
 _ITK_SUFFIXES = (".mha", ".nrrd")
 
 
 def save_ddf(
-    ddf: Tensor, affine: ArrayLike, path: str | os.PathLike[str], *, convention: Convention | None = None
+    ddf: Tensor,
+    affine: ArrayLike,
+    path: str | os.PathLike[str],
+    *,
+    convention: Convention | None = None,
+    one_slice: bool = False,
 ) -> None:
     """Write a displacement field as a vector image of millimetres.
 
     A field in world terms is ``A[:3, :3] · u_vox``. ``.nii`` and ``.nii.gz`` hold it as RAS components with intent 1006
     (which SimpleITK turns into its own LPS on reading), or, as ``itk``, as LPS components with intent 1007 (which
-    SimpleITK and ANTs take as they are). ``.mha`` and ``.nrrd`` hold LPS components.
+    SimpleITK and ANTs take as they are). ``.mha`` and ``.nrrd`` hold LPS components. ITK does not take a 2D field from
+    NIfTI, whatever its components: write ``.mha`` for it.
 
     Args:
         ddf: ``(D, *S)`` voxels. In NIfTI a 2D field becomes one slice of 3 components.
         affine: ``(4, 4)`` voxel to RAS millimetres.
         path: a ``.nii``, ``.nii.gz``, ``.mha`` or ``.nrrd`` file. A file that is there is replaced.
         convention: ``nifti`` (RAS) or ``itk`` (LPS); None: the format's own.
+        one_slice: write a 2D field to ``.mha`` or ``.nrrd`` as a volume of one slice, for images that are one in ITK;
+            ``load_ddf`` makes it 2D again.
 
     Raises:
         ValueError: not a field of 2 or 3 dimensions, another suffix or convention, an affine that is not ``(4, 4)``, or
@@ -59,7 +69,7 @@ def save_ddf(
     if convention == "itk":
         world = world @ _LPS
     if own == "itk":
-        image = _itk_image(world, matrix, ddf.shape[0])
+        image = _itk_image(world, matrix, ddf.shape[0], one_slice)
         atomically(path, lambda part: SimpleITK.WriteImage(image, part, imageIO=ITK_FORMATS[suffix]))
         return
     file = nib.Nifti1Image(world.reshape(*_volume(ddf), 1, 3).astype(np.float32), matrix)
@@ -111,10 +121,16 @@ def _read_nifti(path: str) -> tuple[NDArray[Any], NDArray[Any], int]:
             f"load_ddf: {path} must have intent {_DISPLACEMENT_INTENT} (RAS displacements) or {_VECTOR_INTENT} (LPS "
             f"vectors), got {intent}. Without it nobody can tell what its numbers mean."
         )
+    name = str(file.header["intent_name"].astype(str))
+    if name in _POSITIONS:
+        raise ValueError(
+            f"load_ddf: {path} holds the {name!r} of another program, which may be positions. If so, subtract each "
+            "voxel's own position and write what is left with save_ddf."
+        )
     if vectors.ndim != 5 or vectors.shape[3] != 1 or vectors.shape[4] not in (2, 3):
         raise ValueError(f"load_ddf: {path} must have shape (X, Y, Z, 1, 2 or 3), got {vectors.shape}.")
     vectors = vectors[:, :, :, 0]
-    planar = vectors.shape[-1] == 2 or str(file.header["intent_name"].astype(str)) == _PLANAR
+    planar = vectors.shape[-1] == 2 or name == _PLANAR
     if planar and vectors.shape[2] != 1:
         raise ValueError(f"load_ddf: {path} is a 2D field, but has {vectors.shape[2]} slices.")
     if vectors.shape[-1] == 2:
@@ -138,28 +154,38 @@ def _read_itk(path: str, reader: str) -> tuple[NDArray[Any], NDArray[Any], int]:
     vectors = SimpleITK.GetArrayFromImage(image).astype(np.float64)  # (…, y, x, D)
     world = np.zeros((*vectors.shape[:-1][::-1], 3))
     world[..., :dims] = vectors.transpose(*range(dims - 1, -1, -1), dims)
+    if dims == 3 and world.shape[2] == 1 and image.HasMetaDataKey(_KIND) and image.GetMetaData(_KIND) == _PLANAR:
+        world, dims = world[:, :, 0], 2
     return world @ _LPS, itk_affine(image), dims
 
 
-def itk_affine(image: SimpleITK.Image) -> NDArray[Any]:
-    """Voxel to RAS millimetres ``(4, 4)`` of an ITK image; a 2D image lies in the plane of the first two axes."""
-    dims = image.GetDimension()
+def itk_affine(image: SimpleITK.Image | SimpleITK.ImageFileReader) -> NDArray[Any]:
+    """Voxel to RAS millimetres ``(4, 4)`` of an ITK image; a 2D image lies in the plane of the first two axes.
+
+    Axes after the third are left out.
+    """
+    dims, shown = image.GetDimension(), min(image.GetDimension(), 3)
     affine = np.eye(4)
-    affine[:dims, :dims] = np.array(image.GetDirection()).reshape(dims, dims) * np.array(image.GetSpacing())
-    affine[:dims, 3] = image.GetOrigin()
+    directed = np.array(image.GetDirection()).reshape(dims, dims) * np.array(image.GetSpacing())
+    affine[:shown, :shown] = directed[:shown, :shown]
+    affine[:shown, 3] = image.GetOrigin()[:shown]
     affine[:3] = _LPS @ affine[:3]
     if dims == 2:
         affine[2, 2] = 1.0
     return affine
 
 
-def _itk_image(world: NDArray[Any], affine: NDArray[Any], dims: int) -> SimpleITK.Image:
+def _itk_image(world: NDArray[Any], affine: NDArray[Any], dims: int, one_slice: bool) -> SimpleITK.Image:
     """An ITK vector image of LPS vectors ``(*S, 3)`` on the grid of a RAS affine."""
+    if dims == 2 and one_slice:
+        image = _itk_image(world[:, :, None], affine, 3, False)
+        image.SetMetaData(_KIND, _PLANAR)
+        return image
     lps = _LPS @ affine[:3]
     if dims == 2 and not (np.array_equal(lps[2], [0.0, 0.0, 1.0, 0.0]) and not lps[:2, 2].any()):
         raise ValueError(
             "save_ddf: a 2D ITK file cannot say where its slice lies in space; the affine must leave the third axis as "
-            f"it is, got {affine.tolist()}. Write NIfTI instead."
+            f"it is, got {affine.tolist()}. Write NIfTI, or a volume with one_slice=True."
         )
     spacing = np.linalg.norm(lps[:dims, :dims], axis=0)
     arranged = world[..., :dims].transpose(*range(dims - 1, -1, -1), dims)
@@ -176,6 +202,6 @@ def _volume(ddf: Tensor) -> tuple[int, ...]:
 
 def _checked_affine(affine: ArrayLike, function: str) -> NDArray[Any]:
     matrix = np.asarray(affine, dtype=float)
-    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or abs(np.linalg.det(matrix)) < 1e-12:
+    if matrix.shape != (4, 4) or not np.isfinite(matrix).all() or np.linalg.matrix_rank(matrix[:3, :3]) < 3:
         raise ValueError(f"{function}: affine must be an invertible (4, 4) matrix, got {matrix.tolist()}.")
     return matrix

@@ -22,7 +22,8 @@ from monai_drdm.io.files import atomically, ITK_FORMATS, suffix_of
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd", ".png")
 """Formats that can be read and written back."""
 
-_ITK_OWN_KEYS = ("ITK_", "NRRD_")  # ITK writes them itself
+_ITK_OWN_KEYS = ("ITK_", "NRRD_")  # ITK writes them itself, but for this one:
+_NRRD_CONTENT = "NRRD_content"
 
 
 @dataclass(frozen=True)
@@ -31,6 +32,11 @@ class ImageFile:
 
     data: MetaTensor
     """``(C, *S)`` with the affine of the file, voxel to RAS millimetres; the identity, as in MONAI, if it has none."""
+    itk_affine: NDArray[Any] | None
+    """Voxel to RAS millimetres ``(4, 4)`` of where ITK places the image, which with some headers is elsewhere: it
+    prefers the qform and heeds micrometres. None: ITK does not read it."""
+    itk_dims: int
+    """Spatial axes that ITK sees: 3 for a volume of one slice, though ``data`` may be 2D."""
     suffix: str
     _write: Callable[[NDArray[Any], str], object]
 
@@ -73,6 +79,8 @@ def _load_nifti(path: str, suffix: str, keep_slice: bool) -> ImageFile:
         values = np.asanyarray(file.dataobj)
     except Exception as error:  # a damaged file makes nibabel raise whatever its bytes lead to
         raise ValueError(f"{path} cannot be read as NIfTI: {error}") from None
+    if not issubclass(type(file), nib.nifti1.Nifti1Pair):  # CIFTI ends in .nii too
+        raise ValueError(f"{path} cannot be read as a NIfTI image: it is a {type(file).__name__}.")
     if values.dtype.kind not in "biuf" or not 2 <= values.ndim <= 5 or 0 in values.shape:
         raise ValueError(f"{path} must hold real numbers in 2 to 5 axes, got {values.dtype} of shape {values.shape}.")
     shape = values.shape
@@ -94,7 +102,19 @@ def _load_nifti(path: str, suffix: str, keep_slice: bool) -> ImageFile:
             raise ValueError(f"{path}: its header cannot be written again: {error}") from error
 
     data = np.ascontiguousarray(np.moveaxis(channels, -1, 0))
-    return _image_file(data, np.asarray(file.affine, dtype=float), suffix, write)
+    return _image_file(data, np.asarray(file.affine, dtype=float), _itk_place(path), suffix, write)
+
+
+def _itk_place(path: str) -> tuple[NDArray[Any] | None, int]:
+    """Where ITK places a NIfTI image, and how many spatial axes it has there."""
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(path)
+    reader.SetImageIO("NiftiImageIO")
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return None, 3
+    return itk_affine(reader), min(reader.GetDimension(), 3)
 
 
 def _load_itk(path: str, suffix: str, keep_slice: bool) -> ImageFile:
@@ -125,12 +145,14 @@ def _load_itk(path: str, suffix: str, keep_slice: bool) -> ImageFile:
         )
         copy.CopyInformation(image)
         for key in image.GetMetaDataKeys():
-            if not key.startswith(_ITK_OWN_KEYS):
+            if key == _NRRD_CONTENT or not key.startswith(_ITK_OWN_KEYS):
                 copy.SetMetaData(key, image.GetMetaData(key))
         SimpleITK.WriteImage(copy, part, useCompression=compressed or suffix == ".png", imageIO=ITK_FORMATS[suffix])
 
-    affine = np.eye(4) if suffix == ".png" else itk_affine(image)
-    return _image_file(np.ascontiguousarray(channels[..., 0] if single else channels), affine, suffix, write)
+    place = itk_affine(image)
+    affine = np.eye(4) if suffix == ".png" else place
+    data = np.ascontiguousarray(channels[..., 0] if single else channels)
+    return _image_file(data, affine, (place, dims), suffix, write)
 
 
 def _check_png(head: bytes, path: str) -> None:
@@ -144,10 +166,14 @@ def _check_png(head: bytes, path: str) -> None:
 
 
 def _image_file(
-    values: NDArray[Any], affine: NDArray[Any], suffix: str, write: Callable[[NDArray[Any], str], object]
+    values: NDArray[Any],
+    affine: NDArray[Any],
+    itk: tuple[NDArray[Any] | None, int],
+    suffix: str,
+    write: Callable[[NDArray[Any], str], object],
 ) -> ImageFile:
     native = values.astype(values.dtype.newbyteorder("="), copy=False)
-    return ImageFile(MetaTensor(torch.from_numpy(native), affine=torch.from_numpy(affine)), suffix, write)
+    return ImageFile(MetaTensor(torch.from_numpy(native), affine=torch.from_numpy(affine)), *itk, suffix, write)
 
 
 def _as_dtype(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:

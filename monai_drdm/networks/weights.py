@@ -122,13 +122,16 @@ def save_network(network: RecoveryNetwork, path: str | os.PathLike[str]) -> str:
         The file's sha256. The same weights and card always give the same.
 
     Raises:
-        ValueError: another suffix.
+        ValueError: another suffix, or weights of another data type than ``load_network`` reads.
         FileExistsError: the file is there already, with other content.
     """
     path = Path(path)
     if path.suffix != ".safetensors":
         raise ValueError(f"save_network: path must end in .safetensors, got {path}.")
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
+    other = next((v.dtype for v in tensors.values() if v.is_floating_point() and v.dtype != torch.float32), None)
+    if other is not None:
+        raise ValueError(f"save_network: weights must be float32, got {other}. Save network.float().")
     data = to_safetensors(tensors, {_METADATA_KEY: network.card.to_json()})
     write_once(path, data)
     return hashlib.sha256(data).hexdigest()

@@ -168,7 +168,7 @@ def world_affine(data: NdarrayOrTensor, name: str) -> Tensor:
             f"point_space='world' of 2D images needs a slice parallel to the world's x and y, got the affine "
             f"{full.tolist()} of {name}. Give points in voxels."
         )
-    if float(torch.linalg.det(affine).abs()) < 1e-12:
+    if int(torch.linalg.matrix_rank(affine[:dims, :dims])) < dims:
         raise ValueError(f"point_space='world': the affine of {name} cannot be inverted: {full.tolist()}.")
     return affine
 

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.colors import TwoSlopeNorm
@@ -47,15 +48,15 @@ def deformation_figure(
     """
     figure = Figure(figsize=(12.0, 6.9), layout="constrained", facecolor="white")
     axes = figure.subplots(2, 3).ravel()
-    low, high = float(original.min()), float(original.float().quantile(0.998))
+    low, high = grey_range(original)
     panels = (
         ("Original", original),
         ("Diffused: random field", diffused),
         ("Recovered", recovered),
     )
     for axis, (name, image) in zip(axes, panels):
-        show(axis, image, spacing, name, cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
-    show(axes[3], recovered, spacing, "Labels: before and after", cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+        show(axis, image, spacing, name, cmap="gray", vmin=low, vmax=high)
+    show(axes[3], recovered, spacing, "Labels: before and after", cmap="gray", vmin=low, vmax=high)
     for one, colour, name in ((label, LABEL_BEFORE, "before"), (recovered_label, LABEL_AFTER, "after")):
         if one is not None:
             outline(axes[3], one, colour)
@@ -67,6 +68,13 @@ def deformation_figure(
     figure.colorbar(mappable, ax=axes[5], shrink=0.8)
     figure.suptitle(title, fontsize=12, color=_INK)
     return figure
+
+
+def grey_range(image: Tensor) -> tuple[float, float]:
+    """Values that are shown black and white: the smallest and the 99.8th percentile."""
+    values = image.detach().cpu().to(torch.float32).numpy()  # of any type and size, unlike in torch
+    low, high = float(values.min()), float(np.percentile(values, 99.8))
+    return low, max(high, low + 1e-6)
 
 
 def draw_warped_grid(axis: Axes, ddf: Tensor, spacing: Sequence[float] = (1.0, 1.0), lines: int = 32) -> None:
@@ -82,6 +90,8 @@ def draw_warped_grid(axis: Axes, ddf: Tensor, spacing: Sequence[float] = (1.0, 1
     """
     position = (identity_grid(ddf.shape[1:]) + ddf.detach().cpu().float()).numpy()
     _frame(axis, position.shape[1:], spacing, "Grid of the original, warped")
+    if min(position.shape[1:]) < 2:
+        return
     extent_mm = max(n * s for n, s in zip(position.shape[1:], spacing))
     for d in (0, 1):
         step = max(extent_mm / lines / spacing[d], 1e-6)
@@ -136,6 +146,8 @@ def _frame(axis: Axes, shape: Sequence[int], spacing: Sequence[float], name: str
 def outline(axis: Axes, label: Tensor, colour: str) -> None:
     """Draw the outline of every class of a label map ``(H, W)``."""
     array = label.detach().cpu().numpy()
+    if min(array.shape) < 2:  # a line has no outline
+        return
     for value in np.unique(array):
         if value != 0:
             axis.contour((array == value).T.astype(float), levels=[0.5], colors=colour, linewidths=1.2)

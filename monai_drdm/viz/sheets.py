@@ -8,7 +8,7 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from monai_drdm.viz.figures import LABEL_AFTER, LABEL_BEFORE, outline, show
+from monai_drdm.viz.figures import grey_range, LABEL_AFTER, LABEL_BEFORE, outline, show
 
 _MAX_COLUMNS = 6
 
@@ -41,7 +41,7 @@ def contact_sheet(entries: Sequence[SheetEntry]) -> Figure:
         axis.set_axis_off()
     for number, entry in enumerate(entries):
         block, column = divmod(number, columns)
-        low, high = float(entry.before.min()), float(entry.before.float().quantile(0.998))
+        low, high = grey_range(entry.before)
         shown = (
             (entry.before, entry.label_before, LABEL_BEFORE, entry.name),
             (entry.after, entry.label_after, LABEL_AFTER, entry.after_name),
@@ -49,7 +49,7 @@ def contact_sheet(entries: Sequence[SheetEntry]) -> Figure:
         for row, (image, label, colour, title) in enumerate(shown):
             axis = axes[2 * block + row, column]
             axis.set_axis_on()
-            show(axis, image, entry.spacing, title, cmap="gray", vmin=low, vmax=max(high, low + 1e-6))
+            show(axis, image, entry.spacing, title, cmap="gray", vmin=low, vmax=high)
             axis.title.set_fontsize(8)
             if label is not None:
                 outline(axis, label, colour)

@@ -276,6 +276,17 @@ def test_image_that_is_not_finite(small, value):
         small().sample(image, 0.6, [1, 2])
 
 
+def test_image_beyond_single_precision(small):
+    with pytest.raises(ValueError, match="images must be finite in float32"):
+        small().sample(torch.full((1, 1, 20, 20), -1.7e308, dtype=torch.float64), 0.6, [1])
+
+
+@pytest.mark.parametrize("kind", [torch.tensor, np.array])
+def test_levels_as_a_tensor_or_array(small, kind):
+    given, as_list = (small().sample(images(2, 20, 20), levels, [1, 2]) for levels in (kind([0.25, 0.5]), [0.25, 0.5]))
+    assert torch.equal(given, as_list)
+
+
 @pytest.mark.parametrize("shape", [(1, 20, 20), (1, 2, 20, 20), (1, 1, 20, 20, 20), (0, 1, 20, 20), (1, 1, 0, 20)])
 def test_images_that_do_not_fit(small, shape):
     with pytest.raises(ValueError, match=re.escape(f"got {shape}")):

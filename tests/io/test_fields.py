@@ -256,6 +256,39 @@ def test_2d_itk_slice_away_from_the_origin(tmp_path, suffix):
         save_ddf(smooth_field((8, 6)), matrix, tmp_path / f"f{suffix}")
 
 
+@pytest.mark.parametrize("suffix", [".mha", ".nrrd"])
+@each_affine
+def test_2d_field_as_one_slice(tmp_path, matrix, suffix):
+    """A volume for ITK, in the plane; 2D again for us."""
+    ddf = smooth_field((8, 6))
+    save_ddf(ddf, matrix, tmp_path / f"f{suffix}", one_slice=True)
+    check(load_ddf(tmp_path / f"f{suffix}"), ddf, matrix)
+    image = SimpleITK.ReadImage(str(tmp_path / f"f{suffix}"))
+    assert (image.GetSize(), image.GetNumberOfComponentsPerPixel()) == ((8, 6, 1), 3)
+    transform = SimpleITK.DisplacementFieldTransform(SimpleITK.Cast(image, SimpleITK.sitkVectorFloat64))
+    lps, voxel = np.diag([-1.0, -1.0, 1.0, 1.0]) @ matrix, np.array([3.0, 2.0])
+    start, end = ((lps @ np.array([*point, 0.0, 1.0]))[:3] for point in (voxel, voxel + ddf[:, 3, 2].numpy()))
+    np.testing.assert_allclose(transform.TransformPoint(start), end, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["Mapping", "NREG_TRANS"])
+def test_positions_of_other_programs_are_refused(tmp_path, name):
+    """SPM's and NiftyReg's files say where voxels go, not how far."""
+    positions = np.moveaxis(identity_grid((6, 5, 4)).numpy(), 0, -1)[:, :, :, None]
+    file = nib.Nifti1Image(positions, np.eye(4))
+    file.header.set_intent("vector", name=name)
+    nib.save(file, tmp_path / "y.nii")
+    with pytest.raises(ValueError, match=f"holds the '{name}' of another program"):
+        load_ddf(tmp_path / "y.nii")
+
+
+def test_fields_of_microscopes(tmp_path):
+    """Voxels of 65 × 65 × 200 nm, in millimetres."""
+    ddf, matrix = smooth_field((6, 5, 4)), np.diag([6.5e-5, 6.5e-5, 2e-4, 1.0])
+    save_ddf(ddf, matrix, tmp_path / "f.nii.gz")
+    torch.testing.assert_close(load_ddf(tmp_path / "f.nii.gz").as_tensor(), ddf, rtol=0, atol=1e-4)
+
+
 @each_format
 def test_one_slice_stays_3d(tmp_path, suffix, convention):
     for shape in ((9, 12, 1), (9, 1, 12), (1, 9, 12)):

@@ -324,6 +324,24 @@ def test_itk_metadata_is_kept(tmp_path):
     assert SimpleITK.ReadImage(str(out)).GetMetaData("Modality") == "MR"
 
 
+def test_nrrd_content_is_kept(tmp_path):
+    image = SimpleITK.GetImageFromArray(np.ones((4, 5, 6), np.float32))
+    SimpleITK.WriteImage(image, str(tmp_path / "plain.nrrd"))
+    data = (tmp_path / "plain.nrrd").read_bytes()
+    (tmp_path / "a.nrrd").write_bytes(data.replace(b"\ntype:", b"\ncontent: CT scan\ntype:", 1))
+    file = load_image(tmp_path / "a.nrrd")
+    file.save_like(file.data, tmp_path / "b.nrrd")
+    assert b"content: CT scan" in (tmp_path / "b.nrrd").read_bytes()
+
+
+def test_surface_data_is_no_image(tmp_path):
+    """CIFTI files end in .nii as well."""
+    axes = (nib.cifti2.ScalarAxis(["a"]), nib.cifti2.BrainModelAxis.from_mask(np.ones((2, 2, 2)), affine=np.eye(4)))
+    nib.save(nib.Cifti2Image(np.ones((1, 8), np.float32), axes), tmp_path / "c.dscalar.nii")
+    with pytest.raises(ValueError, match="cannot be read as a NIfTI image: it is a Cifti2Image"):
+        load_image(tmp_path / "c.dscalar.nii")
+
+
 def test_source_may_be_gone_or_be_the_target(tmp_path):
     """Augmenting in place, and writing after the source was removed."""
     for name in ("a.nii", "a.nii.gz"):

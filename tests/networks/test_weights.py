@@ -301,3 +301,10 @@ def test_a_file_that_is_called_like_a_known_network(small_network, tmp_path, mon
     monkeypatch.chdir(tmp_path)
     assert load_network("anatomy-2d").card.name == "anatomy-2d"
     assert load_network(tmp_path / "anatomy-2d").card.name == "untrained-2d"
+
+
+def test_half_precision_is_not_saved(tmp_path):
+    """What could not be read again."""
+    with pytest.raises(ValueError, match=r"must be float32, got torch.float16. Save network.float\(\)"):
+        save_network(VelocityUNet(2, channels=(4, 6)).half(), tmp_path / "half.safetensors")
+    assert not list(tmp_path.iterdir())

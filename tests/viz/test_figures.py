@@ -9,6 +9,7 @@ from monai_drdm.fields import fold_fraction, identity_grid, warp
 matplotlib_figure = pytest.importorskip("matplotlib.figure")
 
 from monai_drdm.viz import deformation_figure, draw_jacobian, draw_warped_grid  # noqa: E402  needs matplotlib
+from monai_drdm.viz.figures import grey_range  # noqa: E402
 
 
 @pytest.fixture
@@ -63,6 +64,21 @@ def test_renders_without_labels():
 def test_renders_integers_and_constant_images():
     image = torch.full((16, 12), 7, dtype=torch.int16)
     assert png(deformation_figure(image, image, image, torch.zeros(2, 16, 12), image, image))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.int64, torch.bfloat16, torch.bool])
+def test_grey_range_of_any_type(dtype):
+    assert grey_range(torch.tensor([[0, 1], [1, 1]]).to(dtype)) == (0.0, 1.0)
+
+
+def test_grey_range_of_a_large_plane():
+    """Of more values than torch takes quantiles of."""
+    low, high = grey_range(torch.arange(4100).view(1, -1).expand(4100, -1))
+    assert (low, high) == (0.0, pytest.approx(0.998 * 4099, abs=1))
+
+
+def test_a_line_of_voxels_is_drawn():
+    png(figure_of(1, 30))
 
 
 def test_labels_are_outlined_before_and_after():
