@@ -14,6 +14,7 @@ from monai.data import MetaTensor
 from monai_drdm.io.fields import itk_affine
 
 DICOM_SUFFIXES = (".dcm", ".ima")
+_MAX_STRETCH = 0.15  # one damaged slice of a dozen costs no scan
 
 
 def find_series(folder: str | os.PathLike[str]) -> tuple[list[tuple[str, ...]], list[str]]:
@@ -29,12 +30,44 @@ def find_series(folder: str | os.PathLike[str]) -> tuple[list[tuple[str, ...]], 
     return sorted(series), sorted(str(path) for path in rest if path.name.lower().endswith(DICOM_SUFFIXES))
 
 
+def _check_steps(files: Sequence[str]) -> None:
+    """Several time points are no volume, and neither is a series with large gaps: ITK stacks both at even steps.
+
+    Raises:
+        ValueError: slices at one place, or so many missing that what is there would be stretched much.
+    """
+    places = [_place_along_normal(file) for file in files]
+    if len(places) < 2 or None in places:
+        return
+    steps = np.diff(np.sort(np.array(places, dtype=float)))
+    if steps.min() < 1e-3:
+        raise ValueError("several slices lie at one place, as those of several time points do; separate them first")
+    usual, mean = float(np.median(steps)), float(steps.mean())
+    if abs(mean / usual - 1) > _MAX_STRETCH:
+        raise ValueError(f"slices are missing: most lie {usual:g} mm apart, in the mean they lie {mean:g} mm apart")
+
+
+def _place_along_normal(file: str) -> float | None:
+    """Where a DICOM slice lies across its plane in mm; None if it does not say."""
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(file)
+    try:
+        reader.ReadImageInformation()
+        place, plane = (
+            [float(number) for number in reader.GetMetaData(tag).split("\\")] for tag in ("0020|0032", "0020|0037")
+        )
+    except (RuntimeError, ValueError):
+        return None
+    return float(np.dot(np.cross(plane[:3], plane[3:]), place))
+
+
 def load_with_itk(files: Sequence[str]) -> MetaTensor:
     """One image ``(C, *S)`` float32 from one file, or from the slices of a DICOM series.
 
     Raises:
-        ValueError: it cannot be read.
+        ValueError: it cannot be read, or the slices of a series do not lie at even steps.
     """
+    _check_steps(files)
     try:
         image = SimpleITK.ReadImage(files[0] if len(files) == 1 else list(files))
     except RuntimeError as error:

@@ -1,5 +1,6 @@
 """Registration: motion separability of fields; training and judging networks (``pip install monai-drdm[train]``)."""
 
+from monai_drdm.registration.data import unit_range
 from monai_drdm.registration.evaluate import evaluate_registration, RegistrationScore
 from monai_drdm.registration.networks import load_registration, register, RegistrationNetwork, save_registration
 from monai_drdm.registration.separability import motion_separability, separability_bound, SeparabilityBound
@@ -14,4 +15,5 @@ __all__ = [
     "register",
     "save_registration",
     "separability_bound",
+    "unit_range",
 ]

@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from monai.data import MetaTensor
 from torch import Tensor
 from tqdm import tqdm
 
 from monai_drdm.io import find_cases, load_ddf, load_image, read_cases
 
 _LOW, _HIGH = 0.005, 0.995
+_PAIR = ("moving", "fixed", "ddf", "moving_label", "fixed_label")
+_SAME_SPACING = 1e-2
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,7 @@ class PairBank:
 
     pairs: RegistrationBatch
     names: tuple[str, ...]
+    """Paths of their fixed images."""
 
     def __len__(self) -> int:
         return len(self.names)
@@ -69,10 +75,10 @@ class PairBank:
         return RegistrationBatch(**values)  # type: ignore[arg-type]
 
     def split(self, share: float) -> tuple[PairBank, PairBank]:
-        """The pairs of the first images, and those of the last ones for validation; of a single image all in both."""
-        sources = [name.rsplit("_pair", 1)[0] for name in self.names]
+        """The pairs of the first images, and of the last ones for validation; of one image or no share, all twice."""
+        sources = [os.path.join(folder, name.rsplit("_pair", 1)[0]) for folder, name in map(os.path.split, self.names)]
         images = list(dict.fromkeys(sources))
-        if len(images) < 2:
+        if len(images) < 2 or share == 0:
             return self, self
         kept = set(images[-min(max(round(share * len(images)), 1), len(images) - 1) :])
         return self._part([i for i, one in enumerate(sources) if one not in kept]), self._part(
@@ -113,7 +119,7 @@ class ImageBank:
     def split(self, share: float) -> tuple[ImageBank, ImageBank]:
         """The first images, and the last ones for validation; two at least in each, or all in both."""
         kept = max(round(share * len(self)), 2)
-        if len(self) - kept < 2:
+        if len(self) - kept < 2 or share == 0:
             return self, self
         return self._part(slice(0, -kept)), self._part(slice(-kept, None))
 
@@ -140,7 +146,7 @@ def load_pairs(
         raise FileNotFoundError(f"no folder of pairs or datalist {path}.")
     try:
         entries = json.loads(path.read_text(encoding="utf-8"))[section]
-        files = [{key: path.parent / name for key, name in entry.items()} for entry in entries]
+        files = [{key: path.parent / entry[key] for key in _PAIR if key in entry} for entry in entries]
         needed = all({"moving", "fixed", "ddf"} <= set(one) for one in files)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} cannot be read as a datalist with a section {section!r}: {error}.") from None
@@ -164,7 +170,7 @@ def load_pairs(
     }
     inside = torch.stack([_centred(torch.ones_like(one, dtype=torch.bool), shape) for one in read["fixed"]])
     pairs = RegistrationBatch(inside=inside, **stacked)
-    return PairBank(pairs, tuple(one["fixed"].name for one in files))
+    return PairBank(pairs, tuple(str(one["fixed"]) for one in files))
 
 
 def load_images(
@@ -181,26 +187,28 @@ def load_images(
 
     Raises:
         FileNotFoundError: nothing there.
-        ValueError: fewer than two images; images of other dimensions, of different orientation, or not finite; labels
-            of some images only, of another shape than theirs, or beside a datalist, which names its own.
+        ValueError: fewer than two images, or one listed twice; images of other dimensions, of different orientation or
+            voxel size, or not finite; labels of some images only, of another grid than theirs, or beside a datalist,
+            which names its own.
     """
     if labels is not None and Path(images).is_file():
         raise ValueError(f"labels must be None with the datalist {images}, which names its labels, got {labels}.")
     cases = read_cases(images, section) if Path(images).is_file() else find_cases(images, labels)
     if len(cases) < 2:
         raise ValueError(f"{images} must hold two images or more to register with each other, got {len(cases)}.")
-    read, marks, oriented = [], [], []
+    repeated = [path for path, count in Counter(case.image for case in cases).items() if count > 1]
+    if repeated:
+        raise ValueError(
+            f"{images} must list every image once, got {repeated[0]} again, which would be paired with itself."
+        )
+    read, marks = [], []
+    first = load_image(cases[0].image).data
     for case in tqdm(cases, desc="read", unit="image", disable=not progress):
         data = load_image(case.image).data
-        oriented.append(_orientation(data.affine))
-        if oriented[-1] != oriented[0]:
-            raise ValueError(
-                f"{case.image} must have its axes along those of {cases[0].image}, got world axes {oriented[-1]} and "
-                f"{oriented[0]}. Reorient them first (Orientationd)."
-            )
+        _check_same_grid(case.image, data, cases[0].image, first)
         read.append(_image(data.as_tensor(), case.image, spatial_dims))
         if case.label is not None:
-            marks.append(_label(case.label))
+            marks.append(_label(case.label, data.affine))
             _check_same_shape(case.image, read[-1], case.label, marks[-1])
     shape = _common_shape(read)
     if marks and len(marks) < len(read):
@@ -228,11 +236,33 @@ def _image(data: Tensor, path: Path, spatial_dims: int) -> Tensor:
     return unit_range(data).half()
 
 
-def _label(path: Path) -> Tensor:
-    values = load_image(path).data.as_tensor()
-    if bool((values != values.round()).any()) or float(values.min()) < 0 or float(values.max()) > 255:
-        raise ValueError(f"{path} must hold label ids from 0 to 255.")
-    return values.to(torch.uint8)
+def _label(path: Path, affine: Tensor | None = None) -> Tensor:
+    data = load_image(path).data
+    if affine is not None and not torch.allclose(data.affine, affine, rtol=0, atol=1e-3):
+        raise ValueError(
+            f"{path} must have the affine of its image, got {data.affine.tolist()} and {affine.tolist()}. Resample it "
+            "to the image's grid first."
+        )
+    values = data.numpy()  # torch cannot compare all unsigned integers
+    if len(values) != 1 or (values != np.round(values)).any() or values.min() < 0 or values.max() > 255:
+        raise ValueError(f"{path} must hold label ids from 0 to 255 in one channel.")
+    return torch.from_numpy(values.astype(np.uint8))
+
+
+def _check_same_grid(path: Path, data: MetaTensor, first_path: Path, first: MetaTensor) -> None:
+    """Axes along the same world axes, with voxels of one size; images of other dimensions are found elsewhere."""
+    mine, its = _orientation(data.affine), _orientation(first.affine)
+    if mine != its:
+        raise ValueError(
+            f"{path} must have its axes along those of {first_path}, got world axes {mine} and {its}. Reorient them "
+            "first (Orientationd)."
+        )
+    sizes, others = (one.pixdim[: one.ndim - 1] for one in (data, first))
+    if len(sizes) == len(others) and not torch.allclose(sizes, others, rtol=_SAME_SPACING, atol=0):
+        raise ValueError(
+            f"{path} must have voxels of the size of {first_path}'s, got {sizes.tolist()} and {others.tolist()} mm. "
+            "Resample them first (Spacingd)."
+        )
 
 
 def _check_same_shape(path: Path, image: Tensor, other_path: Path, other: Tensor) -> None:

@@ -76,7 +76,7 @@ def evaluate_registration(
     Raises:
         ValueError: a method whose field has another shape, or a wrong spacing.
     """
-    dims = moving.ndim - 2
+    dims, structures = moving.ndim - 2, tuple(int(one) for one in structures)
     steps = _steps(spacing, dims, fixed.device)
     start = _now(fixed.device)
     found = register(moving, fixed)

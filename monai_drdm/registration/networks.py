@@ -22,6 +22,7 @@ from monai_drdm.registration.forces import demons_forces, WIDTHS
 
 _META = "monai_drdm_registration"
 _SQUARINGS = 6
+_RANGE_TOLERANCE = 0.01
 _GAIN = 4.0
 """Forces of half a voxel at most, brought to the size of what else a network sees."""
 
@@ -169,7 +170,7 @@ def register(network: nn.Module, moving: Tensor, fixed: Tensor, *, rounds: int =
 
     Args:
         network: of ``load_registration``, or another that takes both images as channels.
-        moving: ``(B, 1, *S)`` in [0, 1].
+        moving: ``(B, 1, *S)`` in [0, 1], such as ``unit_range`` makes of an image.
         fixed: ``(B, 1, *S)`` in [0, 1].
         rounds: how often; every round after the first registers the moving images as they are warped so far.
 
@@ -177,14 +178,22 @@ def register(network: nn.Module, moving: Tensor, fixed: Tensor, *, rounds: int =
         ``(B, D, *S)`` voxels: ``fixed(x)`` is to look like ``moving(x + ddf(x))``.
 
     Raises:
-        ValueError: fewer than one round.
+        ValueError: fewer than one round, or images that are not in [0, 1].
     """
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds}.")
+    for name, image in (("moving", moving), ("fixed", fixed)):
+        low, high = float(image.min()), float(image.max())
+        if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
+            raise ValueError(
+                f"{name} must be in [0, 1], as networks were trained, got {low:g} to {high:g}. Use unit_range(image)."
+            )
+    training = network.training
     network.eval()
     ddf: Tensor = network(torch.cat([moving, fixed], dim=1))
     for _ in range(rounds - 1):
         ddf = compose(ddf, network(torch.cat([warp(moving, ddf), fixed], dim=1)))
+    network.train(training)
     return ddf
 
 

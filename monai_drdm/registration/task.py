@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
 from monai.losses import DiceLoss, DiffusionLoss, LocalNormalizedCrossCorrelationLoss
-from monai.networks.utils import one_hot
 from torch import nn, Tensor
 
 from monai_drdm.fields import warp
 from monai_drdm.registration.augment import mirrored, posed, repainted
 from monai_drdm.registration.data import ImageBank, load_images, load_pairs, PairBank, RegistrationBatch
 from monai_drdm.registration.networks import kinds, load_registration, RegistrationNetwork, save_registration, Structure
+from monai_drdm.train.data import digest_of
 from monai_drdm.train.engine import Predict, run_task, Task
 from monai_drdm.train.losses import folding_loss
 from monai_drdm.train.settings import RunConfig, setting
@@ -74,12 +74,20 @@ class RegistrationTask(Task):
     config: RegistrationConfig
 
     def __init__(self, config: RegistrationConfig) -> None:
+        self.start = load_registration(config.init) if config.init else None
+        if self.start is not None:  # what is written down is what is trained
+            built = asdict(self.start.structure)
+            if built.pop("spatial_dims") != config.spatial_dims:
+                raise ValueError(
+                    f"init must be a {config.spatial_dims}D network, got {self.start.structure.spatial_dims}D."
+                )
+            config = replace(config, network=built.pop("kind"), **built)
         self.config = config
         self.training: PairBank | ImageBank | None = None
         self.validation: PairBank | ImageBank | None = None
         self.similarity = LocalNormalizedCrossCorrelationLoss(config.spatial_dims, _WINDOW, reduction="mean")
         self.smoothness = DiffusionLoss()
-        self.overlap = DiceLoss(include_background=False)
+        self.overlap = DiceLoss()
 
     def prepare(self, progress: bool) -> str:
         """Read the pairs or images."""
@@ -101,16 +109,18 @@ class RegistrationTask(Task):
         self.training, self.validation = bank.split(config.validation_share)
         return ""
 
+    def fingerprint(self) -> str:
+        """Of the pairs or images of both parts."""
+        tensors: list[Tensor | None] = []
+        for bank in (self.training, self.validation):
+            assert bank is not None
+            tensors += [bank.images, bank.labels] if isinstance(bank, ImageBank) else vars(bank.pairs).values()
+        return digest_of(tensor for tensor in tensors if tensor is not None)
+
     def network(self) -> nn.Module:
         """A new network, or the one to go on from."""
-        config = self.config
-        if config.init:
-            network = load_registration(config.init)
-            if network.structure.spatial_dims != config.spatial_dims:
-                raise ValueError(
-                    f"init must be a {config.spatial_dims}D network, got {network.structure.spatial_dims}D."
-                )
-        else:
+        config, network = self.config, self.start
+        if network is None:
             network = RegistrationNetwork(
                 Structure(
                     config.network,
@@ -143,7 +153,8 @@ class RegistrationTask(Task):
         config = self.config
         if target.ddf is not None:
             apart = (predicted - target.ddf).norm(dim=1, keepdim=True)
-            known: Tensor = config.error_weight * apart[target.inside].mean()
+            inside = target.inside.sum().clamp(min=1)  # strong poses may turn all of a small image out of sight
+            known: Tensor = config.error_weight * (apart * target.inside).sum() / inside
             return known
         loss: Tensor = config.similarity_weight * (1 + self.similarity(warp(target.moving, predicted), target.fixed))
         return loss if config.label_weight == 0 else loss + config.label_weight * self._overlap(predicted, target)
@@ -161,10 +172,14 @@ class RegistrationTask(Task):
         return loss
 
     def _overlap(self, predicted: Tensor, target: RegistrationBatch) -> Tensor:
+        """Dice loss over the structures that the batch holds, background aside."""
         assert target.moving_label is not None
         assert target.fixed_label is not None
-        classes = 1 + int(max(target.moving_label.max(), target.fixed_label.max()))
-        moving, fixed = (one_hot(one, classes) for one in (target.moving_label, target.fixed_label))
+        there = torch.unique(torch.cat([target.moving_label, target.fixed_label]))
+        ids = there[there > 0].view(1, -1, *(1,) * (predicted.ndim - 2))
+        if not ids.numel():
+            return predicted.new_zeros(())
+        moving, fixed = ((one == ids).float() for one in (target.moving_label, target.fixed_label))
         overlap: Tensor = self.overlap(warp(moving, predicted), fixed)
         return overlap
 

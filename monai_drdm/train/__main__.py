@@ -60,7 +60,8 @@ def run_command(
         print(f"{name}: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print(f"stopped at once; go on with --resume --out {options.out}", file=sys.stderr)
+        begun = (options.out / "config.json").is_file()
+        print(f"stopped at once{f'; go on with --resume --out {options.out}' if begun else ''}", file=sys.stderr)
         return 128 + (caught[-1] if caught else signal.SIGINT)
     finally:
         for number, handler in before.items():

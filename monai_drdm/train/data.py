@@ -2,23 +2,28 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data import load_decathlon_datalist, MetaTensor
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage
+from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from monai_drdm.diffusion import WorkingGrid
 from monai_drdm.io.dicom import DICOM_SUFFIXES, find_series, load_with_itk
+from monai_drdm.train.folder import holds_run
 from monai_drdm.transforms.inputs import spacing_of
 
 _ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".tif", ".tiff")
@@ -82,6 +87,15 @@ class ScanBank:
         return ScanBank(self.images[mask], self.source[mask], self.weight[mask], ())
 
 
+def digest_of(tensors: Iterable[Tensor]) -> str:
+    """The sha256 of tensors, whatever it is that they hold."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
+        digest.update(tensor.contiguous().numpy().data)
+    return digest.hexdigest()
+
+
 def find_scans(data: str | os.PathLike[str], section: str = "training") -> list[Scan]:
     """Image files and DICOM folders below a folder, or the images of a MONAI datalist.
 
@@ -91,6 +105,8 @@ def find_scans(data: str | os.PathLike[str], section: str = "training") -> list[
         FileNotFoundError: nothing there, or no image in it.
         ValueError: a file that is no datalist with that section, or a weight that is not a positive number.
     """
+    if not os.fspath(data):
+        raise ValueError("data must name a folder or datalist, got an empty text.")
     path = Path(data)
     if path.is_file():
         try:
@@ -141,10 +157,15 @@ def load_bank(
         ValueError: nothing is left, images and volumes are mixed, or images have several channels and none was chosen.
     """
     images: list[Tensor] = []
-    source: list[int] = []
+    listed: list[int] = []
     skipped: list[str] = []
     dims: dict[int, Path] = {}
-    every = [(files, scan.weight) for scan in scans for files in _files_of(scan.path)]
+    every: list[tuple[list[Path], float]] = []
+    for one in scans:
+        found = _files_of(one.path)
+        every += [(files, one.weight) for files in found]
+        if not found:
+            skipped.append(f"{one.path}: holds no image or DICOM series")
     stacked = {files[0].parent for files, _ in every if len(files) > 1}
     for number, (files, _) in enumerate(tqdm(every, desc="read", unit="scan", disable=not progress)):
         path = files[0]
@@ -164,13 +185,15 @@ def load_bank(
             skipped.append(f"{path}: {error}")
             continue
         images += fitted
-        source += [number] * len(fitted)
+        listed += [number] * len(fitted)
     if not images:
-        listed = "\n".join(f"  {line}" for line in skipped)
-        raise ValueError(f"none of {len(every)} scans can be used:\n{listed}")
-    number_of, counts = torch.tensor(source), torch.bincount(torch.tensor(source), minlength=len(every))
-    weight = torch.tensor([weight for _, weight in every]) / counts.clamp(min=1)
-    return ScanBank(torch.stack(images), number_of, weight[number_of], tuple(skipped))
+        lines = "\n".join(f"  {line}" for line in skipped)
+        raise ValueError(f"none of {max(len(every), len(skipped))} scans can be used:\n{lines}")
+    entry = torch.tensor(listed)
+    weight = torch.tensor([weight for _, weight in every]) / torch.bincount(entry, minlength=len(every)).clamp(min=1)
+    first = {key: number for number, key in reversed([*enumerate(_identity(files) for files, _ in every)])}
+    source = torch.tensor([first[_identity(files)] for files, _ in every])  # what is listed twice is one source
+    return ScanBank(torch.stack(images), source[entry], weight[entry], tuple(skipped))
 
 
 def _check_dims(seen: Mapping[int, Path], spatial_dims: int, mix_dimensions: bool) -> None:
@@ -189,20 +212,38 @@ class _UnusableError(Exception):
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    for path in folder.rglob("*"):
-        if not path.is_dir() and not path.name.startswith("."):  # also links that lead nowhere: they are listed then
-            if path.name.lower().endswith(DICOM_SUFFIXES):
-                yield path.parent  # holds one series or several
-            elif path.name.lower().endswith(_SUFFIXES):
-                yield path
+    """Image files and folders of DICOM files, through links too; not of hidden folders or of training runs."""
+    seen = set()
+    for place, folders, names in os.walk(folder, followlinks=True):
+        here = Path(place)
+        real = os.path.realpath(here)
+        if real in seen or (here != folder and (here.name.startswith(".") or holds_run(here))):
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        for name in names:
+            if not name.startswith("."):  # also links that lead nowhere: they are listed then
+                if name.lower().endswith(DICOM_SUFFIXES):
+                    yield here  # holds one series or several
+                elif name.lower().endswith(_SUFFIXES):
+                    yield here / name
 
 
 def _files_of(path: Path) -> list[list[Path]]:
-    """The files of each scan: one, or those of every DICOM series of a folder; unreadable ones stand alone."""
+    """The files of each scan: one, or those of every DICOM series of a folder; unreadable ones stand alone.
+
+    Of a folder without any, those of the folders below it.
+    """
     if not path.is_dir():
         return [[path]]
     series, rest = find_series(path)
-    return [[Path(file) for file in files] for files in (*series, *((file,) for file in rest))]
+    direct = [[Path(file) for file in files] for files in (*series, *((file,) for file in rest))]
+    return direct or [files for one in sorted(set(_walk(path))) if one != path for files in _files_of(one)]
+
+
+def _identity(files: Sequence[Path]) -> tuple[str, ...]:
+    return tuple(os.path.realpath(file) for file in files)  # unlike resolve, of links in a circle too
 
 
 def _read(files: Sequence[Path]) -> MetaTensor:
@@ -212,7 +253,11 @@ def _read(files: Sequence[Path]) -> MetaTensor:
         if len(files) > 1 or not name.endswith(_SUFFIXES) or name.endswith(_ITK_SUFFIXES):
             scan: Any = load_with_itk([os.fspath(file) for file in files])
         else:
-            scan = Compose([LoadImage(image_only=True, dtype=np.float32), EnsureChannelFirst()])(os.fspath(files[0]))
+            _check_plain(files[0])
+            with warnings.catch_warnings():
+                warnings.simplefilter("error", np.exceptions.ComplexWarning)
+                load = Compose([LoadImage(image_only=True, dtype=np.float32), EnsureChannelFirst()])
+                scan = load(os.fspath(files[0]))
     except Exception as error:  # readers raise whatever damaged bytes lead to
         reason = str(error.__cause__ or error) or type(error).__name__
         raise _UnusableError(f"cannot be read: {reason.splitlines()[0]}") from error
@@ -226,6 +271,23 @@ def _read(files: Sequence[Path]) -> MetaTensor:
     return scan
 
 
+def _check_plain(path: Path) -> None:
+    """Refuse what would be read as something else.
+
+    Raises:
+        ValueError: a picture whose numbers are those of a palette, or a volume without a place in space.
+    """
+    name = path.name.lower()
+    if name.endswith((".png", ".bmp")):
+        with Image.open(path) as picture:
+            if picture.mode == "P":
+                raise ValueError("is a palette image; convert it to grey")
+    elif name.endswith((".nii", ".nii.gz")):
+        affine: Any = nib.load(path).affine  # type: ignore[attr-defined]
+        if not np.isfinite(affine).all():
+            raise ValueError("its affine holds NaN or infinity")
+
+
 def _one_channel(scan: MetaTensor, channel: int | None, path: Path) -> MetaTensor:
     if channel is None and scan.shape[0] > 1:
         raise ValueError(f"{path} has {scan.shape[0]} channels. Choose one with image_channel=.")
@@ -237,7 +299,10 @@ def _one_channel(scan: MetaTensor, channel: int | None, path: Path) -> MetaTenso
 
 def _planes(scan: MetaTensor, spatial_dims: int, slice_axis: int | None) -> Iterator[tuple[Tensor, tuple[float, ...]]]:
     """The image itself, or the slices of a volume that hold something, with their spacing."""
-    spacing, values = spacing_of(scan, None, "scan"), scan.as_tensor()[0]
+    try:
+        spacing, values = spacing_of(scan, None, "scan"), scan.as_tensor()[0]
+    except ValueError as error:
+        raise _UnusableError(str(error)) from error
     if values.ndim == spatial_dims:
         if min(values.shape) < _MIN_SIZE:
             raise _UnusableError(f"is smaller than {_MIN_SIZE} voxels: {tuple(values.shape)}")

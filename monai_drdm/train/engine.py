@@ -23,7 +23,7 @@ from monai.utils import CommonKeys
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from monai_drdm.train.folder import Checkpoints, claimed, telling_what_is_left, write_config
+from monai_drdm.train.folder import check_data, Checkpoints, claimed, telling_what_is_left, write_config
 from monai_drdm.train.parts import Bfloat16Inferer, computes_bfloat16, Progress
 from monai_drdm.train.reports import Reports
 from monai_drdm.train.settings import RunConfig
@@ -49,6 +49,10 @@ class Task(ABC):
         Raises:
             ValueError: no usable data.
         """
+
+    @abstractmethod
+    def fingerprint(self) -> str:
+        """What ``prepare`` read, in short; empty where there is nothing to read."""
 
     @abstractmethod
     def network(self) -> nn.Module:
@@ -110,6 +114,7 @@ def _run_task(
         run = _Run(task, folder, team, should_stop, progress)
         with telling_what_is_left(folder):
             if team.leads:
+                check_data(folder, task.fingerprint(), resume)
                 write_config(folder, task.config)
             return run.train(resume)
 
@@ -259,7 +264,8 @@ class _Run:
             average += (1 - decay) * (new - average)
 
     def _clip(self) -> None:
-        nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
+        if self.config.clip_norm > 0:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
 
     def _log_step(self) -> None:
         if self.reports is not None:

@@ -19,6 +19,7 @@ from monai_drdm.train.settings import RunConfig
 
 _CONFIG = "config.json"
 _CHECKPOINTS = "checkpoints"
+_DATA = "data.sha256"
 _KEPT = 3
 
 
@@ -32,6 +33,7 @@ def claimed(folder: Path, config: RunConfig, resume: bool) -> Iterator[None]:
         ValueError: ``resume`` with other settings.
     """
     _check(folder, config, resume)
+    ours = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
     with locked(folder):
         try:
@@ -40,7 +42,7 @@ def claimed(folder: Path, config: RunConfig, resume: bool) -> Iterator[None]:
                 torn.unlink()  # of a process that was killed while it wrote
             yield
         finally:
-            if not any(folder.iterdir()):
+            if ours and not any(folder.iterdir()):
                 folder.rmdir()
 
 
@@ -56,6 +58,25 @@ def telling_what_is_left(folder: Path) -> Iterator[None]:
             f"the run in {folder} cannot be written and has stopped: {error.strerror or error}. {left}; make room "
             "there, then go on with --resume."
         ) from error
+
+
+def check_data(folder: Path, fingerprint: str, resume: bool) -> None:
+    """Write down which data a run learns from; or, where it goes on, see that they are the same.
+
+    Raises:
+        ValueError: they are not.
+    """
+    noted = folder / _DATA
+    if not fingerprint:
+        return
+    if resume and noted.is_file():
+        if noted.read_text(encoding="utf-8").strip() != fingerprint:
+            raise ValueError(
+                f"{folder}: the data have changed since the run was begun, or others of that name were read. Resume "
+                "with the same data, or begin a new run, with init=network.safetensors to start from an old one."
+            )
+        return
+    atomically(noted, lambda part: Path(part).write_text(fingerprint + "\n", encoding="utf-8"))
 
 
 def write_config(folder: Path, config: RunConfig) -> None:
@@ -98,13 +119,24 @@ class Checkpoints:
     def latest(self) -> dict[str, Any] | None:
         """What the latest checkpoint that can be read holds; says which cannot be, and what it falls back to.
 
+        A file that exists and cannot be read is not a damaged one: to start again would overwrite good checkpoints.
+
         It is on the CPU. An optimizer keeps its step counts where they are loaded: on a GPU, every step would wait for
         each of them.
+
+        Raises:
+            ValueError: a file that cannot be read now, for want of memory or by an error of the disk.
         """
         paths = self.paths()
         for path, before in zip(paths, [*paths[1:], None]):
             try:
                 return _load(path)
+            except (OSError, MemoryError) as error:
+                reason = str(error) or type(error).__name__
+                raise ValueError(
+                    f"{path} cannot be read now ({reason}); nothing was changed. Try again, or move it away to go on "
+                    "from the one before."
+                ) from error
             except Exception as error:  # a torn file fails in as many ways as there are bytes
                 reason = (str(error) or type(error).__name__).splitlines()[0]
                 instead = f"falling back to {before.name}" if before else "starting again"
@@ -129,6 +161,11 @@ def _write_through(path: str, data: memoryview) -> None:
         file.write(data)
         file.flush()
         os.fsync(file.fileno())
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a folder is that of a run."""
+    return (folder / _CONFIG).is_file() and (folder / _CHECKPOINTS).is_dir()
 
 
 def _step_of(path: Path) -> int:

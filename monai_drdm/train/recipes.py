@@ -24,7 +24,7 @@ from monai_drdm.networks import (
     VelocityUNet,
 )
 from monai_drdm.train.config import TrainConfig
-from monai_drdm.train.data import find_scans, load_bank, ScanBank
+from monai_drdm.train.data import digest_of, find_scans, load_bank, ScanBank
 from monai_drdm.train.engine import Predict, Task
 from monai_drdm.train.published import draw_published_batch, published_folding, published_loss, PublishedTarget
 from monai_drdm.train.step import draw_batch, draw_images, folding_of, recovery_loss, Target
@@ -61,7 +61,7 @@ class Recipe(Task, Generic[T]):
 
     def card(self, network: RecoveryNetwork, name: str, gates: Mapping[str, float]) -> NetworkCard:
         """What is known of a network after its training."""
-        before, data = "" if self.start is None else network.card.training_data, Path(self.config.data).name
+        before, data = "" if self.start is None else network.card.training_data, Path(self.config.data).resolve().name
         source = f"fine-tuned from {self.origin}" if self.origin else "trained"
         return dataclasses.replace(
             network.card,
@@ -88,6 +88,11 @@ class Recipe(Task, Generic[T]):
         )
         self.bank, self.validation = bank.split(config.validation_share, config.seed)
         return bank.report()
+
+    def fingerprint(self) -> str:
+        """Of the scans of both parts; empty of random anatomy."""
+        banks = [bank for bank in (self.bank, self.validation) if bank is not None]
+        return digest_of(tensor for bank in banks for tensor in (bank.images, bank.weight)) if banks else ""
 
     def batch(
         self, network: Predict, generator: torch.Generator, *, validate: bool = False
@@ -232,6 +237,8 @@ def choose_recipe(config: TrainConfig) -> Recipe[Any]:
             f"init must be a {wanted} for images of one channel, got {card.name!r}: {card.spatial_dims}D {card.kind} "
             f"for {card.in_channels}. Set spatial_dims and network to match it, or choose another."
         )
+    if card.input_range != (0.0, 1.0):
+        raise ValueError(f"init must take images in [0, 1], as they are shown in training, got {card.input_range}.")
     features = card.channels or config.channels
     if config.channels not in (features, TrainConfig.channels):
         raise ValueError(

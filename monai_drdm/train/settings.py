@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, get_args, get_type_hints, TypeVar
 
@@ -36,7 +38,7 @@ class RunConfig:
     )
     warmup_steps: int = setting(100, "steps of rising learning rate", low=0)
     weight_decay: float = setting(1e-4, "of AdamW", low=0, high=1)
-    clip_norm: float = setting(1.0, "largest norm of the gradient", low=0)
+    clip_norm: float = setting(1.0, "largest norm of the gradient; 0: any", low=0)
     ema_decay: float = setting(0.999, "of the averaged weights that are kept", low=0, high=1)
     bfloat16: bool = setting(True, "convolutions in bfloat16 where the device computes in it; fields stay in float32")
     seed: int = setting(0, "fixes data order, fields and weights", low=0, high=2**31 - 1)
@@ -114,27 +116,36 @@ def _parse(text: str, origin: str) -> Any:
 
 def _checked_type(value: Any, hint: Any, name: str) -> Any:
     """The value as the type it is declared with: integers may stand for floats, lists for tuples."""
-    if value is None and type(None) in get_args(hint):
+    if type(None) in get_args(hint) and (value is None or str(value).lower() == "none"):
         return None
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
     if hint == tuple[int, ...]:
-        if isinstance(value, (list, tuple)) and all(type(one) is int for one in value):
-            return tuple(value)
+        if isinstance(value, (list, tuple)) and all(_is_integer(one) for one in value):
+            return tuple(int(one) for one in value)
         raise TypeError(f"{name} must be a list of integers, got {value!r}.")
     kind = kinds[0]
     if kind is float:
         number = _number(value)
         if number is not None and not math.isnan(number):
             return number
+    elif kind is int and _is_integer(value):
+        return int(value)
+    elif kind is str and isinstance(value, os.PathLike):
+        return os.fspath(value)
     elif type(value) is kind:
         return value
     raise TypeError(f"{name} must be {getattr(kind, '__name__', kind)}, got {value!r}.")
 
 
+def _is_integer(value: Any) -> bool:
+    """NumPy's integers too."""
+    return isinstance(value, Integral) and not isinstance(value, bool)
+
+
 def _number(value: Any) -> float | None:
     """A number, also as a text: YAML reads 1e-3 as one."""
     try:
-        return float(value) if type(value) in (int, float, str) else None
+        return None if isinstance(value, bool) or not isinstance(value, (Real, str)) else float(value)
     except ValueError:
         return None
 

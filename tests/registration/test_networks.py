@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from monai.networks.blocks import DVF2DDF, Warp
 
 from monai_drdm.fields import fold_fraction
-from monai_drdm.registration import load_registration, register, RegistrationNetwork, save_registration
+from monai_drdm.registration import load_registration, register, RegistrationNetwork, save_registration, unit_range
 from monai_drdm.registration.networks import kinds, Structure
 
 
@@ -161,3 +161,15 @@ def test_images_of_another_shape_are_refused():
     network = RegistrationNetwork(Structure("regunet", 2, channels=3, depth=2))
     with pytest.raises(ValueError, match=r"\(B, 2, \*S\)"):
         network(torch.rand(1, 1, 20, 20))
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda image: 255 * image, lambda image: image - 0.5, lambda image: image * torch.nan]
+)
+def test_images_of_another_range_are_refused(spoil):
+    network = RegistrationNetwork(Structure(spatial_dims=2, channels=4, depth=1)).train()
+    image = torch.rand(1, 1, 16, 18, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ValueError, match=r"fixed must be in \[0, 1\].* Use unit_range"):
+        register(network, image, spoil(image))
+    assert register(network, image, unit_range(255 * image[0])[None]).shape == (1, 2, 16, 18)
+    assert network.training, "the mode is as it was"

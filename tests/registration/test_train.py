@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -11,9 +12,16 @@ from monai.networks.blocks import Warp
 from monai_drdm.augment import make_pairs, PairSettings
 from monai_drdm.io import find_cases
 from monai_drdm.networks import save_network
-from monai_drdm.registration import evaluate_registration, load_registration, register
-from monai_drdm.registration.data import load_images, load_pairs
-from monai_drdm.registration.task import fit, RegistrationConfig
+from monai_drdm.registration import (
+    evaluate_registration,
+    load_registration,
+    register,
+    RegistrationNetwork,
+    save_registration,
+)
+from monai_drdm.registration.data import load_images, load_pairs, RegistrationBatch
+from monai_drdm.registration.networks import Structure
+from monai_drdm.registration.task import fit, RegistrationConfig, RegistrationTask
 from monai_drdm.registration.train import main
 from monai_drdm.train.settings import read_config
 
@@ -67,7 +75,8 @@ def test_pairs_are_read_as_they_were_made(pairs):
     assert apart < 0.3 * doing_nothing
     training, validation = bank.split(0.3)
     assert (len(training), len(validation)) == (16, 8)
-    assert not {name[:5] for name in training.names} & {name[:5] for name in validation.names}
+    cases = [{Path(name).name[:5] for name in part.names} for part in (training, validation)]
+    assert not cases[0] & cases[1]
 
 
 def test_images_are_paired_with_others(scans):
@@ -168,7 +177,7 @@ def test_a_network_of_other_dimensions_is_refused(tmp_path, scans, small_network
 def bad(tmp_path):
     """A folder of four images and labels, of which one is spoilt as a test asks."""
 
-    def make(image=None, label=None, affine=None):
+    def make(image=None, label=None, affine=None, label_affine=None):
         for kind in ("images", "labels"):
             (tmp_path / "bad" / kind).mkdir(parents=True)
         for number in range(4):
@@ -180,7 +189,11 @@ def bad(tmp_path):
                 values["labels"] = values["labels"] if label is None else label(values["labels"])
                 matrix = matrix if affine is None else affine
             for kind, array in values.items():
-                nib.save(nib.Nifti1Image(array[..., None], matrix), tmp_path / "bad" / kind / f"{number}.nii.gz")
+                placed = label_affine if kind == "labels" and label_affine is not None else matrix
+                nib.save(
+                    nib.Nifti1Image(array[..., None], placed, dtype=array.dtype),
+                    tmp_path / "bad" / kind / f"{number}.nii.gz",
+                )
         return tmp_path / "bad"
 
     return make
@@ -197,12 +210,89 @@ def with_nan(image):
         ({"image": with_nan}, "2.nii.gz must hold finite numbers"),
         ({"label": lambda label: label[:20, :18]}, "labels/2.nii.gz must have the spatial shape of"),
         ({"affine": np.diag([-1.0, 1, 1, 1])}, r"2.nii.gz must have its axes along .* got world axes \(-1, 2, 3\)"),
+        (
+            {"affine": np.diag([2.0, 2, 2, 1])},
+            r"2.nii.gz must have voxels of the size of .* got \[2.0, 2.0\] and \[1.0",
+        ),
+        ({"label_affine": np.diag([-1.0, 1, 1, 1])}, "labels/0.nii.gz must have the affine of its image"),
+        ({"label": lambda label: np.stack([label] * 2, -1)[:, :, None]}, "label ids from 0 to 255 in one channel"),
     ],
 )
 def test_images_that_make_no_pairs_are_refused(bad, spoilt, says):
     folder = bad(**spoilt)
     with pytest.raises(ValueError, match=says):
         load_images(folder / "images", folder / "labels", spatial_dims=2)
+
+
+@pytest.mark.parametrize("dtype", ["uint8", "uint16", "uint32", "uint64", "int16", "int64", "float32", "float64"])
+def test_labels_of_any_type(bad, dtype):
+    folder = bad(label=lambda label: (label * 200).astype(dtype))
+    labels = load_images(folder / "images", folder / "labels", spatial_dims=2).labels
+    assert labels[2].unique().tolist() == [0, 200]
+
+
+def test_an_image_is_not_paired_with_itself(scans, tmp_path):
+    """Two raters of one image make no second image."""
+    entries = [
+        {"image": str(scans / "images" / f"case{i}.nii.gz"), "label": str(scans / "labels" / f"case{k}.nii.gz")}
+        for i, k in ((0, 0), (0, 2), (1, 1), (3, 3))
+    ]
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
+    with pytest.raises(ValueError, match="must list every image once"):
+        load_images(tmp_path / "list.json", spatial_dims=2)
+
+
+def test_pairs_in_folders_of_their_own_and_other_entries(pairs, tmp_path):
+    """Files that are called alike are not one image; what is no file of a pair is left alone."""
+    entries = json.loads((pairs / "datalist.json").read_text())["training"][::4]
+    files = []
+    for number, entry in enumerate(entries):
+        (tmp_path / str(number)).mkdir()
+        for key in ("moving", "fixed"):
+            (tmp_path / str(number) / f"{key}.nii.gz").write_bytes((pairs / entry[key]).read_bytes())
+        own = {key: f"{number}/{key}.nii.gz" for key in ("moving", "fixed")}
+        files.append(own | {"ddf": str(pairs / entry["ddf"]), "fold": number})
+    (tmp_path / "list.json").write_text(json.dumps({"training": files}))
+    training, validation = load_pairs(tmp_path / "list.json", spatial_dims=2).split(0.3)
+    assert (len(training), len(validation)) == (4, 2)
+    assert not set(training.names) & set(validation.names)
+
+
+def test_no_validation_share_trains_on_everything(scans, pairs):
+    for bank in (load_images(scans / "images", spatial_dims=2), load_pairs(pairs, spatial_dims=2)):
+        assert all(part is bank for part in bank.split(0))
+
+
+@pytest.mark.parametrize("ids", [(1,), (3,), (255,), (7, 255)])
+def test_label_loss_does_not_hang_on_the_ids(ids):
+    """1 where structures do not meet at all, 0 where they lie on each other, 0 of none."""
+    task = RegistrationTask(RegistrationConfig(images="unread", spatial_dims=2, label_weight=1.0))
+    fixed = torch.zeros(1, 1, 12, 12, dtype=torch.uint8)
+    moving = fixed.clone()
+    for number, value in enumerate(ids):
+        fixed[..., 2 + 3 * number : 4 + 3 * number, 1:4], moving[..., 2 + 3 * number : 4 + 3 * number, 7:10] = (
+            value,
+            value,
+        )
+    still, image = torch.zeros(1, 2, 12, 12), torch.zeros(1, 1, 12, 12)
+    for one, expected in ((moving, 1.0), (fixed, 0.0), (torch.zeros_like(fixed), 1.0)):
+        batch = RegistrationBatch(image, image, image.bool(), None, one, fixed)
+        assert float(task._overlap(still, batch)) == pytest.approx(expected, abs=1e-4)
+    empty = RegistrationBatch(image, image, image.bool(), None, torch.zeros_like(fixed), torch.zeros_like(fixed))
+    assert float(task._overlap(still, empty)) == 0
+
+
+def test_the_structure_of_init_is_written_down(pairs, tmp_path):
+    """Settings that init overrules are not recorded as if they had been used."""
+    first = RegistrationNetwork(Structure("regunet", 2, 6, 2, False, 1, False))
+    save_registration(first, tmp_path / "init.safetensors")
+    config = RegistrationConfig(
+        pairs=str(pairs), spatial_dims=2, init=str(tmp_path / "init.safetensors"), epoch_length=1, max_epochs=1
+    )
+    weights = fit(config, tmp_path / "run")
+    written = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert (written["network"], written["channels"], written["diffeomorphic"]) == ("regunet", 6, False)
+    assert load_registration(weights).structure == first.structure
 
 
 def test_images_some_of_which_have_labels_are_refused(scans, tmp_path):

@@ -3,7 +3,9 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+from pathlib import Path
 
+import numpy as np
 import pytest
 
 from monai_drdm.train.__main__ import main
@@ -59,6 +61,16 @@ def test_settings_reach_pose_and_appearance():
 def test_wrong_settings_are_refused(settings, error, message):
     with pytest.raises(error, match=message):
         build_config(settings=settings)
+
+
+def test_none_numpy_and_paths():
+    config = build_config(settings=["slice_axis=None", "learning_rate=none", "image_channel=null"])
+    assert (config.slice_axis, config.learning_rate, config.image_channel) == (None, 2e-3, None)
+    given = TrainConfig(batch_size=np.int64(4), scale=np.float32(0.5), channels=(np.int32(4), 8), data=Path("some"))
+    assert (given.batch_size, given.scale, given.channels, given.data) == (4, 0.5, (4, 8), "some")
+    assert json.loads(given.to_json())["batch_size"] == 4
+    with pytest.raises(TypeError, match="batch_size must be int, got True"):
+        TrainConfig(batch_size=True)
 
 
 @pytest.mark.parametrize(

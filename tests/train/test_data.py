@@ -182,6 +182,85 @@ def test_a_dicom_series_is_one_volume(tmp_path):
     assert torch.equal(bank.images, expected.images)
 
 
+def test_time_points_and_gaps_are_no_volume(tmp_path):
+    """ITK would stack ten positions twice, or pull what is left together."""
+    series(tmp_path / "twice", "1.2.3.1", 10)
+    series(tmp_path / "twice", "1.2.3.1", 10, prefix="later")
+    for path in (tmp_path / "twice").glob("later*"):  # its own instances of the same series
+        path.write_bytes(path.read_bytes().replace(b"1.2.3.1.", b"1.2.3.1.9"[:8]))
+    series(tmp_path / "gap", "1.2.3.2", 16)
+    for k in range(4, 12):
+        (tmp_path / "gap" / f"{k:03}.dcm").unlink()
+    series(tmp_path / "whole", "1.2.3.3", 12)
+    bank = load_bank(find_scans(tmp_path), spatial_dims=3, working_size=33)
+    assert len(bank) == 1
+    reasons = "\n".join(bank.skipped)
+    assert "several slices lie at one place" in reasons
+    assert "slices are missing: most lie 3 mm apart" in reasons
+
+
+def test_series_in_folders_of_a_listed_one(tmp_path):
+    """A study in a datalist stands for its series; a folder without any is said to hold none."""
+    values = series(tmp_path, "1.2.3.1", 12)  # makes its folder
+    (tmp_path / "study" / "ct").mkdir(parents=True)
+    for path in tmp_path.glob("*.dcm"):
+        path.rename(tmp_path / "study" / "ct" / path.name)
+    (tmp_path / "empty").mkdir()
+    entries = [{"image": str(tmp_path / name)} for name in ("study", "empty")]
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
+    bank = load_bank(find_scans(tmp_path / "list.json"), spatial_dims=3, working_size=33)
+    assert len(bank) == 1
+    assert values.shape[2] == 12
+    assert bank.skipped == (f"{tmp_path / 'empty'}: holds no image or DICOM series",)
+
+
+def test_linked_and_hidden_folders_and_runs(tmp_path):
+    """Links are followed, once and not in circles; hidden folders and runs hold no scans."""
+    for name in ("patients/a", "elsewhere/b", "patients/.cache", "patients/run/sheets", "patients/run/checkpoints"):
+        (tmp_path / name).mkdir(parents=True)
+        picture(tmp_path / name / "scan.png")
+    (tmp_path / "patients" / "run" / "config.json").write_text("{}")
+    (tmp_path / "patients" / "linked").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "elsewhere" / "back").symlink_to(tmp_path / "patients")
+    found = [scan.path.relative_to(tmp_path / "patients").as_posix() for scan in find_scans(tmp_path / "patients")]
+    assert found == ["a/scan.png", "linked/b/scan.png"]
+
+
+def test_what_would_be_read_as_something_else_is_skipped(tmp_path):
+    """Palettes, complex numbers, and volumes whose place is not a number or has no extent."""
+    picture(tmp_path / "good.png")
+    picture(tmp_path / "palette.png", mode="P")
+    np.save(tmp_path / "complex.npy", np.ones((20, 20)) + 1j * np.eye(20))
+    for name, value in (("nan", np.nan), ("flat", 0.0)):
+        file = nib.Nifti1Image(np.random.RandomState(0).rand(20, 24).astype(np.float32), np.eye(4))
+        header = bytearray(file.to_bytes())
+        header[252:256] = np.array([0, 1], "<i2").tobytes()  # no qform, an sform
+        header[280:296] = np.array([value, 0, 0, 0], "<f4").tobytes()  # its first row
+        (tmp_path / f"{name}.nii").write_bytes(header)
+    bank = load_bank(find_scans(tmp_path), spatial_dims=2, working_size=33)
+    assert len(bank) == 1
+    reasons = {line.split(": ")[0].rsplit("/")[-1]: line for line in bank.skipped}
+    assert "palette image" in reasons["palette.png"]
+    assert "omplex" in reasons["complex.npy"]
+    assert "affine holds NaN" in reasons["nan.nii"]
+    assert "positive spacings" in reasons["flat.nii"]
+
+
+def test_what_is_listed_twice_is_one_source(tmp_path):
+    """Several raters of an image must not put it on both sides of a split."""
+    for name in "abc":
+        picture(tmp_path / f"{name}.png")
+    bank = load_bank([Scan(tmp_path / f"{name}.png") for name in "aabbcc"], spatial_dims=2, working_size=33)
+    training, validation = bank.split(0.3, 0)
+    assert (len(training), len(validation)) == (4, 2)
+    assert not set(training.source.tolist()) & set(validation.source.tolist())
+
+
+def test_an_empty_name_is_not_the_current_folder():
+    with pytest.raises(ValueError, match="data must name a folder or datalist, got an empty text"):
+        find_scans("")
+
+
 def test_a_folder_of_several_series_and_damaged_files(tmp_path):
     """Two series, a scout beside them, and two files that are cut: what can be used is used, the rest is counted."""
     series(tmp_path / "ct", "1.2.3.1", 16)

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -311,3 +312,23 @@ def test_skipped_scans_are_counted_and_named(tmp_path, call):
     assert "2 of 5 scans skipped:\n" in said
     assert f"  {tmp_path / 'scans' / 'torn.png'}: cannot be read" in said
     assert ".png: is constant" in said
+
+
+@pytest.mark.parametrize("error", [OSError(errno.EIO, "Input/output error"), MemoryError()])
+def test_a_checkpoint_that_cannot_be_read_now_is_not_a_damaged_one(begun, call, monkeypatch, error):
+    """A disk that fails for a moment must not make the run start again and drop what it has."""
+    before = {path.name: path.read_bytes() for path in (begun / "checkpoints").iterdir()}
+    read = Path.read_bytes
+
+    def fail(path):
+        if path.suffix == ".pt":
+            raise error
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", fail)
+    code, said = call(begun, "--resume")
+    monkeypatch.undo()
+    assert code == 1
+    assert "checkpoint_7.pt cannot be read now" in said
+    assert {path.name: path.read_bytes() for path in (begun / "checkpoints").iterdir()} == before
+    assert rows(begun)[-1]["step"] == 7

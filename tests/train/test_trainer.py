@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import os
@@ -15,6 +16,7 @@ import torch
 from PIL import Image
 
 from monai_drdm import load_network, RandDRDMDeformd
+from monai_drdm.networks import save_network, VelocityUNet
 from monai_drdm.train import build_config, fit
 from monai_drdm.train.__main__ import main
 
@@ -159,6 +161,50 @@ def test_patience(tmp_path):
 def test_a_loss_that_is_not_finite_names_its_batch(tmp_path):
     with pytest.raises(FloatingPointError, match=r"batch \d+ \(seed 0\)"):
         fit(small("learning_rate=1", "clip_norm=1e30", "max_epochs=20", "warmup_steps=0"), tmp_path / "run")
+
+
+def test_no_limit_on_gradients(tmp_path):
+    """A ``clip_norm`` of 0 is none at all, as a very large one."""
+    for name, limit in (("none", "0"), ("large", "1e9")):
+        fit(small("max_epochs=1", f"clip_norm={limit}"), tmp_path / name)
+    assert same_weights(tmp_path / "none", tmp_path / "large")
+
+
+def test_a_run_goes_on_with_the_same_data_only(tmp_path, scans):
+    config = small("max_epochs=2", data=str(scans))
+    assert fit(config, tmp_path / "run", should_stop=stop_after(3)) is None
+    (scans / "new.nii.gz").write_bytes((scans / "0.nii.gz").read_bytes())
+    with pytest.raises(ValueError, match="the data have changed since the run was begun"):
+        fit(config, tmp_path / "run", resume=True)
+    (scans / "new.nii.gz").unlink()
+    assert fit(config, tmp_path / "run", resume=True) is not None
+
+
+def test_a_run_among_its_scans(tmp_path, scans, monkeypatch):
+    """``--data . --out run``: its pictures are no scans, and it goes on; its card knows the folder's name."""
+    monkeypatch.chdir(scans)
+    config = small("max_epochs=2", data=".")
+    assert fit(config, "run", should_stop=stop_after(6)) is None
+    assert list((scans / "run" / "sheets").iterdir())
+    assert load_network(fit(config, "run", resume=True)).card.training_data == "scans"
+
+
+def test_an_empty_folder_of_ones_own_stays(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(["--data", "none", "--out", "."]) == 1
+    assert "no folder or datalist none" in capsys.readouterr().err
+    assert tmp_path.is_dir()
+
+
+def test_init_of_another_range_is_refused(tmp_path):
+    network = VelocityUNet(2, channels=(8, 16))
+    network.card = dataclasses.replace(network.card, input_range=(-1.0, 1.0))
+    save_network(network, tmp_path / "init.safetensors")
+    with pytest.raises(ValueError, match=r"init must take images in \[0, 1\]"):
+        fit(
+            small("max_epochs=1", "channels=[16, 32, 48, 64]", init=str(tmp_path / "init.safetensors")),
+            tmp_path / "run",
+        )
 
 
 def test_start_from_another_network(tmp_path):
