@@ -73,6 +73,25 @@ def load_image(path: str | os.PathLike[str], *, keep_slice: bool = False) -> Ima
     return (_load_nifti if suffix.startswith(".nii") else _load_itk)(os.fspath(path), suffix, keep_slice)
 
 
+def check_plain(path: Path) -> None:
+    """Refuse what would be read as something else.
+
+    Raises:
+        ValueError: a picture whose numbers are those of a palette, or a volume without a place in space.
+    """
+    name = path.name.lower()
+    if name.endswith((".png", ".bmp")):
+        from PIL import Image  # an extra: training only
+
+        with Image.open(path) as picture:
+            if picture.mode == "P":
+                raise ValueError("is a palette image; convert it to grey")
+    elif name.endswith((".nii", ".nii.gz")):
+        file: Any = nib.load(path)
+        if not np.isfinite(file.affine).all():
+            raise ValueError("its affine holds NaN or infinity")
+
+
 def _load_nifti(path: str, suffix: str, keep_slice: bool) -> ImageFile:
     try:
         file: Any = nib.load(path)

@@ -11,18 +11,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import nibabel as nib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from monai.data import load_decathlon_datalist, MetaTensor
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from monai_drdm.diffusion import WorkingGrid
 from monai_drdm.io.dicom import DICOM_SUFFIXES, find_series, load_with_itk
+from monai_drdm.io.images import check_plain
 from monai_drdm.train.folder import holds_run
 from monai_drdm.transforms.inputs import spacing_of
 
@@ -253,7 +252,7 @@ def _read(files: Sequence[Path]) -> MetaTensor:
         if len(files) > 1 or not name.endswith(_SUFFIXES) or name.endswith(_ITK_SUFFIXES):
             scan: Any = load_with_itk([os.fspath(file) for file in files])
         else:
-            _check_plain(files[0])
+            check_plain(files[0])
             with warnings.catch_warnings():
                 warnings.simplefilter("error", np.exceptions.ComplexWarning)
                 load = Compose([LoadImage(image_only=True, dtype=np.float32), EnsureChannelFirst()])
@@ -269,23 +268,6 @@ def _read(files: Sequence[Path]) -> MetaTensor:
         raise _UnusableError("holds NaN or infinity")
     assert isinstance(scan, MetaTensor)
     return scan
-
-
-def _check_plain(path: Path) -> None:
-    """Refuse what would be read as something else.
-
-    Raises:
-        ValueError: a picture whose numbers are those of a palette, or a volume without a place in space.
-    """
-    name = path.name.lower()
-    if name.endswith((".png", ".bmp")):
-        with Image.open(path) as picture:
-            if picture.mode == "P":
-                raise ValueError("is a palette image; convert it to grey")
-    elif name.endswith((".nii", ".nii.gz")):
-        affine: Any = nib.load(path).affine  # type: ignore[attr-defined]
-        if not np.isfinite(affine).all():
-            raise ValueError("its affine holds NaN or infinity")
 
 
 def _one_channel(scan: MetaTensor, channel: int | None, path: Path) -> MetaTensor:
