@@ -104,7 +104,7 @@ def comparison_table(rows: list[Row]) -> str:
 
     A second test takes both phases of a patient for one. One seed is not tested.
     """
-    lines = ["| subjects | arm | minus | seeds | Dice points | p, cases | p, patients |", "|" + "---|" * 7]
+    lines = ["| subjects | arm | minus | Dice points | by seed | p, cases | p, patients |", "|" + "---|" * 7]
     groups = _groups(rows)
     for (count, arm), ours in sorted(groups.items()):
         if not arm.startswith("drdm"):
@@ -120,10 +120,16 @@ def comparison_table(rows: list[Row]) -> str:
                 for case, value in difference.items():
                     patients[case.split("-")[0]].append(value)
                 points = f"{100 * np.mean(list(difference.values())):+.2f}"
+                by_seed = " / ".join(f"{100 * _apart(ours, theirs, seed):+.1f}" for seed in sorted(seeds))
                 tests = [_p(list(difference.values())), _p([float(np.mean(v)) for v in patients.values()])]
                 cells = tests if len(seeds) > 1 else ["–", "–"]
-                lines.append(f"| {count} | {arm} | {other} | {len(seeds)} | {points} | {' | '.join(cells)} |")
+                lines.append(f"| {count} | {arm} | {other} | {points} | {by_seed} | {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _apart(ours: list[Row], theirs: list[Row], seed: int) -> float:
+    means = [np.mean(list(_case_means(group, {seed}).values())) for group in (ours, theirs)]
+    return float(means[0] - means[1])
 
 
 def _p(differences: list[float]) -> str:
