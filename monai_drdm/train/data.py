@@ -159,12 +159,7 @@ def load_bank(
     listed: list[int] = []
     skipped: list[str] = []
     dims: dict[int, Path] = {}
-    every: list[tuple[list[Path], float]] = []
-    for one in scans:
-        found = _files_of(one.path)
-        every += [(files, one.weight) for files in found]
-        if not found:
-            skipped.append(f"{one.path}: holds no image or DICOM series")
+    every = [(files, scan.weight) for scan in scans for files in _files_of(scan.path)]
     stacked = {files[0].parent for files, _ in every if len(files) > 1}
     for number, (files, _) in enumerate(tqdm(every, desc="read", unit="scan", disable=not progress)):
         path = files[0]
@@ -187,7 +182,7 @@ def load_bank(
         listed += [number] * len(fitted)
     if not images:
         lines = "\n".join(f"  {line}" for line in skipped)
-        raise ValueError(f"none of {max(len(every), len(skipped))} scans can be used:\n{lines}")
+        raise ValueError(f"none of {len(every)} scans can be used:\n{lines}")
     entry = torch.tensor(listed)
     weight = torch.tensor([weight for _, weight in every]) / torch.bincount(entry, minlength=len(every)).clamp(min=1)
     first = {key: number for number, key in reversed([*enumerate(_identity(files) for files, _ in every)])}
@@ -238,7 +233,10 @@ def _files_of(path: Path) -> list[list[Path]]:
         return [[path]]
     series, rest = find_series(path)
     direct = [[Path(file) for file in files] for files in (*series, *((file,) for file in rest))]
-    return direct or [files for one in sorted(set(_walk(path))) if one != path for files in _files_of(one)]
+    if direct:
+        return direct
+    below = [files for one in sorted(set(_walk(path))) if one != path for files in _files_of(one)]
+    return below or [[path]]  # that there is nothing is said when it is read
 
 
 def _identity(files: Sequence[Path]) -> tuple[str, ...]:
@@ -248,6 +246,8 @@ def _identity(files: Sequence[Path]) -> tuple[str, ...]:
 def _read(files: Sequence[Path]) -> MetaTensor:
     """``(C, *S)`` float32 with its affine."""
     name = files[0].name.lower()
+    if files[0].is_dir():
+        raise _UnusableError("holds no image or DICOM series")
     try:
         if len(files) > 1 or not name.endswith(_SUFFIXES) or name.endswith(_ITK_SUFFIXES):
             scan: Any = load_with_itk([os.fspath(file) for file in files])
