@@ -7,7 +7,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 OUT ?= demo_output/$(shell date +%Y%m%d-%H%M%S)
 
-.PHONY: demo test lint wheel clean
+# What Python compiles is kept, so that the many processes of the tests do not compile torch and MONAI again.
+unexport PYTHONDONTWRITEBYTECODE
+export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
+
+.PHONY: demo test test-long mutate lint wheel clean
 
 # torch first: anything that depends on it would otherwise choose a build of its own
 # not compiled ahead: Python compiles what it imports, and all of it would take a minute
@@ -23,6 +27,14 @@ demo: $(VENV)/.ready
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest
 
+# twenty times as many random examples, other ones each time, and tests that take minutes
+test-long: $(VENV)/.ready
+	$(BIN)/python -m pytest -m '' --hypothesis-profile=long
+
+# which small changes of the code no test notices; MUTANTS="--sample 200" draws some of them
+mutate: $(VENV)/.ready
+	$(BIN)/python tests/mutate.py $(MUTANTS)
+
 lint: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -33,4 +45,4 @@ wheel: $(VENV)/.ready
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache
+	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .mutation

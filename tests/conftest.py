@@ -12,10 +12,19 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, Phase, settings
 
 from monai_drdm.networks import convert_published, RecResACNet
 
 NetworkFactory = Callable[..., RecResACNet]
+
+# few examples, always the same ones, and no shrinking, which takes minutes; `make test-long` looks further
+_COMMON = {"deadline": None, "database": None, "suppress_health_check": [HealthCheck.too_slow]}
+settings.register_profile(
+    "short", max_examples=15, derandomize=True, phases=(Phase.explicit, Phase.generate), **_COMMON
+)
+settings.register_profile("long", max_examples=300, derandomize=False, print_blob=True, **_COMMON)
+settings.load_profile("short")
 
 
 @pytest.fixture(autouse=True)

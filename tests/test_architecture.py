@@ -2,9 +2,8 @@
 
 import ast
 import sys
+from functools import cache
 from pathlib import Path
-
-import pytest
 
 import monai_drdm
 
@@ -34,8 +33,13 @@ def part_of(path):
     return path.relative_to(ROOT).parts[0].removesuffix(".py")
 
 
+@cache
 def imports(path):
     """Dotted names of all modules that a file imports, also inside functions."""
+    return tuple(_imports(path))
+
+
+def _imports(path):
     package = ["monai_drdm", *path.relative_to(ROOT).parts[:-1]]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
@@ -56,10 +60,6 @@ def foreign_packages(path):
     return {name.split(".")[0] for name in imports(path)} - {"monai_drdm"} - set(sys.stdlib_module_names)
 
 
-def identify(path):
-    return str(path.relative_to(ROOT))
-
-
 def test_the_whole_package_is_looked_at():
     assert {part_of(path) for path in MODULES} >= {*CORE, "transforms", "io", "viz", "cli"}
     fields = {name for path in MODULES if part_of(path) == "fields" for name in foreign_packages(path)}
@@ -67,31 +67,33 @@ def test_the_whole_package_is_looked_at():
     assert own_parts(ROOT / "diffusion" / "model.py") >= {"fields", "networks"}
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if part_of(path) in CORE], ids=identify)
-def test_core_imports_inwards_only(path):
-    assert own_parts(path) <= CORE[part_of(path)]
-    assert "monai_drdm" not in set(imports(path)), (
-        "import from a sub-package, not from the top, which imports the shell"
-    )
+def test_core_imports_inwards_only():
+    for path in MODULES:
+        if part_of(path) in CORE:
+            assert own_parts(path) <= CORE[part_of(path)], path
+            assert "monai_drdm" not in set(imports(path)), (
+                f"{path}: import from a sub-package, not from the top, which imports the shell"
+            )
 
 
-@pytest.mark.parametrize("path", [path for path in MODULES if part_of(path) == "fields"], ids=identify)
-def test_fields_need_torch_only(path):
-    assert foreign_packages(path) <= {"torch", "einops"}
+def test_fields_need_torch_only():
+    for path in MODULES:
+        if part_of(path) == "fields":
+            assert foreign_packages(path) <= {"torch", "einops"}, path
 
 
-@pytest.mark.parametrize("path", MODULES, ids=identify)
-def test_foreign_packages_stay_where_they_belong(path):
-    for name, allowed in FOREIGN.items():
-        assert name not in foreign_packages(path) or part_of(path) in allowed
+def test_foreign_packages_stay_where_they_belong():
+    for path in MODULES:
+        for name, allowed in FOREIGN.items():
+            assert name not in foreign_packages(path) or part_of(path) in allowed, path
 
 
-@pytest.mark.parametrize("path", MODULES, ids=identify)
-def test_nothing_but_the_command_line_imports_it(path):
-    if part_of(path) not in {"cli", "demo", "augment"}:
-        assert not own_parts(path) & {"cli", "demo", "augment"}
+def test_nothing_but_the_command_line_imports_it():
+    for path in MODULES:
+        if part_of(path) not in {"cli", "demo", "augment"}:
+            assert not own_parts(path) & {"cli", "demo", "augment"}, path
 
 
-@pytest.mark.parametrize("path", MODULES, ids=identify)
-def test_modules_stay_short(path):
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= 350
+def test_modules_stay_short():
+    for path in MODULES:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 350, path

@@ -2,6 +2,7 @@ import math
 import pickle
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from scipy import ndimage
@@ -9,7 +10,7 @@ from scipy import ndimage
 from monai_drdm import RandDRDMDeform, RandDRDMDeformd
 from monai_drdm.diffusion import diffuse, DRDM, SAMPLERS
 from monai_drdm.diffusion.recover import RecoveryStep
-from monai_drdm.diffusion.recover_velocity import flatness, OVER_RELAXATION, recover_velocity, recovery_step
+from monai_drdm.diffusion.recover_velocity import flatness, recover_velocity, recovery_step
 from monai_drdm.diffusion.schedule import integration_time
 from monai_drdm.fields import fold_fraction, identity_grid, isotropic_velocity, mend_folds, resize_ddf
 from monai_drdm.networks import load_network, save_network, VelocityUNet
@@ -212,6 +213,76 @@ def test_flatness_of_a_ramp(slope):
     torch.testing.assert_close(found, torch.full_like(found, expected), rtol=1e-4, atol=0)
 
 
+def at(values, position):
+    """Values ``(*S)`` at positions ``(D, *T)``, linearly, the border continued."""
+    return ndimage.map_coordinates(values, position, order=1, mode="nearest")
+
+
+def blurred(values, sigma):
+    """Gaussian smoothing cut off at three standard deviations, one or one per axis."""
+    sigmas = np.broadcast_to(sigma, values.ndim)
+    return ndimage.gaussian_filter(values, sigmas, mode="nearest", radius=[math.ceil(3 * s) for s in sigmas])
+
+
+@pytest.mark.parametrize(("shape", "strength"), [((33, 25), 1.0), ((17, 13, 21), 1.0), ((49, 49), 12.0)])
+def test_a_step_by_hand(shape, strength):
+    """In SciPy: smoothed where nothing is seen, a prediction for the warped image less the carried anchor, its flow.
+
+    The strongest step moves by more than 8 voxels: its flow begins with 1/64 of it, which is longer than 1/8 voxel.
+    """
+    half, dims = half_shape(shape), len(shape)
+    draw = np.random.default_rng(3)
+
+    def field(sigma, largest):
+        values = np.stack([blurred(draw.standard_normal(half), sigma) for _ in half])
+        return values * largest / np.abs(values).max()
+
+    ddf, velocity, anchor = field(2.0, 2.0), field(4.0, strength), field(4.0, 0.5)
+    image, unseen = draw.uniform(size=shape), draw.uniform(size=half)
+    seen = []
+
+    def predict(images, level):
+        seen.append((images, level))
+        return torch.from_numpy(velocity)[None]
+
+    level, time = torch.tensor([0.3]), torch.tensor([1.7], dtype=torch.float64)
+    tensors = [torch.from_numpy(one)[None] for one in (image[None], unseen[None], ddf, anchor)]
+    result = recovery_step(predict, *tensors[:3], level, time, tensors[3])
+
+    grid = np.indices(half)
+    hidden = at(unseen, grid + ddf)
+    ddf = np.stack([c + hidden * (blurred(c, 3 / 80 * max(half)) - c) for c in ddf])
+    step = 1.7 * (velocity - [at(c, grid + ddf) for c in anchor])
+    squarings = min(6, max(0, math.ceil(math.log2(np.abs(step).max() / 0.125))))
+    assert (squarings == 6) == (strength == 12.0)
+    flow_of_step = step / 2**squarings
+    for _ in range(squarings):
+        flow_of_step = flow_of_step + [at(c, grid + flow_of_step) for c in flow_of_step]
+    expected = flow_of_step + [at(c, grid + flow_of_step) for c in ddf]
+    np.testing.assert_allclose(result[0].numpy(), expected, atol=1e-9)
+    full = 2 * np.stack([at(c, np.indices(shape) / 2) for c in ddf])
+    ((images_seen, level_seen),) = seen
+    np.testing.assert_allclose(images_seen[0, 0].numpy(), at(image, np.indices(shape) + full), atol=1e-9)
+    assert torch.equal(level_seen, level)
+    assert dims == len(half)
+
+
+@pytest.mark.parametrize(("shape", "target"), [((65, 49), (33, 25)), ((21, 1), (11, 1)), ((17, 21, 13), (9, 11, 7))])
+def test_flatness_by_hand(shape, target):
+    """In SciPy: forward differences of the smoothed image, squared, brought to the half grid, smoothed."""
+    image = np.random.default_rng(0).uniform(size=(2, *shape)) * 0.3
+    moving = [float(n > 1) for n in shape]
+    slope = np.zeros(shape)
+    for channel in image:
+        smooth = blurred(channel, [1.0 * m for m in moving])
+        for axis in range(len(shape)):
+            slope += np.diff(smooth, axis=axis, append=np.take(smooth, [-1], axis)) ** 2
+    shrink = blurred(slope, [(n / t - 1) / 2 * m for n, t, m in zip(shape, target, moving)])
+    scale = np.array([(n - 1) / max(t - 1, 1) for n, t in zip(shape, target)]).reshape(-1, *(1,) * len(shape))
+    expected = 1 / (1 + blurred(at(shrink, np.indices(target) * scale), [2.0 * m for m in moving]) / 0.07**2)
+    np.testing.assert_allclose(flatness(torch.from_numpy(image)[None], target)[0, 0].numpy(), expected, atol=1e-9)
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 def test_an_undeformed_image_stays_as_it_is(network, dims):
     """Whatever a network finds to mend in it."""
@@ -245,9 +316,10 @@ def test_the_network_is_asked_of_the_original_every_fourth_step(steps, asked):
 
 def test_over_relaxed_unless_told_otherwise():
     start = Start((33, 25), [0.3])
-    expected = flow((17, 13), (1 - OVER_RELAXATION) * start.times[0])
-    torch.testing.assert_close(start.recover(steps=2), expected, rtol=0, atol=PERFECT_VOX)
-    assert OVER_RELAXATION > 1
+    found = start.recover(steps=2)
+    assert torch.equal(found, start.recover(steps=2, over_relaxation=1.25))
+    expected = flow((17, 13), (1 - 1.25) * start.times[0])
+    torch.testing.assert_close(found, expected, rtol=0, atol=PERFECT_VOX)
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -442,7 +514,9 @@ def test_a_perfect_network_undoes_the_diffusion_of_the_model():
     starts = model.diffuse((33, 33), 0.2, [0])
     untouched = model.sample(structure(1, 33, 33), 0.2, [0])
     assert mean_displacement(untouched - starts) < 0.2 * mean_displacement(starts)  # noise in [0, 1] is not all edge
-    model.network.predicted = -isotropic_velocity([torch.Generator().manual_seed(0)], (17, 17)) / OVER_RELAXATION
+    model.network.predicted = (
+        -isotropic_velocity([torch.Generator().manual_seed(0)], (17, 17)) / 1.25
+    )  # over-relaxation
     recovered = model.sample(structure(1, 33, 33), 0.2, [0])
     assert mean_displacement(recovered) < 0.15 * mean_displacement(starts)
 

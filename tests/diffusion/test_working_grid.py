@@ -118,6 +118,22 @@ def test_constant_image_goes_to_the_lower_end(value):
     assert bool((working == -1.0).all())
 
 
+def test_mostly_bright_image_keeps_what_is_dark():
+    """Both percentiles are those of the bright ground; the full range takes their place."""
+    image = torch.ones(1, 1, 64, 64)
+    image[0, 0, 30:32, 30:32] = torch.tensor([[-1.0, 0.0], [0.5, 0.75]])
+    working = WorkingGrid.of((64, 64), (1.0, 1.0), 64).image_to_working(image, UNIT)
+    torch.testing.assert_close(working, (image + 1) / 2)
+
+
+def test_percentiles_of_a_large_image_are_those_of_about_a_million_voxels():
+    """Every fifth of these: 2 and 4 divide the first size, 3 the second."""
+    image = torch.rand(1, 1, 1448, 1449, generator=torch.Generator().manual_seed(0))
+    low, high = np.percentile(image.flatten()[::5].double().numpy(), [0.5, 99.5])
+    found = WorkingGrid.of((1448, 1449), (1.0, 1.0), 1449).image_to_working(image, UNIT)
+    np.testing.assert_allclose(found, ((image.numpy() - low) / (high - low)).clip(0, 1), atol=1e-6)
+
+
 def test_mostly_empty_image_keeps_what_it_has():
     image = torch.zeros(1, 1, 64, 64)
     image[0, 0, 30:32, 30:32] = torch.tensor([[1.0, 2.0], [3.0, 4.0]])

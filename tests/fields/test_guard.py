@@ -1,6 +1,10 @@
+import math
+from itertools import product
+
 import numpy as np
 import pytest
 import torch
+from scipy import ndimage
 
 from monai_drdm.fields import fold_fraction, mend_folds, shrink_to_fold_limit
 
@@ -30,6 +34,38 @@ def smooth(smooth_ddf):
     return make
 
 
+def corner_determinants(ddf):
+    """Of a field ``(D, *S)`` in numpy: at every corner of every cell the edges that meet there; the smallest counts."""
+    dims, moved = len(ddf), ddf + np.indices(ddf.shape[1:])
+    at_corners = []
+    for corner in product((0, 1), repeat=dims):
+        rows = []
+        for axis in range(dims):
+            edges = np.diff(moved, axis=axis + 1)
+            for other in (d for d in range(dims) if d != axis):
+                edges = np.take(edges, np.arange(edges.shape[other + 1] - 1) + corner[other], axis=other + 1)
+            rows.append(edges)
+        at_corners.append(np.linalg.det(np.moveaxis(np.array(rows), (0, 1), (-2, -1))))
+    return np.min(at_corners, axis=0)
+
+
+def mended_by_hand(ddf, *, min_determinant=0.05, sigma=2.0, rounds=80):
+    """``mend_folds`` of a field ``(D, *S)`` in numpy and SciPy: cells marked one by one, wider from the 51st round."""
+    for done in range(rounds):
+        determinant = corner_determinants(ddf)
+        if (determinant > 0).all():
+            break
+        marked = np.zeros(ddf.shape[1:])
+        for cell in np.argwhere(determinant < min_determinant):
+            marked[tuple(slice(c, c + 2) for c in cell)] = 1
+        width = sigma * 1.1 ** max(0, done - 50)
+        marked, *smooth = (
+            ndimage.gaussian_filter(one, width, mode="nearest", radius=math.ceil(3 * width)) for one in (marked, *ddf)
+        )
+        ddf = ddf + np.minimum(4 * marked, 1) * (np.stack(smooth) - ddf)
+    return ddf
+
+
 # shrinking
 
 
@@ -56,6 +92,34 @@ def test_the_limit_is_a_fraction_of_cells():
     ddf[0, 0, 1:] = -1.5 * ((torch.arange(24) >= 6) & (torch.arange(24) < 9)).cumsum(0)[:, None]  # 3 of 24 rows
     assert shrink_to_fold_limit(ddf, 3 / 24 + 1e-3)[1].item() == 1.0
     assert shrink_to_fold_limit(ddf, 3 / 24 - 1e-3)[1].item() == pytest.approx(1 / 1.5, abs=2**-6)
+
+
+def test_a_fraction_that_equals_the_limit_is_within_it():
+    """Three of 24 rows fold from a scale of 2/3 on, three more from 1/4 on."""
+    steps = torch.zeros(24)
+    steps[3:6], steps[9:12] = -1.5, -4.0
+    ddf = torch.zeros(1, 2, 25, 11)
+    ddf[0, 0, 1:] = steps.cumsum(0)[:, None]
+    assert fold_fraction(ddf).item() == 6 / 24
+    assert shrink_to_fold_limit(ddf, 6 / 24)[1].item() == 1.0
+    assert shrink_to_fold_limit(ddf, 3 / 24)[1].item() == pytest.approx(2 / 3, abs=2**-6)
+    assert shrink_to_fold_limit(ddf, 0.0)[1].item() == pytest.approx(1 / 4, abs=2**-6)
+    assert shrink_to_fold_limit(ddf, 1.0)[1].item() == 1.0
+
+
+def test_a_determinant_of_nothing_is_a_fold():
+    ddf = squeeze((17, 9), 1.0)
+    assert fold_fraction(ddf).item() == 1
+    assert shrink_to_fold_limit(ddf, 0.0)[1].item() == 63 / 64  # six halvings unless told otherwise
+
+
+@pytest.mark.parametrize(("size", "scale"), [((102, 101), 1.0), ((97, 101), 42 / 64)])
+def test_one_cell_of_ten_thousand_may_fold(size, scale):
+    """One of 10,100 cells, and one of 9,600: 0.99 and 1.04 in ten thousand. It folds where 1.5 times the scale is 1."""
+    ddf = torch.zeros(1, 2, *size)
+    ddf[0, 0, 0, 0] = 1.5  # the corner of a single cell
+    assert fold_fraction(ddf).item() == pytest.approx(1 / ((size[0] - 1) * (size[1] - 1)))
+    assert shrink_to_fold_limit(ddf)[1].item() == scale
 
 
 def test_each_field_of_a_batch_shrinks_alone(shape, smooth_ddf):
@@ -87,6 +151,56 @@ def test_shrinking_checks_the_field():
 
 
 # mending
+
+
+@pytest.mark.parametrize("size", [(15, 21), (9, 11, 10)], ids=["2d", "3d"])
+@pytest.mark.parametrize("rounds", [1, 4])
+def test_mending_by_hand(smooth, size, rounds):
+    """Folds in the middle, on the border and in a corner, and a cell whose determinant is exactly 0."""
+    ddf = smooth(size)[1]
+    ddf[(0, 0, 0, *(n // 3 for n in size[1:]))] += 1.4
+    ddf[(0, 1, *(-1 for _ in size))] -= 1.8
+    expected = mended_by_hand(ddf[0].numpy(), rounds=rounds)
+    np.testing.assert_allclose(mend_folds(ddf, rounds=rounds)[0].numpy(), expected, atol=1e-12)
+    assert np.abs(expected - ddf[0].numpy()).max() > 0.5
+
+
+def test_mending_by_hand_with_other_settings(smooth):
+    ddf = smooth((15, 21))[1]
+    settings = {"min_determinant": 0.4, "rounds": 3}
+    expected = mended_by_hand(ddf[0].numpy(), sigma=1.3, **settings)
+    np.testing.assert_allclose(mend_folds(ddf, sigma_vox=1.3, **settings)[0].numpy(), expected, atol=1e-12)
+
+
+def test_what_withstands_fifty_rounds_is_smoothed_more_widely():
+    """A fold on the largest scale, for as many rounds as are made unless told otherwise."""
+    ddf = squeeze((21, 13), 3.0)
+    for rounds in (50, 51, 52, 55):
+        expected = mended_by_hand(ddf[0].numpy(), rounds=rounds)
+        np.testing.assert_allclose(mend_folds(ddf, rounds=rounds)[0].numpy(), expected, atol=1e-12)
+    wide = squeeze((161, 3), 3.0)
+    assert fold_fraction(mend_folds(wide)).item() > 0  # else the number of rounds would not show
+    np.testing.assert_allclose(mend_folds(wide)[0].numpy(), mended_by_hand(wide[0].numpy()), atol=1e-12)
+
+
+def test_a_cell_of_no_area_is_mended():
+    """A determinant of exactly 0 beside ones of 1: no cell is turned over, and one has no inverse."""
+    ddf = torch.zeros(1, 2, 12, 12, dtype=torch.float64)
+    ddf[0, 0, :6] = 1.0  # one row of cells loses its height
+    assert corner_determinants(ddf[0].numpy()).min() == 0
+    mended = mend_folds(ddf)
+    np.testing.assert_allclose(mended[0].numpy(), mended_by_hand(ddf[0].numpy()), atol=1e-12)
+    assert corner_determinants(mended[0].numpy()).min() > 0
+
+
+def test_a_determinant_at_the_limit_of_low_ones_is_left_alone():
+    """Of three rows of cells, far apart, one folds and two are squeezed, to 1/4 and to less."""
+    ddf = torch.zeros(1, 2, 60, 4, dtype=torch.float64)
+    ddf[0, 0, :10], ddf[0, 0, 30:], ddf[0, 0, 50:] = 1.5, -0.75, -0.75 - 0.8
+    before = ddf.clone()
+    mended = mend_folds(ddf, min_determinant=0.25, sigma_vox=1.0, rounds=1)
+    assert torch.equal(mended[..., 22:38, :], before[..., 22:38, :])
+    assert not torch.equal(mended[..., 45:55, :], before[..., 45:55, :])
 
 
 @pytest.mark.parametrize("size", [(48, 61), (24, 30, 27)], ids=["2d", "3d"])

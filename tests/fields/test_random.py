@@ -164,6 +164,19 @@ def test_twice_the_resolution_samples_the_same_physical_field(coarse, spacing):
     torch.testing.assert_close(pool(high, 2) / 2, low, atol=1e-6, rtol=1e-4)  # halved: fine voxels to coarse voxels
 
 
+def test_as_many_nodes_as_fit_whatever_floating_point_says():
+    """Five node spacings and one more on either side of the centre of ten: 0.1 / (10 * 0.1 / 12) * 5 is above 6."""
+    assert 10 / 2 * (0.1 / (10 * 0.1 * (1 / 12))) > 6
+    one, tenth = (isotropic_velocity(generators(3), (10, 10), (s, s), finest_node=1 / 12, scales=1) for s in (1.0, 0.1))
+    torch.testing.assert_close(one, tenth)  # one node more would change all numbers
+    source = torch.Generator().manual_seed(3)
+    lattice = torch.randn((1, 2, 14, 14), generator=source)[0].numpy()
+    at = (np.arange(10) - 4.5) * 1.2 + 6.5
+    position = np.stack(np.meshgrid(at, at, indexing="ij"))
+    expected = [ndimage.map_coordinates(c, position, order=1) * 1e-2 for c in lattice]
+    np.testing.assert_allclose(tenth[0].numpy(), expected, atol=1e-6)
+
+
 def test_only_proportions_of_the_spacing_matter(shape):
     spacing = np.linspace(0.5, 2, len(shape))
     a = isotropic_velocity(generators(2), shape, spacing)

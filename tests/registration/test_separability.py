@@ -3,7 +3,7 @@ from itertools import product
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from monai_drdm.registration import motion_separability, separability_bound
@@ -24,7 +24,6 @@ def exhaustive(ddf, reach, regions=None):
     return best
 
 
-@settings(max_examples=30, deadline=None)
 @given(
     seed=st.integers(0, 2**31),
     shape=st.one_of(st.tuples(*[st.integers(1, 12)] * 2), st.tuples(*[st.integers(1, 7)] * 3)),
