@@ -22,10 +22,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 from monai_drdm import RandDRDMDeformd
+from monai_drdm.deformation.stored_field import StoredField
 from monai_drdm.diffusion import DRDM
 from monai_drdm.fields import fold_fraction, resize_ddf
 from monai_drdm.networks import load_network
-from monai_drdm.transforms.stored import StoredField
 
 PATH = RESULTS / "inverse.jsonl"
 

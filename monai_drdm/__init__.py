@@ -2,20 +2,32 @@
 
 ``RandDRDMDeformd`` goes into ``monai.transforms.Compose`` and deforms image and label into another plausible anatomy of
 the same patient. Method: Zheng et al., Medical Image Analysis 110, 2026, 103987.
+
+The names below are imported when they are first used, so that ``monai_drdm.fields``, ``monai_drdm.deformation`` and
+the like need neither MONAI nor the time it takes to import it.
 """
 
+import importlib
+from typing import Any, TYPE_CHECKING
+
 from monai_drdm._version import __version__
-from monai_drdm.bank import DeformationBank, RandDRDMBankd
-from monai_drdm.networks import list_networks, load_network
-from monai_drdm.transforms import (
-    ApplyDDFd,
-    BatchRandDRDMDeformd,
-    RandDRDMDeform,
-    RandDRDMDeformD,
-    RandDRDMDeformd,
-    RandDRDMDeformDict,
-    RandDRDMPaird,
-)
+
+if TYPE_CHECKING:
+    from monai_drdm.bank import DeformationBank
+    from monai_drdm.networks import list_networks, load_network
+    from monai_drdm.transforms import (
+        ApplyDDFd,
+        BatchRandDRDMDeformd,
+        RandDRDMBankd,
+        RandDRDMDeform,
+        RandDRDMDeformD,
+        RandDRDMDeformd,
+        RandDRDMDeformDict,
+        RandDRDMPaird,
+    )
+
+_FROM = {"DeformationBank": "bank", "list_networks": "networks", "load_network": "networks"}
+"""Where names come from that are no transforms."""
 
 __all__ = [
     "ApplyDDFd",
@@ -31,3 +43,16 @@ __all__ = [
     "list_networks",
     "load_network",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name when it is first asked for."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_FROM.get(name, 'transforms')}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -20,8 +20,8 @@ from monai_drdm.diffusion import DRDM
 from monai_drdm.fields import warp
 from monai_drdm.io import save_ddf, save_image
 from monai_drdm.networks import auto_network, load_network, RecoveryNetwork
+from monai_drdm.samples import spacing_of
 from monai_drdm.transforms import Deformation, RandDRDMDeformd
-from monai_drdm.transforms.inputs import spacing_of
 
 _FOREGROUND = 0.25
 

@@ -40,16 +40,17 @@ EQUIVALENT = Path(__file__).with_name("equivalent_mutants.txt")
 TARGETS = (
     "monai_drdm/fields",
     "monai_drdm/diffusion",
+    "monai_drdm/deformation/record.py",
+    "monai_drdm/deformation/stored_field.py",
+    "monai_drdm/transforms/base.py",
     "monai_drdm/transforms/points.py",
-    "monai_drdm/transforms/keyed.py",
-    "monai_drdm/transforms/record.py",
-    "monai_drdm/transforms/stored.py",
-    "monai_drdm/transforms/trace.py",
+    "monai_drdm/transforms/tracing.py",
     "monai_drdm/io/fields.py",
 )
 TESTS = {
     "fields": ("tests/fields", "tests/diffusion", "tests/metrics"),
     "diffusion": ("tests/fields", "tests/diffusion", "tests/metrics"),
+    "deformation": ("tests/transforms", "tests/bank"),
     "transforms": ("tests/transforms", "tests/bank"),
     "io": ("tests/io",),
 }

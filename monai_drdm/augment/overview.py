@@ -12,7 +12,7 @@ from torch import Tensor
 from monai_drdm.augment.run import AugmentReport
 from monai_drdm.io import load_image, stem_of
 from monai_drdm.io.files import atomically
-from monai_drdm.transforms.inputs import spacing_of
+from monai_drdm.samples import spacing_of
 from monai_drdm.transforms.pairs import SIDES
 
 

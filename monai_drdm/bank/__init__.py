@@ -2,6 +2,5 @@
 
 from monai_drdm.bank.bank import DeformationBank
 from monai_drdm.bank.settings import BankSettings
-from monai_drdm.bank.transform import RandDRDMBankD, RandDRDMBankd, RandDRDMBankDict
 
-__all__ = ["BankSettings", "DeformationBank", "RandDRDMBankD", "RandDRDMBankDict", "RandDRDMBankd"]
+__all__ = ["BankSettings", "DeformationBank"]

@@ -15,14 +15,14 @@ from monai.config import NdarrayOrTensor
 from torch import Tensor
 from tqdm import tqdm
 
+from monai_drdm.bank.building import draw_entry, item_identity, Job, Maker
 from monai_drdm.bank.entry import BankEntry, EntryFile, fingerprint_of, identity_of, same_fingerprint
-from monai_drdm.bank.making import draw_entry, item_identity, Job, Maker
 from monai_drdm.bank.settings import BankSettings, check_count
 from monai_drdm.bank.stores import FolderStore, MemoryStore
+from monai_drdm.deformation.drawing import FieldDrawer
 from monai_drdm.executors import check_shard, in_turn, through
 from monai_drdm.networks import RecoveryNetwork
-from monai_drdm.transforms.draw import FieldDrawer
-from monai_drdm.transforms.inputs import as_tensor, checked_pixdim, flushed, spacing_of
+from monai_drdm.samples import as_tensor, checked_pixdim, flushed, spacing_of
 
 
 class DeformationBank:

@@ -17,8 +17,8 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
+from monai_drdm.deformation.stored_field import StoredField
 from monai_drdm.io.files import atomically
-from monai_drdm.transforms.stored import StoredField
 
 _META = "monai_drdm_bank"
 _VALUES, _PRINT = "values", "fingerprint"

@@ -13,9 +13,11 @@ from monai.data import MetaTensor
 from monai.utils import TransformBackends
 from torch import Tensor
 
+from monai_drdm.deformation.record import Deformation
+from monai_drdm.deformation.stored_field import StoredField
 from monai_drdm.fields.warp import Mode, PaddingMode
 from monai_drdm.io import load_ddf
-from monai_drdm.transforms.inputs import (
+from monai_drdm.samples import (
     as_tensor,
     check_field,
     check_field_fits,
@@ -24,11 +26,9 @@ from monai_drdm.transforms.inputs import (
     numeric_tensor,
     spacing_of,
 )
-from monai_drdm.transforms.keyed import KeyedDeformation
+from monai_drdm.transforms.base import KeyedDeformation
 from monai_drdm.transforms.points import PointSpace
-from monai_drdm.transforms.record import Deformation
-from monai_drdm.transforms.stored import StoredField
-from monai_drdm.transforms.trace import in_plain_mode
+from monai_drdm.transforms.tracing import in_plain_mode
 
 Field = NdarrayOrTensor | str | os.PathLike[str]
 

@@ -14,10 +14,12 @@ from monai.transforms import RandomizableTransform
 from monai.utils import TransformBackends
 from torch import Tensor
 
+from monai_drdm.deformation.drawing import FieldDrawer
+from monai_drdm.deformation.record import check_record, Deformation, DeformationParams
+from monai_drdm.deformation.seeds import stable_hash
 from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
 from monai_drdm.networks import RecoveryNetwork
-from monai_drdm.transforms.draw import FieldDrawer
-from monai_drdm.transforms.inputs import (
+from monai_drdm.samples import (
     as_tensor,
     check_field,
     check_field_fits,
@@ -27,10 +29,8 @@ from monai_drdm.transforms.inputs import (
     Mover,
     spacing_of,
 )
-from monai_drdm.transforms.keyed import field_info, take_back
-from monai_drdm.transforms.record import check_record, Deformation, DeformationParams
-from monai_drdm.transforms.seeds import stable_hash
-from monai_drdm.transforms.trace import in_plain_mode, TracedTransform
+from monai_drdm.transforms.base import field_info, take_back
+from monai_drdm.transforms.tracing import in_plain_mode, TracedTransform
 
 _SEEDS = 2**32
 

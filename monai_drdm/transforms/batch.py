@@ -14,11 +14,12 @@ from monai.data import MetaTensor
 from monai.utils import convert_to_tensor
 from torch import Tensor
 
+from monai_drdm.deformation.drawing import FieldDrawer
+from monai_drdm.deformation.record import check_record, Deformation, DeformationParams
+from monai_drdm.deformation.seeds import stable_hash
 from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
 from monai_drdm.networks import RecoveryNetwork
-from monai_drdm.transforms.array import DRDMRandomness
-from monai_drdm.transforms.draw import FieldDrawer
-from monai_drdm.transforms.inputs import (
+from monai_drdm.samples import (
     as_tensor,
     batch_samples,
     check_same_space,
@@ -29,11 +30,10 @@ from monai_drdm.transforms.inputs import (
     spacing_of,
     world_affine,
 )
-from monai_drdm.transforms.keyed import field_info, KeyedDeformation, validity
+from monai_drdm.transforms.array import DRDMRandomness
+from monai_drdm.transforms.base import field_info, KeyedDeformation, validity
 from monai_drdm.transforms.points import check_points, inside, move_points, PointSpace, to_voxels
-from monai_drdm.transforms.record import check_record, Deformation, DeformationParams
-from monai_drdm.transforms.seeds import stable_hash
-from monai_drdm.transforms.trace import in_plain_mode
+from monai_drdm.transforms.tracing import in_plain_mode
 
 
 class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):

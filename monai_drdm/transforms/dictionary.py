@@ -11,15 +11,15 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
 from torch import Tensor
 
+from monai_drdm.deformation.drawing import FieldDrawer
+from monai_drdm.deformation.record import Deformation, DeformationParams
 from monai_drdm.fields.warp import Mode, PaddingMode
 from monai_drdm.networks import RecoveryNetwork
+from monai_drdm.samples import checked_pixdim, spacing_of
 from monai_drdm.transforms.array import DRDMRandomness
-from monai_drdm.transforms.draw import FieldDrawer
-from monai_drdm.transforms.inputs import checked_pixdim, spacing_of
-from monai_drdm.transforms.keyed import KeyedDeformation
+from monai_drdm.transforms.base import KeyedDeformation
 from monai_drdm.transforms.points import PointSpace
-from monai_drdm.transforms.record import Deformation, DeformationParams
-from monai_drdm.transforms.trace import in_plain_mode
+from monai_drdm.transforms.tracing import in_plain_mode
 
 
 class RandDRDMDeformd(DRDMRandomness, KeyedDeformation):

@@ -13,17 +13,17 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.utils import TraceKeys
 from torch import Tensor
 
+from monai_drdm.deformation.drawing import FieldDrawer
+from monai_drdm.deformation.record import check_record, Deformation, DeformationParams, PairParams
+from monai_drdm.deformation.stored_field import ComposedField, StoredField
 from monai_drdm.fields import compose
 from monai_drdm.fields.warp import Mode, PaddingMode
 from monai_drdm.networks import RecoveryNetwork
+from monai_drdm.samples import as_tensor, checked_pixdim, spacing_of, world_affine
 from monai_drdm.transforms.array import DRDMRandomness
-from monai_drdm.transforms.draw import FieldDrawer
-from monai_drdm.transforms.inputs import as_tensor, checked_pixdim, spacing_of, world_affine
-from monai_drdm.transforms.keyed import field_info, KeyedDeformation, take_back
+from monai_drdm.transforms.base import field_info, KeyedDeformation, take_back
 from monai_drdm.transforms.points import PointSpace
-from monai_drdm.transforms.record import check_record, Deformation, DeformationParams, PairParams
-from monai_drdm.transforms.stored import ComposedField, StoredField
-from monai_drdm.transforms.trace import in_plain_mode
+from monai_drdm.transforms.tracing import in_plain_mode
 
 SIDES = ("moving", "fixed")
 DDF, INVERSE_DDF, INVERSE_RESIDUAL = "ddf", "inverse_ddf", "inverse_residual"

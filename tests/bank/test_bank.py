@@ -16,8 +16,8 @@ from monai.transforms import NormalizeIntensity
 from safetensors.torch import load_file
 
 from monai_drdm import DeformationBank, RandDRDMBankd, RandDRDMDeform
+from monai_drdm.deformation.record import DeformationParams
 from monai_drdm.networks import save_network
-from monai_drdm.transforms.record import DeformationParams
 
 FIELDS = 3
 

@@ -8,9 +8,8 @@ from monai.networks.blocks import Warp
 from monai.transforms import Affine, Compose, Invertd
 
 from monai_drdm import DeformationBank, RandDRDMBankd
-from monai_drdm.bank import RandDRDMBankD, RandDRDMBankDict
 from monai_drdm.fields import fold_fraction, warp_points
-from monai_drdm.transforms import BankedParams
+from monai_drdm.transforms import BankedParams, RandDRDMBankD, RandDRDMBankDict
 
 KEYS = ["image", "label"]
 MODES = ["bilinear", "nearest"]

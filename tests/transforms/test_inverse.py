@@ -16,7 +16,7 @@ from monai.transforms.utils import reset_ops_id
 from monai.utils import TraceKeys
 
 from monai_drdm import ApplyDDFd, RandDRDMDeform, RandDRDMDeformd
-from monai_drdm.transforms.stored import StoredField
+from monai_drdm.deformation.stored_field import StoredField
 
 KEYS = ("image", "label")
 MODES = ("bilinear", "nearest")

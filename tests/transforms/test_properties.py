@@ -18,10 +18,10 @@ from monai.networks.blocks import Warp
 from scipy.ndimage import map_coordinates
 
 from monai_drdm import RandDRDMDeform, RandDRDMDeformd
+from monai_drdm.deformation.seeds import stable_hash
+from monai_drdm.deformation.stored_field import StoredField
 from monai_drdm.fields import resize_ddf, warp
 from monai_drdm.transforms import DeformationParams
-from monai_drdm.transforms.seeds import stable_hash
-from monai_drdm.transforms.stored import StoredField
 
 INTEGERS = ("bool", "uint8", "uint16", "uint32", "uint64", "int8", "int16", "int32", "int64")
 FLOATS = ("float16", "float32", "float64")

@@ -14,9 +14,9 @@ import torch
 from monai.data import MetaTensor
 
 from monai_drdm import RandDRDMDeform, RandDRDMDeformd
+from monai_drdm.deformation.seeds import stable_hash
 from monai_drdm.networks import save_network
 from monai_drdm.transforms import DeformationParams
-from monai_drdm.transforms.seeds import stable_hash
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +60,7 @@ VALUES = """[
 def test_hash_is_the_same_in_every_process():
     """Also in the C locale of old containers and cluster nodes, where text is not UTF-8."""
     code = (
-        "import numpy as np, torch\nfrom pathlib import Path\nfrom monai_drdm.transforms.seeds import stable_hash\n"
+        "import numpy as np, torch\nfrom pathlib import Path\nfrom monai_drdm.deformation.seeds import stable_hash\n"
         f"print([stable_hash(value) for value in {VALUES}], hash('case 1'))"
     )
     c_locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}

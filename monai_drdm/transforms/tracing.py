@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import functools
 import uuid
 from collections.abc import Callable, Iterator, Mapping
@@ -15,7 +14,13 @@ from monai.data import get_track_meta, MetaTensor
 from monai.transforms import InvertibleTransform
 from monai.utils import TraceKeys
 
+from monai_drdm.deformation import ComposedField, StoredField
+from monai_drdm.samples import with_metadata_of
+
 _OWNER = "owner"
+
+# caches on disk are read with weights_only=True; MONAI's own names for the parts of a record are an enumeration
+torch.serialization.add_safe_globals([StoredField, ComposedField, TraceKeys])
 
 
 class TracedTransform(InvertibleTransform):
@@ -87,29 +92,6 @@ class TracedTransform(InvertibleTransform):
                 return index
         erased = [i for i in mine if operations[i].get(TraceKeys.ID) == TraceKeys.NONE]
         return erased[-1] if erased else None
-
-
-def with_metadata_of(data: MetaTensor, tensor: torch.Tensor) -> MetaTensor:
-    """A new MetaTensor of values with a copy of the data's metadata: edits downstream must not reach the input."""
-    carrier = MetaTensor(tensor)
-    lists = [name for name in data.__dict__ if name != "_meta"]
-    carrier.copy_meta_from(data, keys=lists)  # type: ignore[no-untyped-call]  # MONAI leaves it without types
-    carrier.meta = _copied(data.meta)
-    return carrier
-
-
-def _copied(meta: dict[Any, Any]) -> dict[Any, Any]:
-    try:
-        return copy.deepcopy(meta)
-    except Exception:  # locks, generators and the like cannot be copied; they are shared, the rest is not
-        return {key: _copied_value(value) for key, value in meta.items()}
-
-
-def _copied_value(value: Any) -> Any:
-    try:
-        return copy.deepcopy(value)
-    except Exception:
-        return value
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

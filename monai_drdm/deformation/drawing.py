@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 from monai_drdm._version import __version__
+from monai_drdm.deformation.network_source import NetworkSource
+from monai_drdm.deformation.record import Deformation, DeformationParams
+from monai_drdm.deformation.stored_field import StoredField
 from monai_drdm.diffusion import DRDM, SAMPLERS
 from monai_drdm.diffusion.schedule import check_precision, check_recovery
 from monai_drdm.fields import fold_fraction, shrink_to_fold_limit, voxels_to_mm
 from monai_drdm.networks import network_sha256, RecoveryNetwork
-from monai_drdm.transforms.record import Deformation, DeformationParams
-from monai_drdm.transforms.source import NetworkSource
-from monai_drdm.transforms.stored import StoredField
 
 FOLD_POLICIES = ("rescale", "resample", "skip", "keep", "raise")
 _MAX_REDRAWS = 4

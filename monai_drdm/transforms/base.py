@@ -12,8 +12,11 @@ from monai.transforms import MapTransform
 from monai.utils import convert_to_tensor, ensure_tuple, TraceKeys
 from torch import Tensor
 
+from monai_drdm.deformation.record import Deformation
+from monai_drdm.deformation.seeds import stable_hash
+from monai_drdm.deformation.stored_field import StoredField
 from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
-from monai_drdm.transforms.inputs import (
+from monai_drdm.samples import (
     as_tensor,
     check_keys_agree,
     flushed,
@@ -36,10 +39,7 @@ from monai_drdm.transforms.points import (
     standard_mode,
     to_voxels,
 )
-from monai_drdm.transforms.record import Deformation
-from monai_drdm.transforms.seeds import stable_hash
-from monai_drdm.transforms.stored import StoredField
-from monai_drdm.transforms.trace import in_plain_mode, TracedTransform
+from monai_drdm.transforms.tracing import in_plain_mode, TracedTransform
 
 
 class KeyedDeformation(TracedTransform, MapTransform):

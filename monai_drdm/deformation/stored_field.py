@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from monai.utils import TraceKeys
 from torch import Tensor
 
 from monai_drdm.fields import compose, identity_grid, invert, resize_ddf
@@ -136,10 +135,6 @@ def _affine_ddf(matrix: Tensor, moved: Tensor) -> Tensor:
     return torch.einsum("ij,bj...->bi...", matrix[:-1, :-1] - torch.eye(len(centre)).to(matrix), at) + matrix[
         :-1, -1
     ].view(form)
-
-
-# caches on disk are read with weights_only=True; MONAI's own names for the parts of a record are an enumeration
-torch.serialization.add_safe_globals([StoredField, ComposedField, TraceKeys])
 
 
 def spread_in_plane(ddf: Tensor, axis: int, shape: tuple[int, ...]) -> Tensor:

@@ -17,17 +17,17 @@ from torch import Tensor
 
 from monai_drdm._version import __version__
 from monai_drdm.bank.bank import DeformationBank
-from monai_drdm.bank.making import item_identity
+from monai_drdm.bank.building import item_identity
+from monai_drdm.deformation.record import BankedParams, check_record, Deformation, DeformationParams
+from monai_drdm.deformation.seeds import stable_hash
+from monai_drdm.deformation.stored_field import StoredField
 from monai_drdm.fields import shrink_to_fold_limit
 from monai_drdm.fields.warp import Mode, PaddingMode
+from monai_drdm.samples import as_tensor, spacing_of
 from monai_drdm.transforms.array import checked_prob
-from monai_drdm.transforms.inputs import as_tensor, spacing_of
-from monai_drdm.transforms.keyed import KeyedDeformation
+from monai_drdm.transforms.base import KeyedDeformation
 from monai_drdm.transforms.points import PointSpace
-from monai_drdm.transforms.record import BankedParams, check_record, Deformation, DeformationParams
-from monai_drdm.transforms.seeds import stable_hash
-from monai_drdm.transforms.stored import StoredField
-from monai_drdm.transforms.trace import in_plain_mode
+from monai_drdm.transforms.tracing import in_plain_mode
 
 Range = float | Sequence[float] | Sequence[Sequence[float]]
 

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monai_drdm.deformation.stored_field import ComposedField, StoredField
 from monai_drdm.diffusion.schedule import check_precision
 from monai_drdm.fields.invert import Inverse
 from monai_drdm.metrics import field_statistics, FieldStatistics
-from monai_drdm.transforms.stored import ComposedField, StoredField
 
 
 def check_record(given: object, kind: type) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
@@ -17,7 +18,6 @@ from torch import Tensor
 from monai_drdm.fields import warp
 from monai_drdm.fields.grid import field_dtype, sampling_grid
 from monai_drdm.fields.warp import check_modes, Mode, PaddingMode, sample_on_grid, samples_on_grid
-from monai_drdm.transforms.trace import with_metadata_of
 
 _AFFINE_TOLERANCE = 1e-3
 
@@ -257,3 +257,26 @@ def _native(data: NdarrayOrTensor) -> Tensor:
         return data
     native = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
     return torch.from_numpy(native if native.flags.writeable else native.copy())
+
+
+def with_metadata_of(data: MetaTensor, tensor: torch.Tensor) -> MetaTensor:
+    """A new MetaTensor of values with a copy of the data's metadata: edits downstream must not reach the input."""
+    carrier = MetaTensor(tensor)
+    lists = [name for name in data.__dict__ if name != "_meta"]
+    carrier.copy_meta_from(data, keys=lists)  # type: ignore[no-untyped-call]  # MONAI leaves it without types
+    carrier.meta = _copied(data.meta)
+    return carrier
+
+
+def _copied(meta: dict[Any, Any]) -> dict[Any, Any]:
+    try:
+        return copy.deepcopy(meta)
+    except Exception:  # locks, generators and the like cannot be copied; they are shared, the rest is not
+        return {key: _copied_value(value) for key, value in meta.items()}
+
+
+def _copied_value(value: Any) -> Any:
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return value

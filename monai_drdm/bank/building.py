@@ -13,9 +13,9 @@ from torch import Tensor
 
 from monai_drdm.bank.entry import BankEntry, identity_of
 from monai_drdm.bank.settings import BankSettings, field_seed
+from monai_drdm.deformation.drawing import FieldDrawer
+from monai_drdm.deformation.stored_field import StoredField
 from monai_drdm.networks import network_sha256
-from monai_drdm.transforms.draw import FieldDrawer
-from monai_drdm.transforms.stored import StoredField
 
 _VOXELS_AT_ONCE = 1 << 23
 
