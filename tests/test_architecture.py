@@ -20,7 +20,7 @@ CORE = {
 """What each part of the core may import of this package."""
 
 MAX_LINES = 40
-MAX_PARAMETERS = 10
+MAX_PARAMETERS = 12
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 FOREIGN = {
