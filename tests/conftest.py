@@ -6,6 +6,7 @@ import random
 import resource
 import signal
 import sys
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -18,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from tqdm import tqdm
 
 from monai_drdm.networks import convert_published, RecResACNet
 
@@ -72,6 +74,7 @@ class Forked:
             for number, path in enumerate(self.said, 1):
                 os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
             sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", buffering=1) for n in (1, 2))
+            tqdm.set_lock(threading.RLock())  # the one it has is shared; a killed process would leave it locked
             if before is not None:
                 before()
             code = call()
