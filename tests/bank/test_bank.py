@@ -32,6 +32,15 @@ def scan(number, shape=(40, 36)):
     return {"image": image, "label": (image > 0.5).to(torch.uint8), "name": f"ward/{number}"}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """As forked processes have: bits are promised for one number of threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module")
 def items():
     return [scan(number) for number in range(5)]
