@@ -99,8 +99,8 @@ def checked_pixdim(pixdim: Sequence[float] | None) -> tuple[float, ...] | None:
     return numbers
 
 
-def split_batch(data: Any, name: str) -> list[Any]:
-    """The samples of a batch, with what they know of their space.
+def split_batch(data: Any, name: str) -> tuple[Tensor, list[Any]]:
+    """The values of a batch, and each sample with what it knows of its space.
 
     Raises:
         TypeError: not an array or tensor of a real numeric type.
@@ -112,9 +112,21 @@ def split_batch(data: Any, name: str) -> list[Any]:
             f"{name} must be a batch (B, C, *S) with 2 or 3 non-empty spatial axes, got {tuple(values.shape)}."
         )
     if not isinstance(data, MetaTensor):
-        return list(values)
+        return values, list(values)
     affines = data.affine if data.affine.ndim == 3 else data.affine.expand(len(values), -1, -1)
-    return [MetaTensor(one, affine=affine) for one, affine in zip(values, affines)]
+    return values, [MetaTensor(one, affine=affine) for one, affine in zip(values, affines)]
+
+
+def check_same_spaces(first: Sequence[Any], other: Sequence[Any], first_name: str, other_name: str) -> None:
+    """Check that two batches have as many samples, and that these share their spaces one by one.
+
+    Raises:
+        ValueError: naming the two and what differs.
+    """
+    if len(other) != len(first):
+        raise ValueError(f"{first_name} and {other_name} must have one batch size, got {len(first)} and {len(other)}.")
+    for one, its_other in zip(first, other):
+        check_same_space(one, its_other, first_name, other_name)
 
 
 def check_same_space(first: NdarrayOrTensor, other: NdarrayOrTensor, first_name: str, other_name: str) -> None:
@@ -123,6 +135,8 @@ def check_same_space(first: NdarrayOrTensor, other: NdarrayOrTensor, first_name:
     Raises:
         ValueError: naming the two and what differs.
     """
+    if other is first:
+        return
     advice = "Resample them to one grid first (ResampleToMatchd)."
     if tuple(other.shape[1:]) != tuple(first.shape[1:]):
         raise ValueError(

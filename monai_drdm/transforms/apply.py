@@ -22,7 +22,6 @@ from monai_drdm.samples import (
     check_field_fits,
     check_same_space,
     numeric_tensor,
-    spacing_of,
 )
 from monai_drdm.transforms.base import KeyedDeformation
 from monai_drdm.transforms.options import ApplyOptions
@@ -90,12 +89,10 @@ class ApplyDDFd(KeyedDeformation):
             raise KeyError(f"ApplyDDFd: ddf_key {self.ddf_key!r} is missing from the data: {sorted(map(str, data))}.")
         valid = self.validate(data, names[0])
         field = self.field or _Field.of(data[self.ddf_key], repr(self.ddf_key))
-        (image,) = valid.tensors()
         if field.on_grid is not None:
-            check_same_space(valid.image, field.on_grid, valid.name, "the field")
-        check_field_fits(field.stored.values, image)
-        spacing = spacing_of(valid.image, None, valid.name)
-        deformation = Deformation(field.stored.ddf(image.device), spacing, stored=field.stored)
+            check_same_space(valid.spaces[0], field.on_grid, valid.name, "the field")
+        check_field_fits(field.stored.values, valid.images[0])
+        deformation = Deformation(field.stored.ddf(valid.images.device), valid.spacings[0], stored=field.stored)
         self.last = deformation
         return self.apply(valid, [deformation])
 

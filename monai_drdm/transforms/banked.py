@@ -192,12 +192,13 @@ class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
 
     def _entry(self, valid: ValidData) -> tuple[str, BankEntry | EntryFile, torch.device]:
         """The image's name, its fields, and its device."""
-        identity = item_identity(valid.data, valid.image, self.id_key)
-        return identity, self.bank.entry(identity, valid.image), valid.tensors()[0].device
+        image = valid.data[self.image_key]
+        identity = item_identity(valid.data, image, self.id_key)
+        return identity, self.bank.entry(identity, image), valid.images.device
 
     def _banked(self, valid: ValidData, stored: StoredField, params: BankedParams, device: torch.device) -> Deformation:
         pixdim = None if self.bank.settings is None else self.bank.settings.pixdim
-        spacing, record = spacing_of(valid.image, pixdim, valid.name), _parsed(params.field)
+        spacing, record = spacing_of(valid.data[self.image_key], pixdim, valid.name), _parsed(params.field)
         return Deformation(stored.ddf(device), spacing, record, stored=stored, banked=params)
 
     def _scaled(self, stored: StoredField, scale: float, device: torch.device) -> tuple[float, StoredField]:

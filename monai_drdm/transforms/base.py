@@ -24,8 +24,9 @@ from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
 from monai_drdm.samples import (
     apply_pending,
     as_tensor,
-    check_same_space,
+    check_same_spaces,
     numeric_tensor,
+    spacing_of,
     split_batch,
     world_affine,
     wrap_like,
@@ -48,34 +49,27 @@ from monai_drdm.transforms.tracing import in_plain_mode, TracedTransform
 
 @dataclass
 class ValidData:
-    """A sample, or a batch of samples, all of which is there and fits together."""
+    """A sample, or a batch of samples, all of which is there and fits together. A sample is a batch of one."""
 
     data: dict[Any, Any]
     """A dictionary of this call's own, in which no lazy operation is pending."""
-    image_key: Hashable
+    name: str
+    """What errors call the image."""
     image_keys: list[tuple[Hashable, Mode, PaddingMode]]
     """Images and labels that are there, with their modes."""
-    images: list[Any]
-    """The image of each sample, ``(C, *S)``, with what it knows of its space."""
-
-    @property
-    def image(self) -> Any:
-        """The image of the first sample."""
-        return self.images[0]
-
-    @property
-    def name(self) -> str:
-        """What errors call the image."""
-        return repr(self.image_key)
+    values: dict[Hashable, Tensor]
+    """The values of images and labels as plain tensors ``(B, C, *S)``."""
+    images: Tensor
+    """What the network sees, ``(B, C, *S)``."""
+    spaces: list[Any]
+    """For each sample, the image that knows where it lies, ``(C, *S)``."""
+    spacings: list[tuple[float, ...]]
+    """For each sample, mm per voxel along each axis."""
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Spatial shape ``S``."""
-        return tuple(self.images[0].shape[1:])
-
-    def tensors(self) -> list[Tensor]:
-        """The image of each sample as a plain tensor."""
-        return [as_tensor(image, self.name) for image in self.images]
+        return tuple(self.images.shape[2:])
 
 
 class KeyedDeformation(TracedTransform, MapTransform):
@@ -89,6 +83,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
     image_key: Hashable
     """What the network sees, or what a field was drawn on."""
     seed_key: Hashable | None = None
+    pixdim: tuple[float, ...] | None = None
     batched = False
     """Values at the keys are batches ``(B, C, *S)``."""
 
@@ -126,17 +121,18 @@ class KeyedDeformation(TracedTransform, MapTransform):
         result = dict(data)
         present = self._present(result)
         image_key = self._check_named(result) if image_key is None else image_key
+        values, samples = dict[Hashable, Tensor](), dict[Hashable, list[Any]]()
         for key in dict.fromkeys((image_key, *(key for key, *_ in present))):
             result[key] = apply_pending(result[key])
-        images = self._samples(result[image_key], repr(image_key))
-        dims = images[0].ndim - 1
-        for key, *_ in present:
-            if key != image_key:
-                self._check_fits(images, self._samples(result[key], repr(key)), repr(image_key), repr(key))
+            values[key], samples[key] = self._read(result[key], repr(key))
+            check_same_spaces(samples[image_key], samples[key], repr(image_key), repr(key))
+        dims = values[image_key].ndim - 2
         for _, mode, padding in present:
             check_modes(mode, padding, dims, type(self).__name__)
-        self._check_points_and_boxes(result, dims, len(images))
-        return ValidData(result, image_key, present, images)
+        self._check_points_and_boxes(result, dims, len(values[image_key]))
+        spaces = samples[image_key] if self.batched else [_known([one for (one,) in samples.values()])]
+        spacings = [spacing_of(one, self.pixdim, repr(image_key)) for one in spaces]
+        return ValidData(result, repr(image_key), present, values, values[image_key], spaces, spacings)
 
     def _present(self, data: Mapping[Any, Any]) -> list[tuple[Hashable, Mode, PaddingMode]]:
         """Keys of images and labels that the data hold, with their modes.
@@ -163,18 +159,9 @@ class KeyedDeformation(TracedTransform, MapTransform):
             stable_hash(data[self.seed_key])  # refuses None, which would mean the random state
         return self.image_key
 
-    def _samples(self, data: Any, name: str) -> list[Any]:
-        """The values of each sample, with what they know of their space."""
-        if self.batched:
-            return split_batch(data, name)
-        as_tensor(data, name)
-        return [data]
-
-    def _check_fits(self, images: list[Any], others: list[Any], name: str, other_name: str) -> None:
-        if len(others) != len(images):
-            raise ValueError(f"{name} and {other_name} must have one batch size, got {len(images)} and {len(others)}.")
-        for image, other in zip(images, others):
-            check_same_space(image, other, name, other_name)
+    def _read(self, data: Any, name: str) -> tuple[Tensor, list[Any]]:
+        """Values ``(B, C, *S)``, and for each sample what it knows of its space."""
+        return split_batch(data, name) if self.batched else (as_tensor(data, name)[None], [data])
 
     def _check_points_and_boxes(self, data: Mapping[Any, Any], dims: int, count: int) -> None:
         box_mode = standard_mode(self.box_mode, dims)
@@ -212,23 +199,14 @@ class KeyedDeformation(TracedTransform, MapTransform):
     ) -> None:
         moving = [i for i, one in enumerate(deformations) if one is not None]
         warper = _warper([one for one in deformations if one is not None])
-        affine = self._known_affine(valid)
+        affine = valid.spaces[0].affine if isinstance(valid.spaces[0], MetaTensor) and not self.batched else None
         for key, mode, padding in valid.image_keys:
-            before = valid.data[key]
-            values = numeric_tensor(before, repr(key))
-            out = _warp_some(values if self.batched else values[None], moving, warper, mode, padding)
+            before, out = valid.data[key], _warp_some(valid.values[key], moving, warper, mode, padding)
             info = {"kind": "image", "mode": mode, "padding_mode": padding}
             result = self._wrapped(before, out, moving, [info | one for one in infos])
             if affine is not None and isinstance(result, MetaTensor) and not isinstance(before, MetaTensor):
                 result.affine = affine.clone()  # it lies on their grid, and must agree with them when it comes again
             valid.data[key] = result
-
-    def _known_affine(self, valid: ValidData) -> Tensor | None:
-        """The affine of a sample, from whichever of its images has one."""
-        if self.batched:
-            return None
-        candidates = (valid.image, *(valid.data[key] for key, *_ in valid.image_keys))
-        return next((one.affine for one in candidates if isinstance(one, MetaTensor)), None)
 
     def move_points(
         self,
@@ -241,7 +219,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
         values, name = _floating(valid.data[key], repr(key)), f"{key}_valid"
         points = values if self.batched else values[None]
         world = self.point_space == "world"
-        affines = [world_affine(image, valid.name).to(values.device) if world else None for image in valid.images]
+        affines = [world_affine(one, valid.name).to(values.device) if world else None for one in valid.spaces]
         moved, validity = [], []
         for one, affine, deformation in zip(points, affines, deformations):
             if deformation is None:
@@ -366,6 +344,11 @@ def take_back(transform: TracedTransform, data: NdarrayOrTensor, name: str, warp
             warpers[id(field)] = FieldWarper(field.inverse(values.device).ddf)
     image = as_tensor(rest, name)[None]
     return wrap_like(rest, warpers[id(field)](image, info["mode"], info["padding_mode"])[0])
+
+
+def _known(samples: list[Any]) -> Any:
+    """The first that has an affine, which the outputs of all get; failing that, the first."""
+    return next((one for one in samples if isinstance(one, MetaTensor)), samples[0])
 
 
 def _warper(deformations: Sequence[Deformation]) -> FieldWarper | None:

@@ -14,7 +14,7 @@ from typing_extensions import Unpack
 
 from monai_drdm.deformation import Deformation, DeformationParams, FieldDrawer, stable_hash
 from monai_drdm.deformation.options import AllDrawOptions, choose, NetworkLike, with_options
-from monai_drdm.samples import checked_pixdim, spacing_of
+from monai_drdm.samples import checked_pixdim
 from monai_drdm.transforms.base import KeyedDeformation, ValidData
 from monai_drdm.transforms.options import ApplyOptions, BatchOptions
 from monai_drdm.transforms.randomness import DRDMRandomness
@@ -124,8 +124,7 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
     def _deformations(
         self, valid: ValidData, randomize: bool, params: Sequence[DeformationParams | None] | None
     ) -> list[Deformation | None]:
-        images, count = valid.tensors(), len(valid.images)
-        spacings = [spacing_of(image, self.pixdim, valid.name) for image in valid.images]
+        images, spacings, count = list(valid.images), valid.spacings, len(valid.images)
         if params is None:
             values = [None] * count if self.seed_key is None else _values(valid.data[self.seed_key], count)
             return self.draw_deformations(images, spacings, self.decide(values, randomize))

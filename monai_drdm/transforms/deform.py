@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from monai.config import KeysCollection, NdarrayOrTensor
-from monai.data import MetaTensor
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -215,13 +214,10 @@ class RandDRDMDeformd(_OneField, KeyedDeformation):
             ValueError: anything that does not fit; see the table of inputs and answers in the README.
         """
         valid = self.validate(data)
-        aligned = (valid.image, *(valid.data[key] for key, *_ in valid.image_keys))
-        known = next((one for one in aligned if isinstance(one, MetaTensor)), valid.image)  # outputs get its affine
-        spacing = spacing_of(known, self.pixdim, valid.name)
         seed_value = None if self.seed_key is None else valid.data[self.seed_key]
-        deformation = self.deformation(valid.tensors()[0], spacing, randomize, params, field, seed_value)
-        self.last = deformation
-        return self.apply(valid, [deformation])
+        found = self.deformation(valid.images[0], valid.spacings[0], randomize, params, field, seed_value)
+        self.last = found  # threads may share this transform, and with it ``last``
+        return self.apply(valid, [found])
 
 
 RandDRDMDeformD = RandDRDMDeformDict = RandDRDMDeformd

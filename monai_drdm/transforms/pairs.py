@@ -18,7 +18,7 @@ from monai_drdm.deformation.options import choose, NetworkLike, SharedDrawOption
 from monai_drdm.deformation.record import check_record
 from monai_drdm.deformation.warping import FieldWarper
 from monai_drdm.fields import compose
-from monai_drdm.samples import as_tensor, checked_pixdim, spacing_of
+from monai_drdm.samples import as_tensor, checked_pixdim
 from monai_drdm.transforms.base import field_info, KeyedDeformation, take_back, ValidData
 from monai_drdm.transforms.options import ApplyOptions, PairOptions
 from monai_drdm.transforms.randomness import DRDMRandomness
@@ -139,10 +139,9 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
             check_record(params, PairParams)
         valid, result = self.validate(data), dict(data)
         self._check_names_are_free(result)
-        spacing = spacing_of(valid.image, self.pixdim, valid.name)
-        given = self._movable(valid)
+        given, spacing = self._movable(valid), valid.spacings[0]
         first_plan, second_plan = self._plans(randomize, result.get(self.seed_key), params)
-        first = _draw(self.augmentation_drawer or self.drawer, given.tensors()[0], spacing, first_plan)
+        first = _draw(self.augmentation_drawer or self.drawer, given.images[0], spacing, first_plan)
         moving = self.apply(_copied(given), [first])
         second = _draw(self.drawer, as_tensor(moving[self.image_key], valid.name), spacing, second_plan)
         both = _composed(first, second, spacing)
@@ -151,7 +150,7 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
             fixed |= self._points_of_fixed(replace(given, data=dict(moving)), second)
         for side, made in zip(SIDES, (moving, fixed)):
             result |= {self._named(side, key): value for key, value in made.items()}
-        result |= self._answer(second, valid.image)
+        result |= self._answer(second, valid.images[0])
         self.last = None if second is None or both is None else DeformedPair(first, second, both)
         return result
 
@@ -214,11 +213,10 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
         record = self.latest_record(data)
         return record is not None and bool(record[TraceKeys.EXTRA_INFO].get(_MOVED_TWICE, False))
 
-    def _answer(self, synthesis: Deformation | None, image: NdarrayOrTensor) -> dict[str, Tensor]:
+    def _answer(self, synthesis: Deformation | None, image: Tensor) -> dict[str, Tensor]:
         """The field between the images, and its inverse."""
         if synthesis is None:
-            device = as_tensor(image, "image").device
-            ddf = torch.zeros((image.ndim - 1, *image.shape[1:]), dtype=torch.float32, device=device)
+            ddf = torch.zeros((image.ndim - 1, *image.shape[1:]), dtype=torch.float32, device=image.device)
             found = {DDF: ddf, INVERSE_DDF: ddf.clone(), INVERSE_RESIDUAL: ddf.new_zeros(())}
         else:
             found = {DDF: synthesis.ddf.clone()}
