@@ -33,10 +33,10 @@ from monai_drdm.fields import crop, fractions_to_voxels, warp
 from monai_drdm.networks import RecResACNet
 from monai_drdm.train import build_config
 from monai_drdm.train.data import ScanBank
-from monai_drdm.train.parts import Bfloat16Inferer
 from monai_drdm.train.published import published_loss, PublishedTarget
-from monai_drdm.train.recipes import choose_recipe
+from monai_drdm.train.recovery import choose_recipe
 from monai_drdm.train.synthetic import synthetic_images
+from monai_drdm.training.precision import Bfloat16Inferer
 
 PATH = RESULTS / "training_throughput.jsonl"
 SHAPES = {2: (160, 160), 3: (80, 96, 80)}

@@ -20,8 +20,8 @@ CORE = {
 """What each part of the core may import of this package."""
 
 FOREIGN = {
-    "monai": {"samples", "transforms", "bank", "demo", "augment", "io", "train", "registration"},
-    "ignite": {"train", "registration"},
+    "monai": {"samples", "transforms", "bank", "demo", "augment", "io", "training", "train", "registration"},
+    "ignite": {"training"},
     "nibabel": {"io", "demo"},
     "SimpleITK": {"io"},
     "matplotlib": {"viz"},

@@ -11,13 +11,13 @@ from monai.losses import DiceLoss, DiffusionLoss, LocalNormalizedCrossCorrelatio
 from torch import nn, Tensor
 
 from monai_drdm.fields import warp
-from monai_drdm.registration.augment import mirrored, posed, repainted
+from monai_drdm.registration.augmentation import mirrored, posed, repainted
 from monai_drdm.registration.data import ImageBank, load_images, load_pairs, PairBank, RegistrationBatch
 from monai_drdm.registration.networks import kinds, load_registration, RegistrationNetwork, save_registration, Structure
 from monai_drdm.train.data import digest_of
-from monai_drdm.train.engine import Predict, run_task, Task
 from monai_drdm.train.losses import folding_loss
-from monai_drdm.train.settings import RunConfig, setting
+from monai_drdm.training.loop import Predict, run_task, Task
+from monai_drdm.training.settings import RunConfig, setting
 from monai_drdm.viz import contact_sheet, Figure, middle_plane, SheetEntry
 
 _SHEET = 6

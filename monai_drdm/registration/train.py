@@ -9,7 +9,7 @@ from pathlib import Path
 
 from monai_drdm.registration.task import fit, RegistrationConfig
 from monai_drdm.train.__main__ import run_command
-from monai_drdm.train.settings import describe_settings, read_config
+from monai_drdm.training.settings import describe_settings, read_config
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

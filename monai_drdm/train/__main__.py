@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from monai_drdm.train import build_config, fit, TrainConfig
-from monai_drdm.train.settings import Config, describe_settings
+from monai_drdm.training.settings import Config, describe_settings
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 

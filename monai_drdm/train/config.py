@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from monai_drdm.networks import recresacnet, velocity_unet
-from monai_drdm.train.process import Appearance, Pose
-from monai_drdm.train.settings import read_config, RunConfig, setting
+from monai_drdm.train.augmentation import Appearance, Pose
+from monai_drdm.training.settings import read_config, RunConfig, setting
 
 _KINDS = {"velocity_unet": velocity_unet.WORKING_SIZE, "recresacnet": recresacnet.WORKING_SIZE}
 _LEARNING_RATE = {"velocity_unet": 2e-3, "recresacnet": 1e-4}

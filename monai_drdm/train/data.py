@@ -23,7 +23,7 @@ from monai_drdm.diffusion import WorkingGrid
 from monai_drdm.io.dicom import DICOM_SUFFIXES, find_series, load_with_itk
 from monai_drdm.io.images import check_plain
 from monai_drdm.samples import spacing_of
-from monai_drdm.train.folder import holds_run
+from monai_drdm.training.run_folder import holds_run
 
 _ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".tif", ".tiff")
 _SUFFIXES = (".nii", ".nii.gz", ".png", ".jpg", ".jpeg", ".bmp", ".npy", *_ITK_SUFFIXES)

@@ -17,11 +17,11 @@ from monai_drdm.diffusion.schedule import composition_counts
 from monai_drdm.fields import compose, control_grid_velocity, crop, fractions_to_voxels, power, warp
 from monai_drdm.fields.random import CONTROL_SIZE, NODE_STD
 from monai_drdm.networks.recresacnet import TIME_STEPS
+from monai_drdm.train.augmentation import change_appearance, random_pose, sample_posed
 from monai_drdm.train.config import TrainConfig
 from monai_drdm.train.data import ScanBank
 from monai_drdm.train.losses import angle_loss, distance_loss, folding_loss, sample_at, smoothness_loss
-from monai_drdm.train.process import change_appearance, random_pose, sample_posed
-from monai_drdm.train.step import draw_images
+from monai_drdm.train.velocity import draw_images
 
 _SEEN = CONTROL_SIZE // 2 + 2
 """Nodes per axis of the control grid that an image lies between: it covers the central half."""

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from monai_drdm.fields import gaussian_smooth
-from monai_drdm.train.process import smooth_noise, uniform
+from monai_drdm.train.augmentation import smooth_noise, uniform
 
 _ORGANS = (6, 16)
 _ELLIPSES = 6

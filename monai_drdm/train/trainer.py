@@ -6,8 +6,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from monai_drdm.train.config import TrainConfig
-from monai_drdm.train.engine import run_task
-from monai_drdm.train.recipes import choose_recipe
+from monai_drdm.train.recovery import choose_recipe
+from monai_drdm.training.loop import run_task
 
 
 def fit(

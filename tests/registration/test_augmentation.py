@@ -7,7 +7,7 @@ import torch
 from monai.networks.blocks import Warp
 
 from monai_drdm.fields import gaussian_smooth
-from monai_drdm.registration.augment import mirrored, posed, repainted
+from monai_drdm.registration.augmentation import mirrored, posed, repainted
 from monai_drdm.registration.data import RegistrationBatch
 
 

@@ -23,11 +23,11 @@ from monai.utils import CommonKeys
 from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
 
-from monai_drdm.train.folder import check_data, Checkpoints, claimed, telling_what_is_left, write_config
-from monai_drdm.train.parts import Bfloat16Inferer, computes_bfloat16, Progress
-from monai_drdm.train.reports import Reports
-from monai_drdm.train.settings import RunConfig
-from monai_drdm.train.team import Team
+from monai_drdm.training.distributed import Team
+from monai_drdm.training.precision import Bfloat16Inferer, computes_bfloat16, Progress
+from monai_drdm.training.reports import Reports
+from monai_drdm.training.run_folder import check_data, Checkpoints, claimed, telling_what_is_left, write_config
+from monai_drdm.training.settings import RunConfig
 
 if TYPE_CHECKING:
     from monai_drdm.viz import Figure

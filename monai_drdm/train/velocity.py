@@ -10,10 +10,10 @@ from torch import Tensor
 from monai_drdm.diffusion.recover_velocity import flatness, OVER_RELAXATION, Predict, recovery_step, timetable
 from monai_drdm.diffusion.schedule import integration_times
 from monai_drdm.fields import compose, exp_svf, resize_ddf, warp
+from monai_drdm.train.augmentation import change_appearance, deform_images, Deformed, uniform
 from monai_drdm.train.config import TrainConfig
 from monai_drdm.train.data import ScanBank
 from monai_drdm.train.losses import folding_loss, relative_energy, velocity_loss
-from monai_drdm.train.process import change_appearance, deform_images, Deformed, uniform
 from monai_drdm.train.synthetic import synthetic_images
 
 _MAX_STEPS = 8

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from monai_drdm.io.files import atomically, locked
-from monai_drdm.train.settings import RunConfig
+from monai_drdm.training.settings import RunConfig
 
 _CONFIG = "config.json"
 _CHECKPOINTS = "checkpoints"

@@ -11,7 +11,7 @@ import torch
 from monai.inferers import Inferer
 from torch import nn, Tensor
 
-from monai_drdm.train.settings import RunConfig
+from monai_drdm.training.settings import RunConfig
 
 
 def computes_bfloat16(device: torch.device) -> bool:

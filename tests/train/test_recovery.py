@@ -11,7 +11,7 @@ from monai_drdm import load_network, RandDRDMDeformd
 from monai_drdm.networks import RecResACNet, save_network, VelocityUNet
 from monai_drdm.train import build_config, fit
 from monai_drdm.train.published import PublishedTarget
-from monai_drdm.train.recipes import choose_recipe
+from monai_drdm.train.recovery import choose_recipe
 
 SMALL = ["working_size=24", "batch_size=2", "epoch_length=3", "max_epochs=2", "warmup_steps=1"]
 PUBLISHED = ["network=recresacnet", *SMALL]

@@ -25,9 +25,9 @@ from monai_drdm.networks import (
 )
 from monai_drdm.train.config import TrainConfig
 from monai_drdm.train.data import digest_of, find_scans, load_bank, ScanBank
-from monai_drdm.train.engine import Predict, Task
 from monai_drdm.train.published import draw_published_batch, published_folding, published_loss, PublishedTarget
-from monai_drdm.train.step import draw_batch, draw_images, folding_of, recovery_loss, Target
+from monai_drdm.train.velocity import draw_batch, draw_images, folding_of, recovery_loss, Target
+from monai_drdm.training.loop import Predict, Task
 from monai_drdm.viz import contact_sheet, Figure, middle_plane, SheetEntry
 
 T = TypeVar("T")
