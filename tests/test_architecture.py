@@ -95,6 +95,16 @@ def test_nothing_but_the_command_line_imports_it():
             assert not own_parts(path) & {"cli", "demo", "augment"}, path
 
 
+def test_trainings_stand_side_by_side_on_one_floor():
+    for path in MODULES:
+        if part_of(path) == "training":
+            assert own_parts(path) <= {"training", "fields", "io", "viz"}, path
+        elif part_of(path) in {"train", "registration"}:
+            assert len(own_parts(path) & {"train", "registration"}) <= 1, path
+        else:
+            assert "training" not in own_parts(path), path
+
+
 def test_modules_stay_short():
     for path in MODULES:
         assert len(path.read_text(encoding="utf-8").splitlines()) <= 350, path

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from monai_drdm.diffusion import WorkingGrid
 from monai_drdm.io.dicom import DICOM_SUFFIXES, find_series, load_with_itk
 from monai_drdm.io.images import check_plain
 from monai_drdm.samples import spacing_of
-from monai_drdm.training.run_folder import holds_run
+from monai_drdm.training.run_folder import is_run_folder
 
 _ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".tif", ".tiff")
 _SUFFIXES = (".nii", ".nii.gz", ".png", ".jpg", ".jpeg", ".bmp", ".npy", *_ITK_SUFFIXES)
@@ -84,15 +83,6 @@ class ScanBank:
 
     def _where(self, mask: Tensor) -> ScanBank:
         return ScanBank(self.images[mask], self.source[mask], self.weight[mask], ())
-
-
-def digest_of(tensors: Iterable[Tensor]) -> str:
-    """The sha256 of tensors, whatever it is that they hold."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
 
 
 def find_scans(data: str | os.PathLike[str], section: str = "training") -> list[Scan]:
@@ -211,7 +201,7 @@ def _walk(folder: Path) -> Iterator[Path]:
     for place, folders, names in os.walk(folder, followlinks=True):
         here = Path(place)
         real = os.path.realpath(here)
-        if real in seen or (here != folder and (here.name.startswith(".") or holds_run(here))):
+        if real in seen or (here != folder and (here.name.startswith(".") or is_run_folder(here))):
             folders.clear()
             continue
         seen.add(real)
