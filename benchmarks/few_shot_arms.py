@@ -23,7 +23,7 @@ from monai.transforms import (
 from torch import Tensor
 
 from monai_drdm.fields import compose, identity_grid, sample
-from monai_drdm.train.process import Appearance, change_appearance, Pose, random_pose, uniform
+from monai_drdm.train.augmentation import Appearance, change_appearance, Pose, random_pose, uniform
 
 INTENSITY = Appearance(gamma=0.25, contrast=0.2, bias=0.1, blur_vox=0.5, noise=0.03)
 

@@ -29,10 +29,10 @@ from torch import Tensor
 from monai_drdm.diffusion.recover_velocity import recover_velocity
 from monai_drdm.fields import mend_folds, resize_ddf, warp
 from monai_drdm.networks import load_network, VelocityUNet
+from monai_drdm.train.augmentation import deform_images
 from monai_drdm.train.data import load_bank, Scan
-from monai_drdm.train.process import deform_images
-from monai_drdm.train.step import recovery_loss, Target
 from monai_drdm.train.synthetic import synthetic_images
+from monai_drdm.train.velocity import recovery_loss, Target
 
 BATCH = 8
 LEVELS = (0.3, 0.6, 0.8)

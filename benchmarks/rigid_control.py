@@ -23,7 +23,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from monai_drdm.fields import identity_grid, warp
-from monai_drdm.train.process import Pose, random_pose
+from monai_drdm.train.augmentation import Pose, random_pose
 
 PATH = RESULTS / "rigid_control.jsonl"
 IMAGES = {2: 50, 3: 20}

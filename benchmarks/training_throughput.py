@@ -33,10 +33,10 @@ from monai_drdm.fields import crop, fractions_to_voxels, warp
 from monai_drdm.networks import RecResACNet
 from monai_drdm.train import build_config
 from monai_drdm.train.data import ScanBank
-from monai_drdm.train.parts import Bfloat16Inferer
 from monai_drdm.train.published import published_loss, PublishedTarget
-from monai_drdm.train.recipes import choose_recipe
 from monai_drdm.train.synthetic import synthetic_images
+from monai_drdm.train.trainer import choose_task
+from monai_drdm.training.precision import Bfloat16Inferer
 
 PATH = RESULTS / "training_throughput.jsonl"
 SHAPES = {2: (160, 160), 3: (80, 96, 80)}
@@ -57,17 +57,17 @@ def our_step(dims: int, batch: int, device: str) -> Step:
     """One step of training a ``VelocityUNet``."""
     shape = tuple(n + 1 for n in SHAPES[dims])
     settings = [f"spatial_dims={dims}", f"working_size={max(shape)}", f"batch_size={batch}"]
-    recipe = choose_recipe(build_config(settings=settings))
-    config, scans = recipe.config, bank(shape)
-    network = recipe.network().to(device)
+    task = choose_task(build_config(settings=settings))
+    config, task.bank = task.config, bank(shape)
+    network = task.build_network().to(device)
     optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     averaged = AveragedModel(network, avg_fn=lambda mean, new, _: mean + (1 - config.ema_decay) * (new - mean))
-    predict = Bfloat16Inferer(config.bfloat16).bound(network)
+    predict = Bfloat16Inferer(config.bfloat16).predictor(network)
 
     def step(number: int) -> None:
-        image, told, target = recipe.draw(scans, predict, torch.Generator(device).manual_seed(number))
+        images, target, conditions = task.batch(predict, torch.Generator(device).manual_seed(number))
         optimizer.zero_grad()
-        recipe.loss(predict(image, told), target).backward()
+        task.loss(predict(images, *conditions), target).backward()
         nn.utils.clip_grad_norm_(network.parameters(), config.clip_norm)
         optimizer.step()
         averaged.update_parameters(network)

@@ -24,8 +24,8 @@ MAX_PARAMETERS = 12
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 FOREIGN = {
-    "monai": {"samples", "transforms", "bank", "demo", "augment", "io", "train", "registration"},
-    "ignite": {"train", "registration"},
+    "monai": {"samples", "transforms", "bank", "demo", "augment", "io", "training", "train", "registration"},
+    "ignite": {"training"},
     "nibabel": {"io", "demo"},
     "SimpleITK": {"io"},
     "matplotlib": {"viz"},
@@ -97,6 +97,16 @@ def test_nothing_but_the_command_line_imports_it():
     for path in MODULES:
         if part_of(path) not in {"cli", "demo", "augment"}:
             assert not own_parts(path) & {"cli", "demo", "augment"}, path
+
+
+def test_trainings_stand_side_by_side_on_one_floor():
+    for path in MODULES:
+        if part_of(path) == "training":
+            assert own_parts(path) <= {"training", "fields", "io", "viz"}, path
+        elif part_of(path) in {"train", "registration"}:
+            assert len(own_parts(path) & {"train", "registration"}) <= 1, path
+        else:
+            assert "training" not in own_parts(path), path
 
 
 def functions(path):

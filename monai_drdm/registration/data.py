@@ -1,4 +1,4 @@
-"""What registration networks learn from, kept in memory: pairs with known fields, or images to pair at random."""
+"""The training data of registration networks, kept in memory: pairs with known fields, or images to pair at random."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ class RegistrationBatch:
     fixed: Tensor
     """``(B, 1, *S)`` in [0, 1]."""
     inside: Tensor
-    """``(B, 1, *S)`` bool: the fixed image without its padding."""
+    """``(B, 1, *S)`` bool: true in the fixed image, false in its padding."""
     ddf: Tensor | None = None
-    """``(B, D, *S)`` voxels, where it is known."""
+    """``(B, D, *S)`` voxels, or None if it is not known."""
     moving_label: Tensor | None = None
-    """``(B, 1, *S)`` uint8, where there are labels."""
+    """``(B, 1, *S)`` uint8, or None without labels."""
     fixed_label: Tensor | None = None
-    """``(B, 1, *S)`` uint8, where there are labels."""
+    """``(B, 1, *S)`` uint8, or None without labels."""
 
     def to(self, device: torch.device) -> RegistrationBatch:
-        """On a device, in float32."""
+        """The pairs on a device, with images and fields in float32."""
 
         def moved(tensor: Tensor | None) -> Tensor | None:
             if tensor is None:
@@ -65,17 +65,20 @@ class PairBank:
         return len(self.names)
 
     def draw(self, count: int, generator: torch.Generator) -> RegistrationBatch:
-        """Some of them at random, on the generator's device."""
+        """Random pairs, on the generator's device."""
         chosen = torch.randint(len(self), (count,), generator=generator, device=generator.device).cpu()
         return self.at(chosen).to(generator.device)
 
     def at(self, chosen: Tensor) -> RegistrationBatch:
-        """Those of some numbers."""
+        """The pairs of the given indices."""
         values = {name: None if value is None else value[chosen] for name, value in vars(self.pairs).items()}
         return RegistrationBatch(**values)  # type: ignore[arg-type]
 
     def split(self, share: float) -> tuple[PairBank, PairBank]:
-        """The pairs of the first images, and of the last ones for validation; of one image or no share, all twice."""
+        """The pairs of the first images to train on, and those of the last images to validate on.
+
+        With a single image or a share of 0, all pairs are in both.
+        """
         sources = [os.path.join(folder, name.rsplit("_pair", 1)[0]) for folder, name in map(os.path.split, self.names)]
         images = list(dict.fromkeys(sources))
         if len(images) < 2 or share == 0:
@@ -91,7 +94,7 @@ class PairBank:
 
 @dataclass(frozen=True)
 class ImageBank:
-    """Images, and labels where there are any, that are registered with each other."""
+    """Images that are registered with each other, and their labels if there are any."""
 
     images: Tensor
     """``(N, 1, *S)`` float16 in [0, 1]."""
@@ -105,19 +108,22 @@ class ImageBank:
         return len(self.names)
 
     def draw(self, count: int, generator: torch.Generator) -> RegistrationBatch:
-        """Pairs of different images at random, on the generator's device."""
+        """Random pairs of different images, on the generator's device."""
         device = generator.device
         fixed = torch.randint(len(self), (count,), generator=generator, device=device)
         step = torch.randint(1, max(len(self), 2), (count,), generator=generator, device=device)
         return self.pairs(((fixed + step) % len(self)).cpu(), fixed.cpu()).to(device)
 
     def pairs(self, moving: Tensor, fixed: Tensor) -> RegistrationBatch:
-        """Pairs of images of these numbers."""
+        """The pairs of the images of the given indices."""
         labels = (None, None) if self.labels is None else (self.labels[moving], self.labels[fixed])
         return RegistrationBatch(self.images[moving], self.images[fixed], self.inside[fixed], None, *labels)
 
     def split(self, share: float) -> tuple[ImageBank, ImageBank]:
-        """The first images, and the last ones for validation; two at least in each, or all in both."""
+        """The first images to train on, and the last ones to validate on.
+
+        Each part has at least two images; if there are too few for that, all images are in both.
+        """
         kept = max(round(share * len(self)), 2)
         if len(self) - kept < 2 or share == 0:
             return self, self
@@ -131,14 +137,14 @@ class ImageBank:
 def load_pairs(
     data: str | os.PathLike[str], *, spatial_dims: int, section: str = "training", progress: bool = False
 ) -> PairBank:
-    """Read what ``monai-drdm pairs`` wrote: its folder, or its datalist.
+    """Read the folder or the datalist that ``monai-drdm pairs`` wrote.
 
-    Volumes of different size are centred on one grid, and what was added is marked as outside.
+    Images of different size are centred on one grid; ``inside`` is false in the padding.
 
     Raises:
-        FileNotFoundError: no such folder or datalist.
-        ValueError: a datalist without pairs; images of other dimensions, or not finite; files of a pair that differ in
-            shape.
+        FileNotFoundError: the folder or datalist does not exist.
+        ValueError: the datalist has no pairs; images have other dimensions or are not finite; the files of a pair
+            differ in shape.
     """
     path = Path(data)
     path = path / "datalist.json" if path.is_dir() else path
@@ -181,15 +187,15 @@ def load_images(
     section: str = "training",
     progress: bool = False,
 ) -> ImageBank:
-    """Read a folder of images, and one of labels of the same names, or a MONAI datalist.
+    """Read a folder of images and a folder of labels with the same file names, or a MONAI datalist.
 
-    Images of different size are centred on one grid, and what was added is marked as outside.
+    Images of different size are centred on one grid; ``inside`` is false in the padding.
 
     Raises:
-        FileNotFoundError: nothing there.
-        ValueError: fewer than two images, or one listed twice; images of other dimensions, of different orientation or
-            voxel size, or not finite; labels of some images only, of another grid than theirs, or beside a datalist,
-            which names its own.
+        FileNotFoundError: the path does not exist.
+        ValueError: there are fewer than two images, or one is listed twice; images have other dimensions, different
+            orientations or voxel sizes, or are not finite; only some images have labels, labels are on another grid,
+            or ``labels`` is given beside a datalist, which names its own.
     """
     if labels is not None and Path(images).is_file():
         raise ValueError(f"labels must be None with the datalist {images}, which names its labels, got {labels}.")
@@ -222,7 +228,7 @@ def load_images(
 
 
 def unit_range(image: Tensor) -> Tensor:
-    """An image ``(C, *S)`` with its 0.5th to 99.5th percentile on [0, 1], as networks take it."""
+    """Scale the 0.5th to 99.5th percentiles of an image ``(C, *S)`` to [0, 1], as networks expect it."""
     values = image.float()
     low, high = (torch.quantile(values.flatten()[:: max(1, values.numel() // 2**20)], q) for q in (_LOW, _HIGH))
     return ((values - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
@@ -243,14 +249,17 @@ def _label(path: Path, affine: Tensor | None = None) -> Tensor:
             f"{path} must have the affine of its image, got {data.affine.tolist()} and {affine.tolist()}. Resample it "
             "to the image's grid first."
         )
-    values = data.numpy()  # torch cannot compare all unsigned integers
+    values = data.numpy()  # torch cannot compare unsigned integers of all sizes
     if len(values) != 1 or (values != np.round(values)).any() or values.min() < 0 or values.max() > 255:
         raise ValueError(f"{path} must hold label ids from 0 to 255 in one channel.")
     return torch.from_numpy(values.astype(np.uint8))
 
 
 def _check_same_grid(path: Path, data: MetaTensor, first_path: Path, first: MetaTensor) -> None:
-    """Axes along the same world axes, with voxels of one size; images of other dimensions are found elsewhere."""
+    """Raise ``ValueError`` unless two images have the same orientation and voxel size.
+
+    Images of other dimensions are refused elsewhere.
+    """
     mine, its = _orientation(data.affine), _orientation(first.affine)
     if mine != its:
         raise ValueError(
@@ -274,7 +283,7 @@ def _check_same_shape(path: Path, image: Tensor, other_path: Path, other: Tensor
 
 
 def _orientation(affine: Tensor) -> tuple[int, ...]:
-    """The world axis, from 1, that each array axis runs along, negative where it runs backwards."""
+    """For each array axis, the number of its world axis, from 1, negative if it runs backwards."""
     directions = affine[:-1, :-1]
     along = directions.abs().argmax(dim=0)
     signs = directions[along, torch.arange(len(along))].sign()
@@ -286,7 +295,10 @@ def _common_shape(images: Sequence[Tensor]) -> tuple[int, ...]:
 
 
 def _centred(tensor: Tensor, shape: Sequence[int], image: bool = False) -> Tensor:
-    """On a larger grid; images go on as they end, for a frame around them would be aligned with other frames."""
+    """Pad to a larger grid.
+
+    Images are extended by their border values: a network would learn to align frames of zeros with each other.
+    """
     room = [size - n for size, n in zip(shape, tensor.shape[1:])]
     pad = [p for r in reversed(room) for p in (r // 2, r - r // 2)]
     return F.pad(tensor.float(), pad, "replicate").to(tensor.dtype) if image else F.pad(tensor, pad)

@@ -12,7 +12,7 @@ from monai.metrics import compute_hausdorff_distance
 from monai.networks.utils import one_hot
 from torch import Tensor
 
-from monai_drdm.fields import compose, fold_fraction, warp
+from monai_drdm.fields import compose, fold_fraction, sample, warp
 
 Register = Callable[[Tensor, Tensor], Tensor]
 """From moving and fixed images ``(1, 1, *S)`` to the field ``(1, D, *S)`` in voxels."""
@@ -20,22 +20,22 @@ Register = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class RegistrationScore:
-    """Of one pair. What cannot be known is NaN."""
+    """The measures of one pair; those that cannot be computed are NaN."""
 
     dice: tuple[float, ...]
-    """Of every structure."""
+    """Overlap of every structure."""
     hd95: tuple[float, ...]
     """95th percentile of the distances between surfaces of every structure, in units of ``spacing``."""
     tre: float
-    """Mean distance of landmarks of the moving image from where the field takes those of the fixed one."""
+    """Mean distance between the landmarks of the moving image and those of the fixed image, moved by the field."""
     fold_fraction: float
-    """Folding cells, by the corner measure."""
+    """Share of folding cells, by the determinants at their corners."""
     inverse_consistency_vox: float
-    """Mean distance by which registering there and back misses."""
+    """Mean distance of the two fields, from moving to fixed and back, composed, from the identity."""
     error_vox: float
     """Mean distance to the known field."""
     seconds: float
-    """For one registration."""
+    """Time of one registration."""
 
 
 @torch.no_grad()
@@ -54,7 +54,7 @@ def evaluate_registration(
     spacing: Sequence[float] | None = None,
     both_ways: bool = True,
 ) -> RegistrationScore:
-    """Register one pair and judge the field.
+    """Register one pair and measure the quality of the field.
 
     Args:
         register: a network's ``register``, or any other method.
@@ -62,7 +62,7 @@ def evaluate_registration(
         fixed: ``(1, 1, *S)``.
         moving_label: ``(1, 1, *S)`` label ids; warped by nearest neighbour.
         fixed_label: ``(1, 1, *S)`` label ids.
-        structures: ids to judge.
+        structures: label ids to measure.
         moving_points: ``(N, D)`` voxels, the same landmarks as ``fixed_points``.
         fixed_points: ``(N, D)`` voxels.
         ddf: ``(1, D, *S)`` the known field.
@@ -74,7 +74,7 @@ def evaluate_registration(
         The score.
 
     Raises:
-        ValueError: a method whose field has another shape, or a wrong spacing.
+        ValueError: the field has a wrong shape, or the spacing is wrong.
     """
     dims, structures = moving.ndim - 2, tuple(int(one) for one in structures)
     steps = _steps(spacing, dims, fixed.device)
@@ -89,13 +89,11 @@ def evaluate_registration(
     hd95: tuple[float, ...] = ()
     if moving_label is not None and fixed_label is not None and structures:
         dice, hd95 = _overlap(warp(moving_label, found, "nearest"), fixed_label, structures, steps)
-    tre = np.nan
+    tre = error = consistency = np.nan
     if moving_points is not None and fixed_points is not None and len(fixed_points):
-        tre = float(((_followed(fixed_points, found) - moving_points) * steps).norm(dim=-1).mean())
-    consistency = np.nan
+        tre = float(((_moved(fixed_points, found) - moving_points) * steps).norm(dim=-1).mean())
     if both_ways:
         consistency = float(compose(found, register(fixed, moving)).norm(dim=1).mean())
-    error = np.nan
     if ddf is not None:
         mask = torch.ones_like(fixed, dtype=torch.bool) if inside is None else inside
         error = float((found - ddf).norm(dim=1, keepdim=True)[mask].mean())
@@ -103,7 +101,7 @@ def evaluate_registration(
 
 
 def _steps(spacing: Sequence[float] | None, dims: int, device: torch.device) -> Tensor:
-    """Of the grid along each axis."""
+    """Voxel size along each axis: ``spacing``, or 1."""
     if spacing is None:
         return torch.ones(dims, device=device)
     if len(spacing) != dims or min(spacing) <= 0:
@@ -112,7 +110,7 @@ def _steps(spacing: Sequence[float] | None, dims: int, device: torch.device) -> 
 
 
 def _now(device: torch.device) -> float:
-    """Seconds, once the device has done what it was told."""
+    """The time in seconds, after all pending work of the device."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -121,6 +119,7 @@ def _now(device: torch.device) -> float:
 def _overlap(
     warped: Tensor, fixed: Tensor, structures: Sequence[int], steps: Tensor
 ) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Dice and 95th percentile of the surface distance, for every structure."""
     dice, hd95 = [], []
     for value in structures:
         a, b = warped == value, fixed == value
@@ -135,9 +134,7 @@ def _overlap(
     return tuple(dice), tuple(hd95)
 
 
-def _followed(points: Tensor, ddf: Tensor) -> Tensor:
+def _moved(points: Tensor, ddf: Tensor) -> Tensor:
     """``p + ddf(p)`` of landmarks ``(N, D)``."""
-    from monai_drdm.fields import sample
-
     at = points.to(ddf.dtype).T.reshape(1, ddf.shape[1], -1, *(1,) * (ddf.ndim - 3))
     return points + sample(ddf, at)[0].flatten(1).T

@@ -43,12 +43,12 @@ class Structure:
     depth: int = 3
     """How often the grid is halved."""
     diffeomorphic: bool = True
-    """What the network says is a velocity, and the field its flow."""
+    """Whether the network predicts a velocity, whose flow is the field; otherwise it predicts the field."""
     stride: int = 2
-    """Network and flow work on a grid this many times coarser, the voxels of a block as channels: cheaper, and
-    nothing is lost but the finest detail of fields."""
+    """Network and flow work on a grid this many times coarser, with the voxels of each block as channels. It is faster;
+    only the finest details of fields are lost."""
     forces: bool = True
-    """The network also sees where demons would push, and learns what to make of it."""
+    """Whether the network also gets the forces of demons as input."""
 
     def __post_init__(self) -> None:
         if self.kind not in _BACKBONES:
@@ -61,7 +61,7 @@ class Structure:
 
     @property
     def in_channels(self) -> int:
-        """Of the backbone: both images, as many voxels of each as a block has, and the forces."""
+        """Input channels of the backbone: the voxels of a block of both images, and the forces."""
         forces = len(WIDTHS) * self.spatial_dims if self.forces else 0
         return int(2 * self.stride**self.spatial_dims) + forces
 
@@ -104,10 +104,10 @@ _BACKBONES: dict[str, Callable[[Structure], nn.Module]] = {
 
 
 class RegistrationNetwork(nn.Module):
-    """A registration network of MONAI's that takes images of any size and begins with the identity.
+    """A registration network of MONAI that takes images of any size and, untrained, predicts the identity.
 
     Args:
-        structure: what it is built of.
+        structure: kind and size of the network.
     """
 
     def __init__(self, structure: Structure) -> None:
@@ -125,21 +125,21 @@ class RegistrationNetwork(nn.Module):
             ``(B, D, *S)`` displacement in voxels: ``warp(moving, ddf)`` resembles ``fixed``.
 
         Raises:
-            ValueError: shapes that do not fit.
+            ValueError: the images have a wrong shape.
         """
         dims, shape = self.structure.spatial_dims, images.shape[2:]
         if images.ndim != dims + 2 or images.shape[1] != 2:
             raise ValueError(f"images must have shape (B, 2, *S) with {dims} spatial axes, got {tuple(images.shape)}.")
         stride = self.structure.stride
         padded = _padded(images, stride * 2**self.structure.depth)
-        seen = _blocks_as_channels(padded, stride)
-        with torch.autocast(seen.device.type, enabled=False):
+        inputs = _blocks_as_channels(padded, stride)
+        with torch.autocast(inputs.device.type, enabled=False):
             if self.structure.forces:
-                moving, fixed = reduce(seen.float(), "b (image c) ... -> image b 1 ...", "mean", image=2)
-                seen = torch.cat([seen, _GAIN * demons_forces(moving, fixed)], dim=1)
-        said = self.backbone(seen).float()
-        with torch.autocast(said.device.type, enabled=False):
-            ddf = exp_svf(said, _SQUARINGS) if self.structure.diffeomorphic else said
+                moving, fixed = reduce(inputs.float(), "b (image c) ... -> image b 1 ...", "mean", image=2)
+                inputs = torch.cat([inputs, _GAIN * demons_forces(moving, fixed)], dim=1)
+        predicted = self.backbone(inputs).float()
+        with torch.autocast(predicted.device.type, enabled=False):
+            ddf = exp_svf(predicted, _SQUARINGS) if self.structure.diffeomorphic else predicted
             return crop(_at_voxels(ddf, stride), shape)
 
 
@@ -151,7 +151,7 @@ def _blocks_as_channels(images: Tensor, stride: int) -> Tensor:
 
 
 def _at_voxels(ddf: Tensor, stride: int) -> Tensor:
-    """A field in blocks, one vector at the centre of each, as one in voxels, ``stride`` times finer."""
+    """Resample a field with one vector at the centre of each block to the voxels, ``stride`` times finer."""
     if stride == 1:
         return ddf
     mode = "bilinear" if ddf.ndim == 4 else "trilinear"
@@ -169,16 +169,16 @@ def register(network: nn.Module, moving: Tensor, fixed: Tensor, *, rounds: int =
     """The field that warps moving onto fixed images.
 
     Args:
-        network: of ``load_registration``, or another that takes both images as channels.
+        network: from ``load_registration``, or another that takes both images as channels.
         moving: ``(B, 1, *S)`` in [0, 1], such as ``unit_range`` makes of an image.
         fixed: ``(B, 1, *S)`` in [0, 1].
-        rounds: how often; every round after the first registers the moving images as they are warped so far.
+        rounds: number of registrations; every one after the first starts from the moving images warped so far.
 
     Returns:
         ``(B, D, *S)`` voxels: ``fixed(x)`` is to look like ``moving(x + ddf(x))``.
 
     Raises:
-        ValueError: fewer than one round, or images that are not in [0, 1].
+        ValueError: ``rounds`` is below 1, or images are not in [0, 1].
     """
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds}.")
@@ -205,7 +205,7 @@ def save_registration(network: RegistrationNetwork, path: str | os.PathLike[str]
 
 
 def load_registration(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> RegistrationNetwork:
-    """Read what ``save_registration`` wrote.
+    """Read a file of ``save_registration``.
 
     Raises:
         FileNotFoundError: no such file.

@@ -1,8 +1,8 @@
-"""How a registration network is trained: on pairs with known fields, or on images that are to resemble each other."""
+"""How a registration network is trained: on pairs with known fields, or on images that it makes resemble each other."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -11,16 +11,17 @@ from monai.losses import DiceLoss, DiffusionLoss, LocalNormalizedCrossCorrelatio
 from torch import nn, Tensor
 
 from monai_drdm.fields import warp
-from monai_drdm.registration.augment import mirrored, posed, repainted
+from monai_drdm.registration.augmentation import intensity_jitter, random_affine, random_flip
 from monai_drdm.registration.data import ImageBank, load_images, load_pairs, PairBank, RegistrationBatch
 from monai_drdm.registration.networks import kinds, load_registration, RegistrationNetwork, save_registration, Structure
-from monai_drdm.train.data import digest_of
-from monai_drdm.train.engine import Predict, run_task, Task
-from monai_drdm.train.losses import folding_loss
-from monai_drdm.train.settings import RunConfig, setting
+from monai_drdm.training.folding import folding_loss
+from monai_drdm.training.loop import run_task
+from monai_drdm.training.run_folder import tensor_digest
+from monai_drdm.training.settings import RunConfig, setting
+from monai_drdm.training.task import Batch, DataSummary, Predict
 from monai_drdm.viz import contact_sheet, Figure, middle_plane, SheetEntry
 
-_SHEET = 6
+_SHEET_PAIRS = 6
 _WINDOW = 9
 
 
@@ -29,8 +30,8 @@ class RegistrationConfig(RunConfig):
     """Settings of a run that trains a registration network.
 
     Raises:
-        TypeError: an entry of a wrong type.
-        ValueError: an entry out of its range; both or neither of ``pairs`` and ``images``.
+        TypeError: a setting has a wrong type.
+        ValueError: a setting is out of its range; both or neither of ``pairs`` and ``images`` are set.
     """
 
     pairs: str = setting("", "folder of monai-drdm pairs, or its datalist: trains on their known fields")
@@ -68,29 +69,31 @@ class RegistrationConfig(RunConfig):
         assert self.network in kinds()
 
 
-class RegistrationTask(Task):
-    """For the engine of ``monai_drdm.train``."""
+class RegistrationTask:
+    """The training of a registration network, for ``training.loop``.
 
-    config: RegistrationConfig
+    Args:
+        config: the settings; with ``init``, the structure of the network is taken from there.
+    """
 
     def __init__(self, config: RegistrationConfig) -> None:
         self.start = load_registration(config.init) if config.init else None
-        if self.start is not None:  # what is written down is what is trained
-            built = asdict(self.start.structure)
-            if built.pop("spatial_dims") != config.spatial_dims:
+        if self.start is not None:  # complete the settings, which are saved with the run
+            structure = asdict(self.start.structure)
+            if structure.pop("spatial_dims") != config.spatial_dims:
                 raise ValueError(
                     f"init must be a {config.spatial_dims}D network, got {self.start.structure.spatial_dims}D."
                 )
-            config = replace(config, network=built.pop("kind"), **built)
+            config = replace(config, network=structure.pop("kind"), **structure)
         self.config = config
-        self.training: PairBank | ImageBank | None = None
-        self.validation: PairBank | ImageBank | None = None
+        self.bank: PairBank | ImageBank | None = None
+        self.validation_bank: PairBank | ImageBank | None = None
         self.similarity = LocalNormalizedCrossCorrelationLoss(config.spatial_dims, _WINDOW, reduction="mean")
         self.smoothness = DiffusionLoss()
-        self.overlap = DiceLoss()
+        self.dice = DiceLoss()
 
-    def prepare(self, progress: bool) -> str:
-        """Read the pairs or images."""
+    def prepare(self, progress: bool) -> DataSummary:
+        """Read the pairs or images, and split them into those to train and to validate on."""
         config = self.config
         bank: PairBank | ImageBank
         if config.pairs:
@@ -106,19 +109,11 @@ class RegistrationTask(Task):
         labelled = bank.labels is not None if isinstance(bank, ImageBank) else bank.pairs.fixed_label is not None
         if config.label_weight > 0 and not labelled:
             raise ValueError("label_weight needs labels of all images, got none; give labels or set it to 0.")
-        self.training, self.validation = bank.split(config.validation_share)
-        return ""
+        self.bank, self.validation_bank = bank.split(config.validation_share)
+        return DataSummary(_digest(self.bank, self.validation_bank))
 
-    def fingerprint(self) -> str:
-        """Of the pairs or images of both parts."""
-        tensors: list[Tensor | None] = []
-        for bank in (self.training, self.validation):
-            assert bank is not None
-            tensors += [bank.images, bank.labels] if isinstance(bank, ImageBank) else vars(bank.pairs).values()
-        return digest_of(tensor for tensor in tensors if tensor is not None)
-
-    def network(self) -> nn.Module:
-        """A new network, or the one to go on from."""
+    def build_network(self) -> nn.Module:
+        """A new network, or the one in ``init``."""
         config, network = self.config, self.start
         if network is None:
             network = RegistrationNetwork(
@@ -134,33 +129,35 @@ class RegistrationTask(Task):
             )
         return network.train().requires_grad_(True)
 
-    def batch(
-        self, network: Predict, generator: torch.Generator, *, validate: bool = False
-    ) -> tuple[Tensor, tuple[Tensor, ...], RegistrationBatch]:
-        """Moving and fixed images as two channels, repainted in training, and the pairs they are of."""
-        bank = self.validation if validate else self.training
+    def batch(self, network: Predict, generator: torch.Generator, *, validate: bool = False) -> Batch:
+        """Moving and fixed images as two channels; the target are their pairs.
+
+        In training, pairs are flipped and moved at random. The intensities are changed in what the network gets, and
+        not in the target, whose images are compared with each other.
+        """
+        bank = self.validation_bank if validate else self.bank
         assert bank is not None
         pairs = bank.draw(self.config.batch_size, generator)
-        seen = [pairs.moving, pairs.fixed]
+        images = [pairs.moving, pairs.fixed]
         if not validate:
-            pairs = mirrored(pairs, generator) if self.config.mirror else pairs
-            pairs = posed(pairs, self.config.pose, generator)
-            seen = [repainted(one, self.config.repaint, generator) for one in (pairs.moving, pairs.fixed)]
-        return torch.cat(seen, dim=1), (), pairs
+            pairs = random_flip(pairs, generator) if self.config.mirror else pairs
+            pairs = random_affine(pairs, self.config.pose, generator)
+            images = [intensity_jitter(one, self.config.repaint, generator) for one in (pairs.moving, pairs.fixed)]
+        return Batch(torch.cat(images, dim=1), pairs)
 
     def error(self, predicted: Tensor, target: RegistrationBatch) -> Tensor:
-        """With known fields the mean distance to them in voxels; else dissimilarity."""
+        """The mean distance to the known fields in voxels or, without them, the dissimilarity of the images."""
         config = self.config
         if target.ddf is not None:
-            apart = (predicted - target.ddf).norm(dim=1, keepdim=True)
-            inside = target.inside.sum().clamp(min=1)  # strong poses may turn all of a small image out of sight
-            known: Tensor = config.error_weight * (apart * target.inside).sum() / inside
-            return known
+            distance = (predicted - target.ddf).norm(dim=1, keepdim=True)
+            inside = target.inside.sum().clamp(min=1)  # a strong pose may move a small image out of view
+            mean: Tensor = (distance * target.inside).sum() / inside
+            return config.error_weight * mean
         loss: Tensor = config.similarity_weight * (1 + self.similarity(warp(target.moving, predicted), target.fixed))
         return loss if config.label_weight == 0 else loss + config.label_weight * self._overlap(predicted, target)
 
     def loss(self, predicted: Tensor, target: RegistrationBatch) -> Tensor:
-        """The error and what keeps fields smooth."""
+        """The error, and the penalties on rough and folding fields."""
         config = self.config
         loss = self.error(predicted, target)
         if target.ddf is not None and config.label_weight > 0:
@@ -172,21 +169,21 @@ class RegistrationTask(Task):
         return loss
 
     def _overlap(self, predicted: Tensor, target: RegistrationBatch) -> Tensor:
-        """Dice loss over the structures that the batch holds, background aside."""
+        """Dice loss over all labels in the batch but the background."""
         assert target.moving_label is not None
         assert target.fixed_label is not None
-        there = torch.unique(torch.cat([target.moving_label, target.fixed_label]))
-        ids = there[there > 0].view(1, -1, *(1,) * (predicted.ndim - 2))
+        values = torch.unique(torch.cat([target.moving_label, target.fixed_label]))
+        ids = values[values > 0].view(1, -1, *(1,) * (predicted.ndim - 2))
         if not ids.numel():
             return predicted.new_zeros(())
         moving, fixed = ((one == ids).float() for one in (target.moving_label, target.fixed_label))
-        overlap: Tensor = self.overlap(warp(moving, predicted), fixed)
+        overlap: Tensor = self.dice(warp(moving, predicted), fixed)
         return overlap
 
     @torch.no_grad()
     def sheet(self, network: nn.Module, generator: torch.Generator) -> Figure:
-        """Fixed images above the moving ones as the network warps them, outlines of labels where there are any."""
-        images, _, pairs = self.batch(network, generator, validate=True)
+        """Fixed images and the moving ones as the network warps them, with the outlines of labels if there are any."""
+        images, pairs, _ = self.batch(network, generator, validate=True)
         training = network.training
         ddf = network.eval()(images).float()
         network.train(training)
@@ -199,12 +196,20 @@ class RegistrationTask(Task):
             SheetEntry(f"fixed {i}", middle_plane(fixed), middle_plane(made), *marks, after_name="moving, warped")
             for i, (fixed, made, marks) in enumerate(zip(pairs.fixed, warped, labels))
         ]
-        return contact_sheet(entries[:_SHEET])
+        return contact_sheet(entries[:_SHEET_PAIRS])
 
-    def write(self, network: nn.Module, weights: Path, gates: Mapping[str, float]) -> None:
-        """Weights and structure."""
+    def write(self, network: nn.Module, path: Path, validation_loss: float) -> None:
+        """Write weights and structure."""
         assert isinstance(network, RegistrationNetwork)
-        save_registration(network, weights)
+        save_registration(network, path)
+
+
+def _digest(*banks: PairBank | ImageBank) -> str:
+    """The digest of the pairs or images in all banks."""
+    tensors: list[Tensor | None] = []
+    for bank in banks:
+        tensors += [bank.images, bank.labels] if isinstance(bank, ImageBank) else vars(bank.pairs).values()
+    return tensor_digest(tensor for tensor in tensors if tensor is not None)
 
 
 def fit(
@@ -215,21 +220,22 @@ def fit(
     progress: bool = False,
     should_stop: Callable[[], bool] = lambda: False,
 ) -> Path | None:
-    """Train a registration network, on known fields (paper, Algorithm 4) or unsupervised; see ``monai_drdm.train.fit``.
+    """Train a registration network, on known fields (paper, Algorithm 4) or unsupervised.
 
     Args:
         config: the settings.
         out: a new or empty folder or, with ``resume``, that of a run with the same settings.
-        resume: go on from the latest intact checkpoint.
+        resume: continue from the latest intact checkpoint.
         progress: show a progress bar.
-        should_stop: asked after every step; once it says yes, the run saves and returns.
+        should_stop: called after every step; once it returns True, the run saves a checkpoint and returns.
 
     Returns:
-        The weights file, or None if the run was told to stop before its end.
+        The weights file, or None if ``should_stop`` ended the run.
 
     Raises:
-        FileExistsError: the folder is in use, or holds something and not ``resume``.
-        ValueError: ``resume`` with other settings, or data that do not fit.
-        FloatingPointError: a loss that is not finite; names the batch.
+        FileExistsError: another run uses the folder, or it is not empty and ``resume`` is False.
+        FileNotFoundError: ``resume`` is True and the folder holds no run; no such data or ``init``.
+        ValueError: ``resume`` with other settings or data; unusable data; ``init`` does not match the settings.
+        FloatingPointError: the loss is not finite; the message names the batch.
     """
     return run_task(RegistrationTask(config), Path(out), resume=resume, progress=progress, should_stop=should_stop)

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from monai_drdm.networks import recresacnet, velocity_unet
-from monai_drdm.train.process import Appearance, Pose
-from monai_drdm.train.settings import read_config, RunConfig, setting
+from monai_drdm.train.augmentation import Appearance, Pose
+from monai_drdm.training.settings import read_config, RunConfig, setting
 
 _KINDS = {"velocity_unet": velocity_unet.WORKING_SIZE, "recresacnet": recresacnet.WORKING_SIZE}
 _LEARNING_RATE = {"velocity_unet": 2e-3, "recresacnet": 1e-4}
@@ -21,8 +21,8 @@ class TrainConfig(RunConfig):
     """Settings of a run that trains a recovery network.
 
     Raises:
-        TypeError: an entry of a wrong type.
-        ValueError: an entry out of its range, or entries that do not fit each other.
+        TypeError: a setting has a wrong type.
+        ValueError: a setting is out of its range, or settings contradict each other.
     """
 
     data: str = setting("synthetic", "folder of scans, MONAI datalist, or 'synthetic' for random anatomy")
@@ -93,7 +93,7 @@ class TrainConfig(RunConfig):
             raise ValueError("slice_axis is for 2D networks; leave it out, or set spatial_dims=2.")
 
     def _complete(self) -> None:
-        """Fill in what depends on the network, as far as it is known without looking at ``init``."""
+        """Fill in the settings that depend on the network, as far as they are known without reading ``init``."""
         known: dict[str, Any] = {}
         kind = self.network or ("" if self.init else "velocity_unet")
         if kind:
@@ -107,15 +107,15 @@ class TrainConfig(RunConfig):
 
     @property
     def pose(self) -> Pose:
-        """How images are moved as a whole."""
+        """How much images are flipped, rotated, scaled and shifted."""
         return Pose(self.flip, self.permute, self.rotation_deg, self.scale, self.shift_frac)
 
     @property
     def appearance(self) -> Appearance:
-        """How much the look of images is changed."""
+        """How much the intensities of images are changed."""
         return Appearance(self.gamma, self.contrast, self.bias, self.blur_vox, self.noise)
 
 
-def build_config(file: str | Path | None = None, settings: Sequence[str] = (), **known: Any) -> TrainConfig:
-    """Settings from a YAML or JSON file, then ``key=value`` texts, then keywords; see ``read_config``."""
-    return read_config(TrainConfig, file, settings, **known)
+def build_config(file: str | Path | None = None, settings: Sequence[str] = (), **overrides: Any) -> TrainConfig:
+    """Settings from a YAML or JSON file, then ``key=value`` strings, then keywords; see ``read_config``."""
+    return read_config(TrainConfig, file, settings, **overrides)

@@ -1,12 +1,11 @@
-"""Unlabelled scans, brought to one grid and one range once, and kept in memory."""
+"""Unlabelled scans to train on: read once, resampled to one grid and intensity range, and kept in memory."""
 
 from __future__ import annotations
 
-import hashlib
 import math
 import os
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,12 +22,12 @@ from monai_drdm.diffusion import WorkingGrid
 from monai_drdm.io.dicom import DICOM_SUFFIXES, find_series, load_with_itk
 from monai_drdm.io.images import check_plain
 from monai_drdm.samples import spacing_of
-from monai_drdm.train.folder import holds_run
+from monai_drdm.training.run_folder import is_run_folder
 
 _ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".tif", ".tiff")
 _SUFFIXES = (".nii", ".nii.gz", ".png", ".jpg", ".jpeg", ".bmp", ".npy", *_ITK_SUFFIXES)
 _MIN_SIZE = 8
-_EMPTY = 0.05  # a slice whose spread is less than this share of its volume's holds nothing to learn from
+_EMPTY = 0.05  # slices whose standard deviation is below this share of their volume's are left out as empty
 
 
 class Scan(NamedTuple):
@@ -41,16 +40,16 @@ class Scan(NamedTuple):
 
 @dataclass(frozen=True)
 class ScanBank:
-    """Images on one grid."""
+    """Images on one grid, from which batches are drawn."""
 
     images: Tensor
     """``(N, 1, *S)`` uint8; 255 is the top of the intensity range."""
     source: Tensor
-    """``(N,)`` number of the file or series each one is from."""
+    """``(N,)`` number of the file or series that each image is from."""
     weight: Tensor
-    """``(N,)`` how often each is drawn, relative to the others: its file's weight, shared by the file's images."""
+    """``(N,)`` how often each image is drawn, relative to the others: all images of a file share its weight."""
     skipped: tuple[str, ...]
-    """What could not be used, and why."""
+    """The files that could not be used, each with the reason."""
 
     def __len__(self) -> int:
         return self.images.shape[0]
@@ -62,17 +61,17 @@ class ScanBank:
         return self.images[indices.cpu()].to(generator.device, torch.float32) / 255
 
     def report(self) -> str:
-        """What was skipped, each on a line under their count; empty if nothing was."""
+        """The number of skipped files and a line for each of them; empty if none was skipped."""
         if not self.skipped:
             return ""
         total = len(torch.unique(self.source)) + len(self.skipped)
         text = f"{len(self.skipped)} of {total} scans skipped:\n" + "".join(f"  {line}\n" for line in self.skipped)
-        return text.encode(errors="backslashreplace").decode()  # names need not be UTF-8
+        return text.encode(errors="backslashreplace").decode()  # file names may not be valid UTF-8
 
     def split(self, share: float, seed: int) -> tuple[ScanBank, ScanBank]:
-        """Two banks that share no file: what is left, and about ``share`` of the files for validation.
+        """Split into a bank to train on and one to validate on, without a common file.
 
-        A single file is in both.
+        About ``share`` of the files are for validation. A single file is in both.
         """
         files = torch.unique(self.source)
         order = files[torch.randperm(len(files), generator=torch.Generator().manual_seed(seed))]
@@ -86,23 +85,14 @@ class ScanBank:
         return ScanBank(self.images[mask], self.source[mask], self.weight[mask], ())
 
 
-def digest_of(tensors: Iterable[Tensor]) -> str:
-    """The sha256 of tensors, whatever it is that they hold."""
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(f"{tensor.dtype} {tuple(tensor.shape)}".encode())
-        digest.update(tensor.contiguous().numpy().data)
-    return digest.hexdigest()
-
-
 def find_scans(data: str | os.PathLike[str], section: str = "training") -> list[Scan]:
     """Image files and DICOM folders below a folder, or the images of a MONAI datalist.
 
-    Entries of a datalist may have a ``weight``: how often a scan is drawn, relative to the others, 1 without.
+    Entries of a datalist may have a ``weight``: how often a scan is drawn, relative to the others; 1 by default.
 
     Raises:
-        FileNotFoundError: nothing there, or no image in it.
-        ValueError: a file that is no datalist with that section, or a weight that is not a positive number.
+        FileNotFoundError: the path does not exist, or holds no image.
+        ValueError: the file is no datalist with that section, or a weight is not a positive number.
     """
     if not os.fspath(data):
         raise ValueError("data must name a folder or datalist, got an empty text.")
@@ -135,17 +125,17 @@ def load_bank(
     mix_dimensions: bool = False,
     progress: bool = False,
 ) -> ScanBank:
-    """Read scans and bring them to the grid and range that a network works in.
+    """Read scans and resample them to the grid and intensity range of a network.
 
-    Every image, or slice, has its longest physical side on ``working_size`` voxels and is centred on a square or cube
-    of zeros. Its 0.5th to 99.5th percentile becomes [0, 1].
+    The longest physical side of every image, or slice, gets ``working_size`` voxels, and zeros around it fill a square
+    or cube. Its 0.5th to 99.5th percentiles become [0, 1].
 
     Args:
         scans: image files or DICOM folders; volumes are sliced for 2D networks.
         spatial_dims: 2 or 3.
         working_size: voxels along the longest side.
         slice_axis: the axis across which volumes are sliced; None: all three.
-        image_channel: which channel of images that have several.
+        image_channel: the channel to take from images that have several.
         mix_dimensions: take 2D images and slices of volumes together.
         progress: show a progress bar.
 
@@ -153,45 +143,51 @@ def load_bank(
         The bank. Files that cannot be used are skipped and named in it.
 
     Raises:
-        ValueError: nothing is left, images and volumes are mixed, or images have several channels and none was chosen.
+        ValueError: no scan can be used, images and volumes are mixed, or ``image_channel`` is needed and not given.
     """
     images: list[Tensor] = []
-    listed: list[int] = []
+    origins: list[int] = []  # for every image, the position of its files in the list
     skipped: list[str] = []
     dims: dict[int, Path] = {}
-    every = [(files, scan.weight) for scan in scans for files in _files_of(scan.path)]
-    stacked = {files[0].parent for files, _ in every if len(files) > 1}
-    for number, (files, _) in enumerate(tqdm(every, desc="read", unit="scan", disable=not progress)):
+    entries = [(files, scan.weight) for scan in scans for files in _files_of(scan.path)]
+    series_folders = {files[0].parent for files, _ in entries if len(files) > 1}
+    for number, (files, _) in enumerate(tqdm(entries, desc="read", unit="scan", disable=not progress)):
         path = files[0]
         try:
             scan = _read(files)
-            if scan.ndim == 3 and path.parent in stacked:
+            if scan.ndim == 3 and path.parent in series_folders:
                 raise _UnusableError("is a single slice beside a series")
-        except _UnusableError as error:
-            skipped.append(f"{path}: {error}")
-            continue
-        dims.setdefault(scan.ndim - 1, path)
-        _check_dims(dims, spatial_dims, mix_dimensions)
-        scan = _one_channel(scan, image_channel, path)
-        try:
+            dims.setdefault(scan.ndim - 1, path)
+            _check_dims(dims, spatial_dims, mix_dimensions)
+            scan = _one_channel(scan, image_channel, path)
             fitted = [_fit(one, spacing, working_size) for one, spacing in _planes(scan, spatial_dims, slice_axis)]
         except _UnusableError as error:
             skipped.append(f"{path}: {error}")
             continue
         images += fitted
-        listed += [number] * len(fitted)
+        origins += [number] * len(fitted)
     if not images:
         lines = "\n".join(f"  {line}" for line in skipped)
-        raise ValueError(f"none of {len(every)} scans can be used:\n{lines}")
-    entry = torch.tensor(listed)
-    weight = torch.tensor([weight for _, weight in every]) / torch.bincount(entry, minlength=len(every)).clamp(min=1)
-    first = {key: number for number, key in reversed([*enumerate(_identity(files) for files, _ in every)])}
-    source = torch.tensor([first[_identity(files)] for files, _ in every])  # what is listed twice is one source
-    return ScanBank(torch.stack(images), source[entry], weight[entry], tuple(skipped))
+        raise ValueError(f"none of {len(entries)} scans can be used:\n{lines}")
+    return ScanBank(torch.stack(images), *_sources_and_weights(entries, torch.tensor(origins)), tuple(skipped))
+
+
+def _sources_and_weights(entries: Sequence[tuple[list[Path], float]], origins: Tensor) -> tuple[Tensor, Tensor]:
+    """For every image the number of its file, and its weight.
+
+    Args:
+        entries: files and weight of each scan.
+        origins: ``(N,)`` for every image, the position of its scan in ``entries``.
+    """
+    images_per_entry = torch.bincount(origins, minlength=len(entries))
+    weights = torch.tensor([weight for _, weight in entries]) / images_per_entry.clamp(min=1)
+    numbers: dict[tuple[str, ...], int] = {}  # files that are listed twice have one number
+    sources = torch.tensor([numbers.setdefault(_identity(files), n) for n, (files, _) in enumerate(entries)])
+    return sources[origins], weights[origins]
 
 
 def _check_dims(seen: Mapping[int, Path], spatial_dims: int, mix_dimensions: bool) -> None:
-    """Raise ``ValueError`` unless a network can see all images; ``seen`` has one file of each number of dimensions."""
+    """Raise ``ValueError`` unless one network can take all images; ``seen`` has a file of each dimension."""
     if spatial_dims == 3 and 2 in seen:
         raise ValueError(f"a 3D network needs volumes, got the 2D image {seen[2]}. Set spatial_dims=2.")
     if len(seen) > 1 and not mix_dimensions:
@@ -206,28 +202,29 @@ class _UnusableError(Exception):
 
 
 def _walk(folder: Path) -> Iterator[Path]:
-    """Image files and folders of DICOM files, through links too; not of hidden folders or of training runs."""
+    """Image files and folders of DICOM files, through links too, without hidden folders and those of training runs."""
     seen = set()
     for place, folders, names in os.walk(folder, followlinks=True):
         here = Path(place)
         real = os.path.realpath(here)
-        if real in seen or (here != folder and (here.name.startswith(".") or holds_run(here))):
+        if real in seen or (here != folder and (here.name.startswith(".") or is_run_folder(here))):
             folders.clear()
             continue
         seen.add(real)
         folders.sort()
         for name in names:
-            if not name.startswith("."):  # also links that lead nowhere: they are listed then
+            if not name.startswith("."):  # broken links too, which are reported when they are read
                 if name.lower().endswith(DICOM_SUFFIXES):
-                    yield here  # holds one series or several
+                    yield here  # a folder with one or several series
                 elif name.lower().endswith(_SUFFIXES):
                     yield here / name
 
 
 def _files_of(path: Path) -> list[list[Path]]:
-    """The files of each scan: one, or those of every DICOM series of a folder; unreadable ones stand alone.
+    """The files of each scan below a path: a single file, or those of one DICOM series.
 
-    Of a folder without any, those of the folders below it.
+    DICOM files that belong to no series are scans of their own. A folder without DICOM files stands for the folders
+    below it.
     """
     if not path.is_dir():
         return [[path]]
@@ -236,11 +233,12 @@ def _files_of(path: Path) -> list[list[Path]]:
     if direct:
         return direct
     below = [files for one in sorted(set(_walk(path))) if one != path for files in _files_of(one)]
-    return below or [[path]]  # that there is nothing is said when it is read
+    return below or [[path]]  # an empty folder is reported when it is read
 
 
 def _identity(files: Sequence[Path]) -> tuple[str, ...]:
-    return tuple(os.path.realpath(file) for file in files)  # unlike resolve, of links in a circle too
+    """The files without links. ``Path.resolve`` would raise for links that form a circle."""
+    return tuple(os.path.realpath(file) for file in files)
 
 
 def _read(files: Sequence[Path]) -> MetaTensor:
@@ -257,7 +255,7 @@ def _read(files: Sequence[Path]) -> MetaTensor:
                 warnings.simplefilter("error", np.exceptions.ComplexWarning)
                 load = Compose([LoadImage(image_only=True, dtype=np.float32), EnsureChannelFirst()])
                 scan = load(os.fspath(files[0]))
-    except Exception as error:  # readers raise whatever damaged bytes lead to
+    except Exception as error:  # readers raise errors of any kind for damaged files
         reason = str(error.__cause__ or error) or type(error).__name__
         raise _UnusableError(f"cannot be read: {reason.splitlines()[0]}") from error
     if scan.ndim == 4 and scan.shape[-1] == 1:
@@ -280,7 +278,7 @@ def _one_channel(scan: MetaTensor, channel: int | None, path: Path) -> MetaTenso
 
 
 def _planes(scan: MetaTensor, spatial_dims: int, slice_axis: int | None) -> Iterator[tuple[Tensor, tuple[float, ...]]]:
-    """The image itself, or the slices of a volume that hold something, with their spacing."""
+    """The image itself, or the slices of a volume that are not empty, with their spacing."""
     try:
         spacing, values = spacing_of(scan, None, "scan"), scan.as_tensor()[0]
     except ValueError as error:
@@ -303,7 +301,7 @@ def _planes(scan: MetaTensor, spatial_dims: int, slice_axis: int | None) -> Iter
 
 
 def _fit(image: Tensor, spacing: tuple[float, ...], working_size: int) -> Tensor:
-    """One image on the working grid, centred on a square or cube: ``(1, *S)`` uint8."""
+    """One image resampled to the working grid, in the centre of a square or cube: ``(1, *S)`` uint8."""
     if float(image.max()) <= float(image.min()):
         raise _UnusableError("is constant")
     grid = WorkingGrid.of(image.shape, spacing, working_size, odd=working_size % 2 == 1)

@@ -1,7 +1,7 @@
-"""Training as published (paper, Algorithm 1): what a ``RecResACNet`` sees, and what it should say.
+"""How a ``RecResACNet`` is trained, as published (paper, Algorithm 1).
 
-The released random process and loss, made for batches on the training device. Fields are in the published units at the
-network's boundary, fractions of the image size.
+The random process and the loss of the authors' release, for batches on the training device. What the network predicts,
+and the field that it is compared with, are in the published units: fractions of the image size.
 """
 
 from __future__ import annotations
@@ -9,23 +9,28 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+import torch.nn.functional as F
+from torch import nn, Tensor
 
 from monai_drdm.diffusion.diffuse import EXTRA_NOISE
 from monai_drdm.diffusion.recover import image_mode
 from monai_drdm.diffusion.schedule import composition_counts
 from monai_drdm.fields import compose, control_grid_velocity, crop, fractions_to_voxels, power, warp
 from monai_drdm.fields.random import CONTROL_SIZE, NODE_STD
+from monai_drdm.networks import RecoveryNetwork, RecResACNet
 from monai_drdm.networks.recresacnet import TIME_STEPS
+from monai_drdm.train.augmentation import change_appearance, random_pose, sample_posed
 from monai_drdm.train.config import TrainConfig
 from monai_drdm.train.data import ScanBank
-from monai_drdm.train.losses import angle_loss, distance_loss, folding_loss, sample_at, smoothness_loss
-from monai_drdm.train.process import change_appearance, random_pose, sample_posed
-from monai_drdm.train.step import draw_images
+from monai_drdm.train.recovery import draw_images, RecoveryTask
+from monai_drdm.training.folding import folding_loss
+from monai_drdm.training.task import Batch, Predict
 
-_SEEN = CONTROL_SIZE // 2 + 2
-"""Nodes per axis of the control grid that an image lies between: it covers the central half."""
+_INITIAL_SCALE = 1e-2
+_VISIBLE_NODES = CONTROL_SIZE // 2 + 2
+"""Nodes per axis of the control grid around the image, which covers the central half of it."""
 _STRIDE = 8
+_EPSILON = 1e-7
 
 
 @dataclass(frozen=True)
@@ -38,17 +43,53 @@ class PublishedTarget:
     """``(B, D, *S)`` fractions of the image size: the small field to undo, ψ_t."""
 
 
+class PublishedTask(RecoveryTask):
+    """The training of a ``RecResACNet`` as published."""
+
+    def new_network(self) -> RecoveryNetwork:
+        """An untrained network with small predictions: random weights would displace by more than the image size."""
+        network = RecResACNet(self.config.spatial_dims)
+        with torch.no_grad():
+            network.conv_out.weight *= _INITIAL_SCALE
+            assert network.conv_out.bias is not None
+            nn.init.zeros_(network.conv_out.bias)
+        return network
+
+    def build_network(self) -> RecoveryNetwork:
+        """The network to train; its table of time embeddings stays as it is."""
+        network = super().build_network()
+        assert isinstance(network, RecResACNet)
+        network.time_embed.requires_grad_(False)
+        return network
+
+    def batch(self, network: Predict, generator: torch.Generator, *, validate: bool = False) -> Batch:
+        """Deformed images with their time steps."""
+        deformed, t, target = draw_published_batch(self.config, self.scans(validate), generator)
+        return Batch(deformed, target, (t,))
+
+    def loss(self, predicted: Tensor, target: PublishedTarget) -> Tensor:
+        """The error and the penalty on folding."""
+        loss = self.error(predicted, target)
+        if self.config.folding_weight > 0:
+            loss = loss + self.config.folding_weight * published_folding(predicted, target)
+        return loss
+
+    def error(self, predicted: Tensor, target: PublishedTarget) -> Tensor:
+        """Distance, angle and smoothness."""
+        return published_loss(self.config, predicted, target)
+
+
 @torch.no_grad()
 def draw_published_batch(
     config: TrainConfig, bank: ScanBank | None, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, PublishedTarget]:
-    """A batch that depends on the generator only.
+    """Draw a batch, which depends on the generator only.
 
-    Images are posed first and deformed then, so that black lies outside the posed image, as it does in recovery.
+    Images are posed first and deformed then, so that voxels outside the posed image are black, as in recovery.
 
     Args:
         config: the run's settings.
-        bank: real scans; None: random anatomy alone.
+        bank: real scans; None: random anatomy only.
         generator: on the training device.
 
     Returns:
@@ -69,9 +110,9 @@ def draw_published_batch(
 
 @torch.no_grad()
 def published_fields(generator: torch.Generator, t: Tensor, size: int, spatial_dims: int) -> tuple[Tensor, Tensor]:
-    """``diffusion.diffuse_published`` for a batch of time steps, in up to 6 times fewer compositions.
+    """``diffusion.diffuse_published`` for a batch of time steps, with up to 6 times fewer compositions.
 
-    Total fields are within 1.5 % of their mean displacement of the released ones and fold as often.
+    Total fields differ from the released ones by at most 1.5 % of their mean displacement, and fold as often.
 
     Args:
         generator: makes the fields of all samples, on its device.
@@ -83,7 +124,7 @@ def published_fields(generator: torch.Generator, t: Tensor, size: int, spatial_d
         The total displacement and the training target, each ``(B, D, size, …)`` in fractions of the image size.
 
     Raises:
-        ValueError: a time step outside 1 to 79.
+        ValueError: a time step is outside 1 to 79.
     """
     steps = [int(one) for one in t.tolist()]
     if not all(1 <= one < TIME_STEPS for one in steps):
@@ -96,12 +137,14 @@ def published_fields(generator: torch.Generator, t: Tensor, size: int, spatial_d
 
 
 def published_loss(config: TrainConfig, predicted: Tensor, target: PublishedTarget) -> Tensor:
-    """Distance, angle and smoothness; all but the last where the small field points.
+    """The weighted sum of distance, angle and smoothness.
+
+    Distance and angle compare the small field at ``x`` with the prediction at the point where the small field leads.
 
     Args:
-        config: the run's settings, for the weights.
+        config: gives the weights.
         predicted: ``(B, D, *S)`` fractions of the image size.
-        target: what was drawn.
+        target: what it is compared with.
     """
     there = sample_at(predicted, fractions_to_voxels(target.last))
     return (
@@ -112,15 +155,62 @@ def published_loss(config: TrainConfig, predicted: Tensor, target: PublishedTarg
 
 
 def published_folding(predicted: Tensor, target: PublishedTarget) -> Tensor:
-    """The folding penalty of the deformation after the predicted step back."""
+    """The folding penalty of the whole deformation, composed with the predicted step back."""
     return folding_loss(compose(target.total, fractions_to_voxels(predicted)))
+
+
+def distance_loss(predicted: Tensor, ddf: Tensor) -> Tensor:
+    """The distance of the prediction from the inverse displacement: ``mean |p + ψ|² / (|ψ|² + ε)`` (published).
+
+    Args:
+        predicted: ``(B, D, *S)``, the prediction sampled where ``ψ`` points (``sample_at``).
+        ddf: ``(B, D, *S)`` displacements ``ψ`` to undo, in the same units.
+
+    Returns:
+        A number; 1 for a prediction of zero.
+    """
+    missed = (predicted + ddf).square().sum(dim=1)
+    return (missed / (ddf.square().sum(dim=1) + _EPSILON)).mean()
+
+
+def angle_loss(predicted: Tensor, ddf: Tensor) -> Tensor:
+    """Mean cosine between prediction and displacement; -1 if they are opposite everywhere (published).
+
+    Args:
+        predicted: as in ``distance_loss``.
+        ddf: as in ``distance_loss``.
+    """
+    return F.cosine_similarity(predicted, ddf, dim=1).mean()
+
+
+def smoothness_loss(ddf: Tensor, free: float = 1e-4) -> Tensor:
+    """Mean excess of differences between neighbours over a threshold: ``mean relu(|Δ| - free)`` (published).
+
+    Args:
+        ddf: ``(B, D, *S)``.
+        free: differences up to this cost nothing, in the units of ``ddf``; published in fractions of the image size.
+    """
+    axes = [d for d in range(2, ddf.ndim) if ddf.shape[d] > 1]
+    if not axes:
+        return ddf.sum() * 0.0
+    return torch.stack([F.relu(ddf.diff(dim=d).abs() - free).mean() for d in axes]).mean()
+
+
+def sample_at(predicted: Tensor, ddf: Tensor) -> Tensor:
+    """The prediction at ``x + ψ(x)``, extended by its border values: the first argument of ``distance_loss``.
+
+    Args:
+        predicted: ``(B, D, *S)``.
+        ddf: ``(B, D, *S)`` voxels.
+    """
+    return warp(predicted, ddf, "bilinear", "border")
 
 
 def _repeated(step: Tensor, counts: Tensor) -> Tensor:
     """``step`` composed with itself ``counts`` times, eight at a time.
 
-    Every composition smooths a field by the interpolation it costs. Binary powers leave that out: at t = 79 their
-    fields differ by 8 % and fold three times as often, so networks would be shown others than the published ones were.
+    Every composition interpolates, and so smooths the field a little. Binary powers need fewer compositions and smooth
+    less: at t = 79 their fields differ by 8 % from the released ones and fold three times as often.
     """
     ddf, stride = power(step, counts % _STRIDE), power(step, _STRIDE)
     for done in range(int(counts.max()) // _STRIDE):
@@ -130,15 +220,16 @@ def _repeated(step: Tensor, counts: Tensor) -> Tensor:
 
 
 def _to_image(ddf: Tensor, size: int) -> Tensor:
-    """From voxels of the control grid to fractions of the image that covers its central half, linearly.
+    """Resample a field of the control grid to the image in its central half, linearly.
 
-    The factor is the released one, ``size / 64`` on fractions of the control grid.
+    Displacements in voxels of the control grid become fractions of the image size, by the factor of the authors'
+    release: ``size / 64`` on fractions of the control grid.
     """
     # node b of the control grid is at voxel (b + 1/2) · size / 32 - 1/2 of an image of twice the size
     position = (torch.arange(size, dtype=torch.float64) + size // 2 + 0.5) * (CONTROL_SIZE / 2 / size) - 0.5
-    nodes = torch.arange(_SEEN, dtype=torch.float64) + (CONTROL_SIZE - _SEEN) // 2
+    nodes = torch.arange(_VISIBLE_NODES, dtype=torch.float64) + (CONTROL_SIZE - _VISIBLE_NODES) // 2
     weights = (1 - (position[:, None] - nodes).abs()).clamp(min=0).to(ddf)
-    ddf = crop(ddf, (_SEEN,) * (ddf.ndim - 2), centre=True)
+    ddf = crop(ddf, (_VISIBLE_NODES,) * (ddf.ndim - 2), centre=True)
     with torch.autocast(ddf.device.type, enabled=False):
         for axis in range(2, ddf.ndim):
             ddf = torch.movedim(torch.movedim(ddf, axis, -1) @ weights.T, -1, axis)

@@ -1,8 +1,8 @@
-"""Endless anatomy: random smooth label maps with random contrast, made on the device.
+"""Synthetic anatomy: random smooth label maps with random intensities, generated on the training device.
 
-Organs that touch, shells around organs, vessels and membranes, bilateral symmetry, a body on a background. A network
-that has seen enough of it knows what every anatomy has in common – smooth boundaries, even walls, regular texture – and
-not the contrast of one modality (Hoffmann et al., IEEE TMI 2022, train registration in this way).
+It has touching organs, shells around organs, vessels and membranes, bilateral symmetry, and a body on a background. A
+network learns from it what all anatomies have in common, such as smooth boundaries, even walls and regular texture, and
+does not depend on the contrast of one modality (Hoffmann et al., IEEE TMI 2022, train registration in this way).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from monai_drdm.fields import gaussian_smooth
-from monai_drdm.train.process import smooth_noise, uniform
+from monai_drdm.train.augmentation import smooth_noise, uniform
 
 _ORGANS = (6, 16)
 _ELLIPSES = 6
@@ -25,8 +25,8 @@ def synthetic_images(generator: torch.Generator, batch: int, shape: Sequence[int
     """Random anatomies.
 
     Args:
-        generator: on the device where the images are made; fixes them.
-        batch: how many.
+        generator: on the device where the images are generated.
+        batch: number of images.
         shape: spatial shape ``S``, 2D or 3D.
 
     Returns:
@@ -78,14 +78,17 @@ def synthetic_labels(generator: torch.Generator, batch: int, shape: Sequence[int
 
 
 def _shells(generator: torch.Generator, labels: Tensor, edge: Tensor, used: int) -> tuple[Tensor, int]:
-    """A wall of its own kind along the border of every other organ; ``edge`` is 0 there and grows inwards."""
+    """A wall with a label of its own inside the border of every second organ.
+
+    ``edge`` is 0 at the borders and grows inwards.
+    """
     width = uniform(generator, (labels.shape[0],), 0.05, 0.4).view(-1, *(1,) * (labels.ndim - 1))
     walled = (labels % 2 == 0) & (edge < width)
     return torch.where(walled, torch.full_like(labels, used), labels), used + 1
 
 
 def _ellipsoids(generator: torch.Generator, labels: Tensor, used: int) -> tuple[Tensor, int]:
-    """Bumpy ellipsoids, each with a wall: chambers, vessels across, bones, eyes."""
+    """Bumpy ellipsoids, each with a wall: like chambers, cut vessels, bones or eyes."""
     batch, size, dims = labels.shape[0], labels.shape[2:], labels.ndim - 2
     scale = torch.tensor([(n - 1) / 2 for n in size], device=labels.device)
     for _ in range(_ELLIPSES):
@@ -101,7 +104,7 @@ def _ellipsoids(generator: torch.Generator, labels: Tensor, used: int) -> tuple[
 
 
 def _tubes(generator: torch.Generator, labels: Tensor, used: int) -> tuple[Tensor, int]:
-    """Winding bands in 2D, vessels in 3D: where one, or two, smooth fields are near zero."""
+    """Winding bands in 2D, where one smooth field is near zero; vessels in 3D, where two are."""
     batch, size, dims = labels.shape[0], labels.shape[2:], labels.ndim - 2
     width = uniform(generator, (batch,), 0.02, 0.12).view(-1, *(1,) * (dims + 1)) * (dims - 1)
     fields = smooth_noise(generator, batch, dims - 1, size, 4)
@@ -110,14 +113,14 @@ def _tubes(generator: torch.Generator, labels: Tensor, used: int) -> tuple[Tenso
 
 
 def _body(generator: torch.Generator, batch: int, size: tuple[int, ...]) -> Tensor:
-    """A bumpy ellipsoid that fills most of the image, or more than all of it: ``(B, 1, *S)`` bool."""
+    """A bumpy ellipsoid that fills most or all of the image: ``(B, 1, *S)`` bool."""
     centre = torch.tensor([(n - 1) / 2 for n in size], device=generator.device).expand(batch, -1)
     radius = centre.clamp(min=0.5) * uniform(generator, (batch, len(size)), 0.6, 1.6)
     return _elliptic_distance(size, centre, radius) + 0.08 * smooth_noise(generator, batch, 1, size, 8) < 1
 
 
 def _elliptic_distance(size: Sequence[int], centre: Tensor, radius: Tensor) -> Tensor:
-    """Distance from a centre ``(B, D)`` in radii ``(B, D)``: ``(B, 1, *S)``, 1 on the ellipsoid."""
+    """Distance ``(B, 1, *S)`` from a centre ``(B, D)`` in units of the radii ``(B, D)``: 1 on the ellipsoid."""
     squared = torch.zeros(1, device=centre.device)
     for d, n in enumerate(size):
         along = (torch.arange(n, device=centre.device) - centre[:, d : d + 1]) / radius[:, d : d + 1]
@@ -126,6 +129,6 @@ def _elliptic_distance(size: Sequence[int], centre: Tensor, radius: Tensor) -> T
 
 
 def _look_up(values: Tensor, labels: Tensor) -> Tensor:
-    """For every voxel the value ``(B, K, 1, …)`` of its label: ``(B, 1, *S)``."""
+    """The value of every voxel's label, ``(B, 1, *S)``, from a table ``(B, K, 1, …)``."""
     flat = values.flatten(1).gather(1, labels.flatten(1))
     return flat.view(labels.shape)

@@ -23,7 +23,7 @@ from monai_drdm.registration.data import load_images, load_pairs, RegistrationBa
 from monai_drdm.registration.networks import Structure
 from monai_drdm.registration.task import fit, RegistrationConfig, RegistrationTask
 from monai_drdm.registration.train import main
-from monai_drdm.train.settings import read_config
+from monai_drdm.training.settings import read_config
 
 
 @pytest.fixture(scope="module")
@@ -327,7 +327,7 @@ def test_validation_leaves_networks_that_normalise_as_they_are(pairs, tmp_path, 
     """What batches teach them about grey values comes from training images alone."""
     runs = {}
     for batches in (1, 4):
-        monkeypatch.setattr("monai_drdm.train.engine._VALIDATION_BATCHES", batches)
+        monkeypatch.setattr("monai_drdm.training.loop._VALIDATION_BATCHES", batches)
         settings = ["--pairs", pairs, "--set", f"network={kind}", "--set", "channels=4"]
         assert main(command(tmp_path / str(batches), *settings, steps=3, epochs=2)) == 0
         runs[batches] = load_registration(tmp_path / str(batches) / "network.safetensors").state_dict()

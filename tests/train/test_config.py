@@ -10,7 +10,7 @@ import pytest
 
 from monai_drdm.train.__main__ import main
 from monai_drdm.train.config import build_config, TrainConfig
-from monai_drdm.train.settings import describe_settings
+from monai_drdm.training.settings import describe_settings
 
 
 def test_later_sources_win(tmp_path):

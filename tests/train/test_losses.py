@@ -4,15 +4,9 @@ import torch
 from scipy import ndimage
 
 from monai_drdm.fields import exp_svf, fractions_to_voxels
-from monai_drdm.train.losses import (
-    angle_loss,
-    distance_loss,
-    folding_loss,
-    relative_energy,
-    sample_at,
-    smoothness_loss,
-    velocity_loss,
-)
+from monai_drdm.train.published import angle_loss, distance_loss, sample_at, smoothness_loss
+from monai_drdm.train.velocity import relative_energy, velocity_loss
+from monai_drdm.training.folding import folding_loss
 
 SHAPES = [(17, 12), (9, 7, 11)]
 LOSSES_OF_TWO = [distance_loss, angle_loss, velocity_loss]

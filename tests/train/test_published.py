@@ -12,7 +12,7 @@ from monai_drdm.train.published import (
     published_loss,
     PublishedTarget,
 )
-from monai_drdm.train.step import draw_images
+from monai_drdm.train.recovery import draw_images
 
 STILL = [f"{name}=0" for name in ("flip", "rotation_deg", "scale", "shift_frac")]
 PLAIN = [f"{name}=0" for name in ("gamma", "contrast", "bias", "blur_vox", "noise")]

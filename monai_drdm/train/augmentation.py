@@ -1,6 +1,6 @@
-"""The training process on the device: images deformed by random fields of random levels (paper, Algorithm 1).
+"""Random poses, deformations and appearances of training images (paper, Algorithm 1), on the training device.
 
-Everything is drawn from one generator on the training device, so a batch is a function of that generator's seed.
+All random numbers come from one generator, so a batch is a function of the generator's seed.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from monai_drdm.networks.velocity_unet import half_shape
 
 @dataclass(frozen=True)
 class Appearance:
-    """How much the look of images is changed, after they are deformed."""
+    """How much the intensities of images are changed, after they are deformed."""
 
     gamma: float = 0.4
     """Intensities are raised to ``exp(U(-gamma, gamma))``."""
@@ -35,12 +35,12 @@ class Appearance:
 
 @dataclass(frozen=True)
 class Pose:
-    """How much images are moved as a whole, before they are deformed."""
+    """How much images are flipped, rotated, scaled and shifted, before they are deformed."""
 
     flip: float = 0.5
-    """Chance of a flip along each axis."""
+    """Probability of a flip along each axis."""
     permute: float = 0.0
-    """Chance that the axes change places, of images as long along all of them."""
+    """Probability that the axes change places, in square or cubic images."""
     rotation_deg: float = 20.0
     scale: float = 0.2
     """Log of the largest magnification."""
@@ -50,10 +50,10 @@ class Pose:
 
 @dataclass(frozen=True)
 class Deformed:
-    """A batch as the network sees it, and what it should say."""
+    """A batch of deformed images, and the velocity that the network should predict."""
 
     image: Tensor
-    """``(B, C, *S)`` the posed and deformed images, their look changed."""
+    """``(B, C, *S)`` the posed and deformed images, their appearance changed."""
     level: Tensor
     """``(B,)`` deformation levels."""
     velocity: Tensor
@@ -61,7 +61,7 @@ class Deformed:
     ddf: Tensor
     """``(B, D, *H)`` voxels of the half grid: the deformation."""
     posed: Tensor
-    """``(B, C, *S)`` the posed images as they were before, in their own look."""
+    """``(B, C, *S)`` the posed images, neither deformed nor changed in appearance."""
 
 
 @torch.no_grad()
@@ -73,20 +73,20 @@ def deform_images(
     pose: Pose | None = None,
     appearance: Appearance | None = None,
 ) -> Deformed:
-    """Pose, deform and restyle a batch of images by what a generator draws.
+    """Pose and deform a batch of images at random, and change their appearance.
 
     Args:
         images: ``(B, C, *S)`` in [0, 1], sizes odd (or 1), on the training device.
         generator: on the same device.
         levels: range of deformation levels, drawn uniformly.
-        pose: how images are moved as a whole; None: not at all.
-        appearance: how their look is changed; None: not at all.
+        pose: how much images are posed; None: not at all.
+        appearance: how much their appearance is changed; None: not at all.
 
     Returns:
-        The batch; nothing in it carries gradients.
+        The batch, without gradients.
 
     Raises:
-        ValueError: an even size.
+        ValueError: a size is even.
     """
     if any(n % 2 == 0 for n in images.shape[2:]):
         raise ValueError(f"deform_images: images must have odd sizes, got {tuple(images.shape)}.")
@@ -106,7 +106,7 @@ def deform_images(
 
 
 def sample_posed(images: Tensor, ddf: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
-    """Images resampled once through a field and then a pose: ``image(c + M (x + ddf(x) - c) + shift)``.
+    """Images resampled once by a field followed by a pose: ``image(c + M (x + ddf(x) - c) + shift)``.
 
     Args:
         images: ``(B, C, *S)``.
@@ -124,7 +124,7 @@ def sample_posed(images: Tensor, ddf: Tensor, matrix: Tensor, shift: Tensor) -> 
 
 
 def random_pose(generator: torch.Generator, batch: int, shape: tuple[int, ...], pose: Pose) -> tuple[Tensor, Tensor]:
-    """Flips, order of axes, rotation and magnification ``(B, D, D)``, and shift ``(B, D)`` in voxels."""
+    """Random matrices ``(B, D, D)`` of flip, order of axes, scale and rotation, and shifts ``(B, D)`` in voxels."""
     dims, device = len(shape), generator.device
     scale = torch.exp(uniform(generator, (batch, dims), -pose.scale, pose.scale))
     flips = torch.where(torch.rand((batch, dims), generator=generator, device=device) < pose.flip, -1.0, 1.0)
@@ -145,7 +145,7 @@ def random_pose(generator: torch.Generator, batch: int, shape: tuple[int, ...], 
 
 
 def change_appearance(images: Tensor, generator: torch.Generator, appearance: Appearance) -> Tensor:
-    """Gamma, contrast, bias field, blur and noise; the result is in [0, 1]. Blur is one for the batch."""
+    """Gamma, contrast, bias field, blur and noise; the result is in [0, 1]. All images get the same blur."""
     batch, form = images.shape[0], (-1, *(1,) * (images.ndim - 1))
     gamma = torch.exp(uniform(generator, (batch,), -appearance.gamma, appearance.gamma)).view(form)
     images = images.clamp(0, 1) ** gamma
@@ -162,12 +162,12 @@ def change_appearance(images: Tensor, generator: torch.Generator, appearance: Ap
 def smooth_noise(
     generator: torch.Generator, batch: int, channels: int, shape: tuple[int, ...] | torch.Size, nodes: int
 ) -> Tensor:
-    """Random fields of unit variance at their nodes: ``(B, C, *S)``, cubic, from about ``nodes`` a side."""
+    """Smooth random fields ``(B, C, *S)``: noise of unit variance at about ``nodes`` per side, cubic in between."""
     longest = max(shape)
     lattice = [max(2, round(nodes * n / longest)) if n > 1 else 1 for n in shape]
     noise = _normal(generator, (batch, channels, *lattice))
     with torch.autocast(noise.device.type, enabled=False):
-        for axis in reversed(range(len(shape))):  # axis by axis: products of small matrices
+        for axis in reversed(range(len(shape))):  # one axis at a time needs small matrices only
             weights = _cubic_weights(lattice[axis], shape[axis], noise.device)
             done = noise.shape[axis + 3 :]
             noise = (weights @ noise.reshape(*noise.shape[: axis + 3], -1)).reshape(*noise.shape[: axis + 2], -1, *done)

@@ -12,7 +12,7 @@ from scipy import ndimage, stats
 from monai_drdm.diffusion import diffuse
 from monai_drdm.diffusion.schedule import integration_time
 from monai_drdm.fields import exp_svf, isotropic_velocity
-from monai_drdm.train.process import (
+from monai_drdm.train.augmentation import (
     Appearance,
     change_appearance,
     deform_images,

@@ -20,7 +20,7 @@ from PIL import Image
 from monai_drdm import load_network
 from monai_drdm.train import build_config, fit
 from monai_drdm.train.__main__ import main
-from monai_drdm.train.folder import Checkpoints
+from monai_drdm.training.run_folder import Checkpoints
 
 SETTINGS = ["channels=[8, 16]", "working_size=33", "batch_size=2", "epoch_length=3", "max_epochs=8", "warmup_steps=2"]
 ARGUMENTS = [part for one in SETTINGS for part in ("--set", one)]

@@ -1,4 +1,4 @@
-"""What keeps a registration network from learning its pairs by heart, or that both images are equally bright."""
+"""Random changes of registration pairs: flips, affine maps and intensities."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ _NOISE = 0.1
 _ALL_INSIDE = 1 - 1e-4
 
 
-def mirrored(pairs: RegistrationBatch, generator: torch.Generator) -> RegistrationBatch:
-    """Mirror all pairs along every axis with a chance of one half: exact, and the field goes along.
+def random_flip(pairs: RegistrationBatch, generator: torch.Generator) -> RegistrationBatch:
+    """Flip all pairs along each axis with a probability of one half. The flip is exact, and the field is flipped too.
 
     Args:
         pairs: on the generator's device.
-        generator: decides.
+        generator: makes all random choices.
 
     Returns:
         New pairs; ``fixed(x) = moving(x + ddf(x))`` holds as before.
     """
     dims = pairs.fixed.ndim - 2
-    decided = torch.rand(dims, generator=generator, device=generator.device) < 0.5
-    axes = [axis for axis, mirror in enumerate(decided.tolist()) if mirror]
+    chosen = torch.rand(dims, generator=generator, device=generator.device) < 0.5
+    axes = [axis for axis, flip in enumerate(chosen.tolist()) if flip]
     if not axes:
         return pairs
     flipped = [2 + axis for axis in axes]
@@ -39,19 +39,19 @@ def mirrored(pairs: RegistrationBatch, generator: torch.Generator) -> Registrati
     return RegistrationBatch(**found)  # type: ignore[arg-type]  # None stays None
 
 
-def posed(pairs: RegistrationBatch, strength: float, generator: torch.Generator) -> RegistrationBatch:
-    """Turn, stretch and shift every fixed image by a linear map of its own; the field goes along.
+def random_affine(pairs: RegistrationBatch, strength: float, generator: torch.Generator) -> RegistrationBatch:
+    """Rotate, stretch and shift every fixed image by an affine map of its own, and adapt its field.
 
-    Fields that deform anatomy hold nothing of where the head lay; two scans of different people do.
+    Fields that deform anatomy do not change the patient's position, in which two scans of different people differ.
 
     Args:
         pairs: with known fields, on the generator's device.
         strength: standard deviation of the entries that the map adds to the identity, and of the shift in halves of
             the image's size; 0 leaves the pairs as they are.
-        generator: decides.
+        generator: makes all random choices.
 
     Returns:
-        New pairs; ``fixed(x) = moving(x + ddf(x))`` holds to interpolation error where ``inside`` says so.
+        New pairs; ``fixed(x) = moving(x + ddf(x))`` holds up to interpolation errors where ``inside`` is true.
     """
     if strength == 0 or pairs.ddf is None:
         return pairs
@@ -71,11 +71,13 @@ def posed(pairs: RegistrationBatch, strength: float, generator: torch.Generator)
     )
 
 
-def repainted(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
-    """Other grey values for the same anatomy: a random gamma, a smooth bias over the image, and noise.
+def intensity_jitter(images: Tensor, strength: float, generator: torch.Generator) -> Tensor:
+    """Change the intensities of images: a random gamma, a smooth bias field, and noise.
+
+    It keeps the network from relying on both images being equally bright.
 
     Args:
-        images: ``(B, 1, *S)`` in [0, 1]; every one gets its own.
+        images: ``(B, 1, *S)`` in [0, 1]; each is changed differently.
         strength: standard deviation of the logarithms of gamma and of the bias; 0 leaves the images as they are.
         generator: on the device of the images.
 

@@ -7,7 +7,7 @@ import torch
 from monai.networks.blocks import Warp
 
 from monai_drdm.fields import gaussian_smooth
-from monai_drdm.registration.augment import mirrored, posed, repainted
+from monai_drdm.registration.augmentation import intensity_jitter, random_affine, random_flip
 from monai_drdm.registration.data import RegistrationBatch
 
 
@@ -28,7 +28,7 @@ def test_mirrored_pairs_still_have_their_field(shape):
     pairs = RegistrationBatch(moving, fixed, torch.ones_like(fixed, dtype=torch.bool), ddf, label, label)
     seen = set()
     for seed in range(40):
-        new = mirrored(pairs, torch.Generator().manual_seed(seed))
+        new = random_flip(pairs, torch.Generator().manual_seed(seed))
         torch.testing.assert_close(Warp("bilinear", "border")(new.moving, new.ddf), new.fixed, atol=1e-5, rtol=0)
         assert torch.equal(new.moving_label, (new.moving > 0).to(torch.uint8))
         ways = [
@@ -51,7 +51,7 @@ def test_posed_pairs_still_have_their_field(shape):
     inside = torch.zeros_like(fixed, dtype=torch.bool)
     inside[(..., *(slice(4, -4),) * len(shape))] = True
     pairs = RegistrationBatch(moving, fixed, inside, ddf, label, label)
-    new = posed(pairs, 0.1, torch.Generator().manual_seed(3))
+    new = random_affine(pairs, 0.1, torch.Generator().manual_seed(3))
     again = monai_warp(moving, new.ddf)
     apart, before = ((one - again)[new.inside].abs().mean() for one in (new.fixed, fixed))
     assert float(apart) < 0.05 * float(before)
@@ -61,13 +61,13 @@ def test_posed_pairs_still_have_their_field(shape):
     assert float(agree) > 0.95
     added = (new.ddf - ddf).flatten(2).std(dim=2)
     assert float((added[0] - added[1]).abs().max()) > 0.1  # each its own
-    assert posed(pairs, 0.0, torch.Generator()) is pairs
+    assert random_affine(pairs, 0.0, torch.Generator()) is pairs
 
 
 def test_images_without_fields_are_mirrored_too():
     image = smooth(1, 1, 20, 20)
     pairs = RegistrationBatch(image, image, torch.ones_like(image, dtype=torch.bool))
-    new = [mirrored(pairs, torch.Generator().manual_seed(seed)) for seed in range(8)]
+    new = [random_flip(pairs, torch.Generator().manual_seed(seed)) for seed in range(8)]
     assert any(not torch.equal(one.moving, image) for one in new)
     assert all(torch.equal(one.moving, one.fixed) and one.ddf is None for one in new)
 
@@ -75,13 +75,13 @@ def test_images_without_fields_are_mirrored_too():
 @pytest.mark.parametrize("shape", [(64, 64), (24, 28, 26)])
 def test_repainted_images_show_the_same_in_other_greys(shape):
     image = torch.linspace(0, 1, shape[0]).view(1, 1, -1, *(1,) * (len(shape) - 1)).expand(2, 1, *shape).contiguous()
-    new = repainted(image, 0.3, torch.Generator().manual_seed(0))
+    new = intensity_jitter(image, 0.3, torch.Generator().manual_seed(0))
     assert new.shape == image.shape
     assert 0 <= float(new.min()) <= float(new.max()) <= 1
     assert float((new[0] - new[1]).abs().mean()) > 0.02  # each its own
     for one in new:
         along = one[0].flatten(1).mean(dim=1)
         assert float(torch.corrcoef(torch.stack([along, torch.linspace(0, 1, shape[0])]))[0, 1]) > 0.8
-    assert repainted(image, 0.0, torch.Generator()) is image
-    again = repainted(image, 0.3, torch.Generator().manual_seed(0))
+    assert intensity_jitter(image, 0.0, torch.Generator()) is image
+    again = intensity_jitter(image, 0.3, torch.Generator().manual_seed(0))
     assert torch.equal(new, again)

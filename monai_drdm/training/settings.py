@@ -1,4 +1,4 @@
-"""The settings of any training run: one frozen record, from defaults, a YAML or JSON file, and ``key=value``."""
+"""The settings of a training run: a frozen dataclass, read from a YAML or JSON file and ``key=value`` arguments."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from typing import Any, get_args, get_type_hints, TypeVar
 def setting(
     default: Any, text: str, *, low: float = -math.inf, high: float = math.inf, choices: tuple[Any, ...] = ()
 ) -> Any:
-    """A field with a line of help and what its numbers may be."""
+    """A dataclass field with a line of help and the range of its numbers, or the values it may have."""
     return field(default=default, metadata={"help": text, "low": low, "high": high, "choices": choices})
 
 
 @dataclass(frozen=True)
 class RunConfig:
-    """What every run has to settle, whatever it trains.
+    """The settings that all training runs have in common.
 
     Raises:
-        TypeError: an entry of a wrong type.
-        ValueError: an entry out of its range.
+        TypeError: a setting has a wrong type.
+        ValueError: a setting is out of its range.
     """
 
     batch_size: int = setting(16, "images in a batch, on each process", low=1, high=4096)
@@ -52,7 +52,7 @@ class RunConfig:
             _check_range(value, one.name, **{k: one.metadata[k] for k in ("low", "high", "choices")})
 
     def to_json(self) -> str:
-        """The settings as JSON; an unlimited number is ``"inf"``."""
+        """The settings as JSON, with infinity as ``"inf"``."""
         values = {k: "inf" if v == math.inf else v for k, v in asdict(self).items()}
         return json.dumps(values, indent=2) + "\n"
 
@@ -61,20 +61,20 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def read_config(
-    kind: type[Config], file: str | Path | None = None, settings: Sequence[str] = (), **known: Any
+    config_class: type[Config], file: str | Path | None = None, settings: Sequence[str] = (), **overrides: Any
 ) -> Config:
-    """Settings from a YAML or JSON file, then ``key=value`` texts, then keywords; later ones win.
+    """Settings from a YAML or JSON file, then from ``key=value`` strings, then from keywords; later ones win.
 
     Args:
-        kind: what they are settings of.
+        config_class: the dataclass of the settings.
         file: a mapping of settings; None: the defaults.
-        settings: such as ``"batch_size=8"``; values are read as YAML.
-        known: values given by name; None leaves a setting as it is.
+        settings: strings such as ``"batch_size=8"``, whose values are read as YAML.
+        overrides: values by name; None leaves a setting as it is.
 
     Raises:
-        FileNotFoundError: no such file.
-        TypeError: a value of a wrong type.
-        ValueError: an unknown setting, a value out of range, or a file that is no mapping.
+        FileNotFoundError: the file does not exist.
+        TypeError: a value has a wrong type.
+        ValueError: a setting is unknown, a value is out of range, or the file does not hold a mapping.
     """
     values = {} if file is None else _read(Path(file))
     for text in settings:
@@ -82,17 +82,17 @@ def read_config(
         if not separator:
             raise ValueError(f"--set must be key=value, got {text!r}.")
         values[key.strip()] = _parse(value, f"--set {key}")
-    values |= {key: value for key, value in known.items() if value is not None}
-    names = {one.name for one in fields(kind)}
+    values |= {key: value for key, value in overrides.items() if value is not None}
+    names = {one.name for one in fields(config_class)}
     unknown = sorted(set(values) - names)
     if unknown:
         raise ValueError(f"unknown settings {unknown}; known are {', '.join(sorted(names))}.")
-    return kind(**values)
+    return config_class(**values)
 
 
-def describe_settings(kind: type[RunConfig]) -> str:
-    """One line for every setting: name, default, and what it means."""
-    return "\n".join(f"  {one.name} = {one.default!r}: {one.metadata['help']}" for one in fields(kind))
+def describe_settings(config_class: type[RunConfig]) -> str:
+    """One line for every setting: its name, default and meaning."""
+    return "\n".join(f"  {one.name} = {one.default!r}: {one.metadata['help']}" for one in fields(config_class))
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -105,8 +105,8 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _parse(text: str, origin: str) -> Any:
-    """A YAML value (JSON is one)."""
-    import yaml  # an extra: training only
+    """The value of a YAML text; JSON is YAML too."""
+    import yaml
 
     try:
         return yaml.safe_load(text)
@@ -115,7 +115,7 @@ def _parse(text: str, origin: str) -> Any:
 
 
 def _checked_type(value: Any, hint: Any, name: str) -> Any:
-    """The value as the type it is declared with: integers may stand for floats, lists for tuples."""
+    """The value, converted to its declared type: integers to floats, lists to tuples, paths to strings."""
     if type(None) in get_args(hint) and (value is None or str(value).lower() == "none"):
         return None
     kinds = [kind for kind in get_args(hint) or (hint,) if kind is not type(None)]
@@ -138,12 +138,12 @@ def _checked_type(value: Any, hint: Any, name: str) -> Any:
 
 
 def _is_integer(value: Any) -> bool:
-    """NumPy's integers too."""
+    """Whether a value is an integer of Python or NumPy, and not a bool."""
     return isinstance(value, Integral) and not isinstance(value, bool)
 
 
 def _number(value: Any) -> float | None:
-    """A number, also as a text: YAML reads 1e-3 as one."""
+    """The value as a float, or None if it is no number. Strings count: YAML reads 1e-3 as a string."""
     try:
         return None if isinstance(value, bool) or not isinstance(value, (Real, str)) else float(value)
     except ValueError:

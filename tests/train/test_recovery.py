@@ -11,7 +11,7 @@ from monai_drdm import load_network, RandDRDMDeformd
 from monai_drdm.networks import RecResACNet, save_network, VelocityUNet
 from monai_drdm.train import build_config, fit
 from monai_drdm.train.published import PublishedTarget
-from monai_drdm.train.recipes import choose_recipe
+from monai_drdm.train.trainer import choose_task
 
 SMALL = ["working_size=24", "batch_size=2", "epoch_length=3", "max_epochs=2", "warmup_steps=1"]
 PUBLISHED = ["network=recresacnet", *SMALL]
@@ -151,16 +151,16 @@ def test_an_even_size_is_for_recresacnet_only(tmp_path):
 
 def test_the_folding_penalty_is_added_in_its_weight():
     """A mirrored axis turns every cell inside out: determinants of -1, 1.1 below the margin."""
-    recipe = choose_recipe(build_config(settings=[*PUBLISHED, "folding_weight=3", "distance_weight=0"]))
+    task = choose_task(build_config(settings=[*PUBLISHED, "folding_weight=3", "distance_weight=0"]))
     still = torch.zeros(1, 2, 12, 12)
     target = PublishedTarget(still, still)
     mirrored = torch.stack((torch.arange(12.0).view(12, 1).expand(12, 12) / -6, still[0, 0]))[None]
-    penalty = recipe.loss(mirrored, target) - recipe.error(mirrored, target)
+    penalty = task.loss(mirrored, target) - task.error(mirrored, target)
     assert penalty.item() == pytest.approx(3 * 1.1, rel=1e-3)
 
 
 def test_features_are_those_of_init():
-    assert choose_recipe(build_config(init="anatomy-2d")).config.channels == (16, 32, 64, 96)
-    assert choose_recipe(build_config(init="anatomy-2d", channels=(16, 32, 64, 96))).config.network == "velocity_unet"
+    assert choose_task(build_config(init="anatomy-2d")).config.channels == (16, 32, 64, 96)
+    assert choose_task(build_config(init="anatomy-2d", channels=(16, 32, 64, 96))).config.network == "velocity_unet"
     with pytest.raises(ValueError, match=r"channels are those of init 'anatomy-2d', \(16, 32, 64, 96\), got \(8, 16\)"):
-        choose_recipe(build_config(init="anatomy-2d", channels=(8, 16)))
+        choose_task(build_config(init="anatomy-2d", channels=(8, 16)))

@@ -1,4 +1,4 @@
-"""What a run tells about itself: metrics as JSON lines and for TensorBoard, and contact sheets."""
+"""The reports that a training run leaves in its folder: metrics as JSON lines and for TensorBoard, and figures."""
 
 from __future__ import annotations
 
@@ -15,34 +15,37 @@ _METRICS = "metrics.jsonl"
 
 
 class Reports:
-    """The reports of one run, in its folder."""
+    """Writes the reports of one run.
+
+    Args:
+        folder: of the run.
+    """
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.board = SummaryWriter(str(folder / "tensorboard"))
 
-    def write(self, row: Mapping[str, float]) -> None:
-        """Add numbers of one ``step``."""
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Append the metrics of a step to ``metrics.jsonl`` and to TensorBoard."""
         with (self.folder / _METRICS).open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
-        for name, value in row.items():
-            if name != "step":
-                self.board.add_scalar(name, value, int(row["step"]))
+            file.write(json.dumps({"step": step, **metrics}) + "\n")
+        for name, value in metrics.items():
+            self.board.add_scalar(name, value, step)
 
-    def forget_after(self, step: int) -> None:
-        """Drop the metrics of steps that are taken again, and a line that was cut."""
+    def drop_after(self, step: int) -> None:
+        """Drop the metrics of later steps, which a resumed run repeats, and a last line that was cut off."""
         path = self.folder / _METRICS
         if path.is_file():
             rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
             kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
             atomically(path, lambda part: Path(part).write_text(kept, encoding="utf-8"))
 
-    def draw(self, figure: Figure, step: int) -> None:
-        """Keep a figure: ``sheets/step_N.png``."""
+    def save_figure(self, step: int, figure: Figure) -> None:
+        """Save a figure as ``sheets/step_N.png``."""
         path = self.folder / "sheets" / f"step_{step}.png"
         path.parent.mkdir(exist_ok=True)
         atomically(path, lambda part: figure.savefig(part, dpi=80))
 
     def close(self) -> None:
-        """Finish writing."""
+        """Finish writing to TensorBoard."""
         self.board.close()

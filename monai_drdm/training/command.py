@@ -1,0 +1,112 @@
+"""The command line of a training run, whatever it trains."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic
+
+from monai_drdm.training.run_folder import config_file
+from monai_drdm.training.settings import Config, describe_settings, read_config
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+@dataclass(frozen=True)
+class TrainingCommand(Generic[Config]):
+    """A command that trains one kind of network.
+
+    Every command has the flags ``--out``, ``--config``, ``--set``, ``--max-minutes`` and ``--resume``.
+    """
+
+    name: str
+    """The module that ``python -m`` runs."""
+    description: str
+    """What it trains, for its help."""
+    config_class: type[Config]
+    """The dataclass of its settings."""
+    flags: Mapping[str, str]
+    """Settings that have a flag of their own, and the help of each."""
+    fit: Callable[..., Path | None]
+    """The function that trains; see ``monai_drdm.train.fit``."""
+    summarize: Callable[[Path], str] | None = None
+    """A line for the user about the weights that were written; None: no line."""
+
+    def run(self, arguments: Sequence[str] | None = None) -> int:
+        """Run a command line and return its exit code.
+
+        0: done. 1: an error, which is printed. 2: wrong arguments. 128 + the number of a signal that ended the run:
+        130 after Ctrl-C, 143 after SIGTERM. The run is saved then, and ``--resume`` continues it.
+        """
+        options = self._parser().parse_args(arguments)
+        resume_hint = f"go on with --resume --out {options.out}"
+        with _signals_received() as received:
+            try:
+                weights = self.fit(
+                    self._config(options),
+                    options.out,
+                    resume=options.resume,
+                    progress=True,
+                    should_stop=lambda: bool(received),
+                )
+            except (OSError, TypeError, ValueError, FloatingPointError) as error:
+                print(f"{self.name}: {error}", file=sys.stderr)
+                return 1
+            except KeyboardInterrupt:
+                begun = config_file(options.out).is_file()
+                print(f"stopped at once{f'; {resume_hint}' if begun else ''}", file=sys.stderr)
+                return 128 + (received[-1] if received else signal.SIGINT)
+        if weights is None:
+            print(f"stopped; {resume_hint}", file=sys.stderr)
+            return 128 + (received[0] if received else signal.SIGTERM)  # another process may have got the signal
+        if self.summarize is not None:
+            print(self.summarize(weights), file=sys.stderr)
+        print(weights)
+        return 0
+
+    def _config(self, options: argparse.Namespace) -> Config:
+        """The settings: of the file, or of the run that is resumed, then of the flags."""
+        saved = config_file(options.out)
+        file = saved if options.resume and options.config is None and saved.is_file() else options.config
+        flags = {name: getattr(options, name) for name in (*self.flags, "max_minutes")}
+        return read_config(self.config_class, file, options.set, **flags)
+
+    def _parser(self) -> argparse.ArgumentParser:
+        parser = argparse.ArgumentParser(
+            prog=f"python -m {self.name}",
+            description=self.description,
+            epilog="settings for --set and --config:\n" + describe_settings(self.config_class),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        for name, text in self.flags.items():
+            parser.add_argument(f"--{name.replace('_', '-')}", help=text)
+        parser.add_argument("--out", type=Path, required=True, help="new folder for the run")
+        parser.add_argument("--config", type=Path, help="YAML or JSON file of settings")
+        parser.add_argument(
+            "--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated"
+        )
+        parser.add_argument("--max-minutes", type=float, help="minutes at most")
+        parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
+        return parser
+
+
+@contextmanager
+def _signals_received() -> Iterator[list[int]]:
+    """The numbers of SIGINT and SIGTERM as they arrive; a second one of the same kind raises ``KeyboardInterrupt``."""
+    received: list[int] = []
+
+    def note(number: int, _: object) -> None:
+        received.append(number)
+        signal.signal(number, signal.default_int_handler)
+
+    before = {number: signal.signal(number, note) for number in _SIGNALS}
+    try:
+        yield received
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,337 @@
+"""The training loop: MONAI's trainer around the steps of a ``Task``, which can be stopped at any time and resumed."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import torch
+from ignite.engine import Events
+from ignite.handlers import Checkpoint, ProgressBar
+from monai.engines import SupervisedTrainer
+from monai.engines.utils import IterationEvents
+from monai.utils import CommonKeys
+from torch import nn, Tensor
+from torch.optim.swa_utils import AveragedModel
+
+from monai_drdm.training.distributed import ProcessGroup
+from monai_drdm.training.precision import Bfloat16Inferer, has_native_bfloat16
+from monai_drdm.training.reports import Reports
+from monai_drdm.training.run_folder import (
+    check_same_data,
+    Checkpoints,
+    explain_write_errors,
+    lock_run_folder,
+    write_config,
+)
+from monai_drdm.training.settings import RunConfig
+from monai_drdm.training.task import Task
+
+_WEIGHTS = "network.safetensors"
+_VALIDATION_BATCHES = 4
+
+
+def run_task(
+    task: Task,
+    folder: Path,
+    *,
+    resume: bool = False,
+    progress: bool = False,
+    should_stop: Callable[[], bool] = lambda: False,
+) -> Path | None:
+    """Train a network in a folder.
+
+    Args:
+        task: what is trained.
+        folder: a new or empty folder or, with ``resume``, that of a run with the same settings.
+        resume: continue from the latest intact checkpoint.
+        progress: show a progress bar.
+        should_stop: called after every step; once it returns True, the run saves a checkpoint and returns.
+
+    Returns:
+        The weights file, or None if ``should_stop`` ended the run.
+
+    Raises:
+        FileExistsError: another run uses the folder, or it is not empty and ``resume`` is False.
+        FileNotFoundError: ``resume`` is True and the folder holds no run.
+        ValueError: ``resume`` with other settings or data; the task has no usable data.
+        FloatingPointError: the loss is not finite; the message names the batch.
+        OSError: a file of the run cannot be written.
+    """
+    processes = ProcessGroup(task.config.device)
+    try:
+        return _run_in_this_process(task, folder, processes, resume, progress and processes.is_rank_zero, should_stop)
+    finally:
+        processes.close()
+
+
+def _run_in_this_process(
+    task: Task,
+    folder: Path,
+    processes: ProcessGroup,
+    resume: bool,
+    progress: bool,
+    should_stop: Callable[[], bool],
+) -> Path | None:
+    """Everything between opening and closing the connection: a function, so that its variables are gone by then."""
+    with lock_run_folder(folder, task.config, resume) if processes.is_rank_zero else nullcontext():
+        data = task.prepare(progress)
+        if processes.is_rank_zero:
+            print(data.skipped, end="", file=sys.stderr)
+        loop = _Loop(task, folder, processes, should_stop, progress)
+        with explain_write_errors(folder):
+            if processes.is_rank_zero:
+                check_same_data(folder, data.fingerprint, resume)
+                write_config(folder, task.config)
+            return loop.run(resume)
+
+
+class _Loop:
+    """One training run in one folder."""
+
+    def __init__(
+        self,
+        task: Task,
+        folder: Path,
+        processes: ProcessGroup,
+        should_stop: Callable[[], bool],
+        progress: bool,
+    ) -> None:
+        self.task, self.config, self.folder = task, task.config, folder
+        self.processes, self.should_stop, self.interrupted = processes, should_stop, False
+        torch.manual_seed(self.config.seed)
+        self.network = task.build_network().to(processes.device)
+        self.averaged = AveragedModel(self.network, multi_avg_fn=self._update_average)
+        self.averaged.eval()  # it is only validated and written
+        self.inferer = self._build_inferer()
+        self.trainer = self._build_trainer()
+        self.progress = Progress(self.config)
+        self.checkpoints = Checkpoints(folder, writes=processes.is_rank_zero)
+        self.save = Checkpoint(
+            self._state(),
+            self.checkpoints,
+            n_saved=None,
+            global_step_transform=lambda engine, _: engine.state.iteration,
+        )
+        self.reports: Reports | None = None
+        self._attach_handlers(progress)
+
+    def run(self, resume: bool) -> Path | None:
+        """Train to the end, or until ``should_stop``."""
+        self.reports = Reports(self.folder) if self.processes.is_rank_zero else None
+        if resume:
+            self._restore()
+        self.progress.start()
+        try:
+            if not self._has_ended():  # the engine would start a finished run from its beginning
+                self.trainer.run()
+        finally:
+            if self.reports is not None:
+                self.reports.close()
+        if self.interrupted:
+            return None
+        weights = self.folder / _WEIGHTS
+        if self.processes.is_rank_zero:
+            self.task.write(self.averaged.module, weights, self._validation_loss())
+        self.processes.barrier()  # no process ends before the weights are written
+        return weights
+
+    def _build_inferer(self) -> Bfloat16Inferer:
+        native = has_native_bfloat16(self.processes.device)
+        if self.config.bfloat16 and not native and self.processes.is_rank_zero:
+            print("convolutions run in float32: this processor only imitates bfloat16", file=sys.stderr)
+        return Bfloat16Inferer(self.config.bfloat16 and native)
+
+    def _build_trainer(self) -> SupervisedTrainer:
+        """MONAI's trainer; its step is ``_prepare_batch``, the network, ``_loss``, gradients, ``_clip``, AdamW."""
+        config = self.config
+        assert config.learning_rate is not None  # tasks complete their settings
+        self.optimizer = torch.optim.AdamW(
+            self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay
+        )
+        return SupervisedTrainer(
+            device=self.processes.device,
+            max_epochs=config.max_epochs,
+            train_data_loader=range(config.epoch_length),
+            epoch_length=config.epoch_length,
+            network=self.processes.wrap(self.network),
+            optimizer=self.optimizer,
+            loss_function=self._loss,
+            prepare_batch=self._prepare_batch,
+            inferer=self.inferer,
+            decollate=False,
+        )
+
+    def _attach_handlers(self, progress: bool) -> None:
+        """Handlers of one event are called in the order in which they are attached."""
+        trainer = self.trainer
+        trainer.add_event_handler(Events.ITERATION_STARTED, self._set_learning_rate)
+        trainer.add_event_handler(IterationEvents.BACKWARD_COMPLETED, self._clip)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, lambda: self.averaged.update_parameters(self.network))
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._log_loss)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._validate)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._stop_within_epoch)
+        trainer.add_event_handler(Events.EPOCH_COMPLETED, self._stop_if_needed)
+        if progress:
+            bar = ProgressBar(persist=True)
+            bar.attach(trainer, output_transform=lambda output: {"loss": float(output[CommonKeys.LOSS].detach())})
+
+    def _prepare_batch(self, *_: Any) -> tuple[Tensor, Any, tuple[Tensor, ...], dict[str, Any]]:
+        """Draw the batch of this step; its random numbers depend on the seed, the rank and the step only."""
+        generator = self._generator(f"train/{self.processes.rank}", self.trainer.state.iteration)
+        with self._errors_name_the_batch():
+            batch = self.task.batch(self.inferer.predictor(self.network), generator)
+        return batch.images, batch.target, batch.conditions, {}
+
+    def _loss(self, predicted: Tensor, target: Any) -> Tensor:
+        with self._errors_name_the_batch():
+            loss = self.task.loss(predicted, target)
+            if not bool(torch.isfinite(loss)):
+                raise ValueError(f"the loss is {float(loss)}")
+        return loss
+
+    @contextmanager
+    def _errors_name_the_batch(self) -> Iterator[None]:
+        """Add the number of the batch to errors: functions of fields raise ``ValueError`` for infinite numbers."""
+        try:
+            yield
+        except ValueError as error:
+            raise FloatingPointError(
+                f"batch {self.trainer.state.iteration} (seed {self.config.seed}): {error}. The last checkpoint is "
+                "intact; start again with a lower learning_rate."
+            ) from error
+
+    def _generator(self, purpose: str, number: int) -> torch.Generator:
+        digest = hashlib.sha256(f"{self.config.seed}/{purpose}/{number}".encode()).digest()
+        return torch.Generator(self.processes.device).manual_seed(int.from_bytes(digest[:7], "big"))
+
+    def _set_learning_rate(self) -> None:
+        """Rise linearly during warm-up, then fall to zero along a cosine as steps, or time, run out."""
+        config, done = self.config, self.trainer.state.iteration - 1
+        time_share = self.processes.from_rank_zero(self.progress.time_share())
+        share = max(done / (config.max_epochs * config.epoch_length), time_share)
+        warm = min(1.0, (done + 1) / max(config.warmup_steps, 1))
+        for group in self.optimizer.param_groups:
+            group["lr"] = self.optimizer.defaults["lr"] * warm * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+    def _clip(self) -> None:
+        if self.config.clip_norm > 0:
+            nn.utils.clip_grad_norm_(self.network.parameters(), self.config.clip_norm)
+
+    def _update_average(self, averages: Sequence[Tensor], newest: Sequence[Tensor], count: Tensor | int) -> None:
+        """An exponential average whose decay starts small, so that the first, worst weights are forgotten soon.
+
+        It is called once for all weights: reading ``count`` back from the GPU for each of them would take long.
+        """
+        decay = min(self.config.ema_decay, float((1 + count) / (10 + count)))
+        for average, new in zip(averages, newest):
+            average += (1 - decay) * (new - average)
+
+    def _log_loss(self) -> None:
+        if self.reports is not None:
+            loss = float(self.trainer.state.output[CommonKeys.LOSS].detach())
+            self.reports.log(self.trainer.state.iteration, {"loss": loss})
+
+    def _validate(self) -> None:
+        loss, step = self._validation_loss(), self.trainer.state.iteration
+        self.progress.count_validation(loss)
+        if self.reports is not None:
+            self.reports.log(step, {"validation_loss": loss})
+            figure = self.task.sheet(self.averaged.module, self._generator("sheet", 0))
+            if figure is not None:
+                self.reports.save_figure(step, figure)
+
+    @torch.no_grad()
+    def _validation_loss(self) -> float:
+        """Mean error of the averaged network on batches that are the same at every validation."""
+        network = self.inferer.predictor(self.averaged.module)
+        errors = []
+        for number in range(_VALIDATION_BATCHES):
+            batch = self.task.batch(network, self._generator("validate", number), validate=True)
+            errors.append(float(self.task.error(network(batch.images, *batch.conditions), batch.target)))
+        return sum(errors) / len(errors)
+
+    def _stop_within_epoch(self) -> None:
+        """Stop after any step but the last of an epoch, after which validation comes first."""
+        if self.trainer.state.iteration % self.config.epoch_length:
+            self._stop_if_needed()
+
+    def _stop_if_needed(self) -> None:
+        self.interrupted = self.processes.any(self.should_stop())
+        if self.interrupted or self._has_ended():
+            self.save(self.trainer)
+            self.trainer.terminate()
+
+    def _has_ended(self) -> bool:
+        """Whether all steps are done, the time is up, or patience has run out; the same in all processes."""
+        config, progress = self.config, self.progress
+        all_steps = self.trainer.state.iteration >= config.max_epochs * config.epoch_length
+        out_of_patience = 0 < config.patience <= progress.without_improvement
+        return self.processes.any(all_steps or out_of_patience or progress.time_share() >= 1)
+
+    def _state(self) -> dict[str, Any]:
+        """What checkpoints hold. Earlier runs are resumed by these keys: keep them."""
+        return {
+            "trainer": self.trainer,
+            "network": self.network,
+            "optimizer": self.optimizer,
+            "averaged": self.averaged,
+            "progress": self.progress,
+        }
+
+    def _restore(self) -> None:
+        """Load the latest intact checkpoint; without one, the run starts from its beginning."""
+        saved = self.checkpoints.latest()
+        if saved is not None:
+            Checkpoint.load_objects(self._state(), saved)
+        if self.reports is not None:
+            self.reports.drop_after(self.trainer.state.iteration)
+
+
+class Progress:
+    """How long a run has trained, interruptions left out, and how its validations went.
+
+    Args:
+        config: gives the limit of time.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.limit_seconds = config.max_minutes * 60
+        self.earlier_seconds = 0.0
+        self.started: float | None = None
+        self.best = math.inf
+        self.without_improvement = 0
+
+    def start(self) -> None:
+        """Start counting time."""
+        self.started = time.monotonic()
+
+    def seconds(self) -> float:
+        """Seconds of training so far."""
+        return self.earlier_seconds + (0.0 if self.started is None else time.monotonic() - self.started)
+
+    def time_share(self) -> float:
+        """The share of the allowed time that is over, in [0, 1]; 0 without a limit."""
+        limit = self.limit_seconds
+        return 0.0 if math.isinf(limit) else min(self.seconds() / max(limit, 1e-9), 1.0)
+
+    def count_validation(self, loss: float) -> None:
+        """Note a validation loss, and count those since the best one."""
+        self.without_improvement = 0 if loss < self.best else self.without_improvement + 1
+        self.best = min(self.best, loss)
+
+    def state_dict(self) -> dict[str, float]:
+        """For checkpoints."""
+        return {"seconds": self.seconds(), "best": self.best, "stale": self.without_improvement}
+
+    def load_state_dict(self, state: Mapping[str, float]) -> None:
+        """From a checkpoint."""
+        self.earlier_seconds, self.best = state["seconds"], state["best"]
+        self.without_improvement = int(state["stale"])
