@@ -34,7 +34,7 @@ def append_rows(path: Path, *rows: dict[str, Any]) -> None:
     """Add rows to a JSON-lines file in one write, with floats rounded to six significant digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a") as file:
-        file.write("".join(json.dumps(rounded(row)) + "\n" for row in rows))
+        file.write("".join(json.dumps(rounded(row), separators=(",", ":")) + "\n" for row in rows))
 
 
 def rounded(value: Any) -> Any:

@@ -39,7 +39,7 @@ from monai_drdm.networks import load_network, network_sha256, VelocityUNet
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from common.labels import dice, resize_nearest
-from common.rows import append_rows, machine, read_rows
+from common.rows import append_rows, read_rows
 from common.scans import Domain, DOMAINS, Draw, draws, Scan
 from gates_table import brief, tables
 from segmenters import default_cache, load_segmenter, Segmenter
@@ -124,7 +124,6 @@ def measure_dice(
         "dice_real": dice(segmenter(scan.image), scan.label, classes),
         "dice_deformed": [under(ddf) for ddf in fields],
         "dice_random": [under(factor * start) for factor, start in zip(factors, starts)],
-        "random_factor": factors,
     }
 
 
@@ -151,7 +150,7 @@ def run(path: Path, args: argparse.Namespace, domain: Domain) -> None:
     every = [m for network in args.network for m in methods(network, args.sampler, args.steps)]
     if wrong := [m.network for m in every if m.model and m.model.network.spatial_dims != domain.spatial_dims]:
         raise SystemExit(f"{domain.name} is {domain.spatial_dims}D, these networks are not: {', '.join(wrong)}.")
-    segmenter, where = load_segmenter(domain.name, args.cache), machine()
+    segmenter = load_segmenter(domain.name, args.cache)
     plan = {level: count for level, count in PLAN[domain.spatial_dims].items() if level in args.level}
     jobs = [
         (level, draw) for level, count in plan.items() for draw in _subset(draws(domain.name, args.split, count), args)
@@ -161,7 +160,7 @@ def run(path: Path, args: argparse.Namespace, domain: Domain) -> None:
             base = {"domain": domain.name, "split": args.split, "level": level, "image": draw.scan.name}
             base |= {"seed": draw.seed, **method.columns}
             if tuple(base[key] for key in KEY) not in done:
-                append_rows(path, base | measure(method, domain, draw, level, segmenter) | where)
+                append_rows(path, base | measure(method, domain, draw, level, segmenter))
 
 
 def _subset(every: list[Draw], args: argparse.Namespace) -> list[Draw]:

@@ -25,7 +25,7 @@ from monai_drdm.train.process import Pose, random_pose
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from common.labels import dice
-from common.rows import append_rows, machine, read_rows
+from common.rows import append_rows, read_rows
 from common.scans import DOMAINS, draws
 from segmenters import default_cache, load_segmenter
 
@@ -72,7 +72,7 @@ def main() -> None:
             moved = dice(segmenter(warp(image, ddf)), warp(label, ddf, "nearest"), domain.classes)
             row = {"domain": name, "image": draw.scan.name, "seed": draw.seed}
             row |= {"dice_real": dice(segmenter(image), label, domain.classes), "dice_moved": moved}
-            append_rows(PATH, row | machine())
+            append_rows(PATH, row)
     print(table(read_rows(PATH)))
 
 

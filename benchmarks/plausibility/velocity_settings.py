@@ -28,13 +28,14 @@ from monai_drdm.networks import load_network, network_sha256, VelocityUNet
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from common.labels import resize_nearest
-from common.rows import append_rows, machine, read_rows
+from common.rows import append_rows, read_rows
 from common.scans import DOMAINS, Draw, draws
 from gates import measure_dice, measure_field, random_field
 from segmenters import default_cache, load_segmenter, Segmenter
 
 PATH = Path(__file__).parent / "velocity_settings.jsonl"
 IMAGES, LEVEL = 16, 0.6
+MEASURES = ("displacement_no_affine_256", "log_jacobian_std", "diversity")
 
 
 class Variant(NamedTuple):
@@ -88,7 +89,8 @@ def measure(network: VelocityUNet, draw: Draw, variant: Variant, size: int | Non
     fields = [sample(network, image, seed, variant) for seed in (draw.seed, draw.partner)]
     starts = [random_field(image, LEVEL, seed) for seed in (draw.seed, draw.partner)]
     label = warp(resize_nearest(scan.label, shape), fields[0], "nearest")
-    return measure_field(*fields, label) | measure_dice(scan, fields, starts, segmenter, classes)
+    measured = measure_field(*fields, label)
+    return {key: measured[key] for key in MEASURES} | measure_dice(scan, fields, starts, segmenter, classes)
 
 
 def lost(rows: list[dict[str, Any]], key: str) -> list[float]:
@@ -113,7 +115,7 @@ def table(rows: list[dict[str, Any]]) -> str:
             (row["domain"], row["network"], row["sha256"], *(row[k] for k in Variant._fields)), []
         ).append(row)
     for key, group in groups.items():
-        columns = [[row[k] for row in group] for k in ("displacement_no_affine_256", "log_jacobian_std", "diversity")]
+        columns = [[row[key] for row in group] for key in MEASURES]
         columns += [lost(group, "dice_deformed"), lost(group, "dice_random")]
         cells = [f"{np.mean(c):.2f} ± {np.std(c) / max(len(c) - 1, 1) ** 0.5:.2f}" for c in columns]
         marks = ["yes" if key[5] else "no", str(key[6] or "never")]
@@ -142,8 +144,8 @@ def main() -> None:
                     if (name, known["sha256"], draw.scan.name, *variant) in seen:
                         continue
                     row = measure(network, draw, variant, domain.field_size, domain.classes, segmenter)
-                    base = {"domain": name, "image": draw.scan.name, "seed": draw.seed, "level": LEVEL, **known}
-                    append_rows(PATH, base | variant._asdict() | row | machine())
+                    base = {"domain": name, "image": draw.scan.name, "seed": draw.seed, **known}
+                    append_rows(PATH, base | variant._asdict() | row)
     print(table(read_rows(PATH)))
 
 

@@ -55,11 +55,12 @@ from monai_drdm.registration.data import load_images
 from monai_drdm.registration.task import fit, RegistrationConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
-from common.rows import append_rows, machine, read_rows
+from common.rows import append_rows, read_rows
 from common.scans import data_folder, DOMAINS
 from table import ARMS, BASELINES, by_structure, comparisons, figure, table
 
 PATH = Path(__file__).parent / "synthetic_pairs.jsonl"
+MEASURES = ("dice", "hd95", "fold_fraction", "inverse_consistency_vox", "seconds")
 PAIR_ARMS = ("drdm", "random", "smooth")
 Register = Callable[[Tensor, Tensor], Tensor]
 ROUNDS = (1, 2, 3, 4, 6)
@@ -214,7 +215,7 @@ def judge(name: str, work: Path, arm: str, seed: int, split: str) -> None:
                 both_ways=arm in ARMS and split == "test",
             )
             row = {"set": name, "arm": arm, "seed": seed, "split": split, "rounds": number, "pair": bank.names[i]}
-            rows.append(row | vars(score) | machine())
+            rows.append(row | {key: getattr(score, key) for key in MEASURES})
     append_rows(PATH, *rows)
 
 

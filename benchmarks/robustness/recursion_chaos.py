@@ -9,6 +9,7 @@ trajectory ``recovery_cmr_T48.npz`` in MONAI_DRDM_REFERENCE and the published we
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -26,6 +27,7 @@ from common.rows import append_rows, machine
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     recorded = np.load(Path(os.environ["MONAI_DRDM_REFERENCE"]) / "recovery_cmr_T48.npz")
     image, start, end = (torch.from_numpy(recorded[key]) for key in ("image", "ddf_diffused", "ddf_recovered"))
     start, end = fractions_to_voxels(start), fractions_to_voxels(end)
