@@ -11,7 +11,7 @@ from numbers import Real
 from monai_drdm.networks.recresacnet import TIME_STEPS
 
 # Integration time of isotropic_velocity at levels 0.1, 0.2, ..., 1.0 for which the mean displacement is the published
-# one: that of the released field at 256² in 2D and at 128³ in 3D. Written by benchmarks/calibrate_levels.py.
+# one: that of the released field at 256² in 2D and at 128³ in 3D. Written by tools/calibrate_levels.py.
 _INTEGRATION_TIME = {
     2: (1.38, 3.67, 6.31, 9.34, 12.61, 16.32, 20.18, 24.52, 29.19, 33.41),
     3: (0.7, 1.84, 3.11, 4.5, 5.94, 7.48, 9.02, 10.66, 12.32, 13.76),

@@ -44,7 +44,7 @@ _CARDS = {
             source=_OURS,
             licence="Apache-2.0; the licences of the training data are with them",
             training_data=f"{_OPEN_SCANS}; {_CHEST_XRAYS}",
-            gates={  # means over test images at level 0.6, 12 steps; benchmarks/gates.py
+            gates={  # means over test images at level 0.6, 12 steps; benchmarks/plausibility/gates.py
                 "acdc_px_without_affine_256": 6.29,
                 "acdc_log_jacobian_std": 0.197,
                 "acdc_diversity": 0.818,
@@ -71,7 +71,7 @@ _CARDS = {
             source=_OURS,
             licence="Apache-2.0; the licences of the training data are with them",
             training_data=_OPEN_SCANS,
-            gates={  # means over test images at level 0.6, 12 steps; benchmarks/gates.py
+            gates={  # means over test images at level 0.6, 12 steps; benchmarks/plausibility/gates.py
                 "hippocampus3d_px_without_affine_256": 4.83,
                 "hippocampus3d_log_jacobian_std": 0.123,
                 "hippocampus3d_diversity": 0.971,

@@ -71,7 +71,7 @@ def test_shipped_files_say_what_the_registry_says(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["anatomy-2d", "anatomy-3d"])
 def test_gates_are_those_that_were_measured(name):
     card = network_card(name)
-    lines = (Path(__file__).parents[2] / "benchmarks" / "results" / "gates_test.jsonl").read_text().splitlines()
+    lines = (Path(__file__).parents[2] / "benchmarks" / "plausibility" / "gates_test.jsonl").read_text().splitlines()
     every = [json.loads(line) for line in lines]
     rows = [row for row in every if (row["sha256"], row["steps"], row["level"]) == (card.sha256, card.steps, 0.6)]
     columns = {

@@ -1,0 +1,1 @@
+"""What all benchmarks share: rows of results, the scans and their splits, and work on labels."""

@@ -1,0 +1,235 @@
+"""What each change to a hot path gains: the way it was done, or could be, beside the way it is, on the same arrays.
+
+Both are timed in turns on one thread, so that the machine is the same for both; what is predicted is written down here,
+from the passes over memory that each way takes.
+
+    python benchmarks/speed/hot_paths.py --turns 9
+    python benchmarks/speed/hot_paths.py --table
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import sys
+import time
+from collections.abc import Callable
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from monai.networks.blocks import Warp
+from scipy import ndimage
+from torch import Tensor
+from tqdm import tqdm
+
+from monai_drdm.fields import exp_svf, identity_grid, resize_ddf, warp
+from monai_drdm.fields.grid import sampling_grid, to_grid_sample
+from monai_drdm.fields.warp import gather_voxels, sample_on_grid
+from monai_drdm.networks import load_network
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
+from common.rows import append_rows, machine, read_rows
+
+PATH = Path(__file__).parent / "hot_paths.jsonl"
+SHAPES = {2: (256, 256), 3: (128, 128, 128)}
+COARSE = {2: (81, 81), 3: (41, 41, 41)}
+Ways = tuple[Callable[[], Any], Callable[[], Any]]
+
+
+class Change(NamedTuple):
+    """Two ways to do one thing."""
+
+    name: str
+    predicted: float
+    """How many times faster the second way should be."""
+    kept: bool
+    why: str
+    ways: Callable[[int], Ways]
+    dims: tuple[int, ...] = (2, 3)
+
+
+def _inputs(dims: int) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    shape = SHAPES[dims]
+    coarse = 2 * torch.randn(1, dims, *COARSE[dims], generator=generator)
+    image = torch.rand(1, 1, *shape, generator=generator)
+    return coarse, image, (4 * image).to(torch.uint8)
+
+
+def _grid_by_identity(ddf: Tensor) -> Tensor:
+    return to_grid_sample(ddf + identity_grid(ddf.shape[2:]), ddf.shape[2:])
+
+
+def _nearest_by_index(label: Tensor, ddf: Tensor) -> Tensor:
+    at = ddf + identity_grid(ddf.shape[2:])
+    axes = [at[:, d].clamp(0, n - 1) for d, n in enumerate(label.shape[2:])]
+    index = torch.stack(axes, dim=1).round().long().flatten(2)
+    return gather_voxels(label, index, "border").view(label.shape)
+
+
+def sampling(dims: int) -> Ways:
+    ddf = resize_ddf(_inputs(dims)[0], SHAPES[dims])
+    return lambda: _grid_by_identity(ddf), lambda: sampling_grid(ddf)
+
+
+def one_grid(dims: int) -> Ways:
+    coarse, image, _ = _inputs(dims)
+    ddf = resize_ddf(coarse, SHAPES[dims])
+
+    def shared() -> None:
+        grid = sampling_grid(ddf)
+        for _ in range(2):
+            sample_on_grid(image, grid, "bilinear", "border")
+
+    return lambda: [warp(image, ddf) for _ in range(2)], shared
+
+
+def labels(dims: int) -> Ways:
+    coarse, _, label = _inputs(dims)
+    ddf = resize_ddf(coarse, SHAPES[dims])
+    return lambda: _nearest_by_index(label, ddf), lambda: warp(label, ddf, "nearest")
+
+
+def scaled_first(dims: int) -> Ways:
+    coarse, shape, mode = _inputs(dims)[0], SHAPES[dims], {2: "bilinear", 3: "trilinear"}[dims]
+    scale = torch.tensor([(n - 1) / (m - 1) for n, m in zip(shape, coarse.shape[2:])]).view(1, -1, *(1,) * dims)
+    return lambda: F.interpolate(coarse, shape, mode=mode, align_corners=True) * scale, lambda: resize_ddf(
+        coarse, shape
+    )
+
+
+def fused_upsampling(dims: int) -> Ways:
+    """Upsampling straight into the layout of ``grid_sample``, by channels-last memory."""
+    coarse, shape, mode = _inputs(dims)[0], SHAPES[dims], {2: "bilinear", 3: "trilinear"}[dims]
+    layout = torch.channels_last if dims == 2 else torch.channels_last_3d
+    scale = torch.tensor([2 / (m - 1) for m in coarse.shape[2:]]).view(1, -1, *(1,) * dims)
+
+    def fused() -> Tensor:
+        small = (coarse * scale).flip(1).contiguous(memory_format=layout)
+        grid = F.interpolate(small, shape, mode=mode, align_corners=True).movedim(1, -1)
+        for d, n in enumerate(shape):
+            grid[..., dims - 1 - d] += torch.linspace(-1, 1, n).view(-1, *(1,) * (dims - 1 - d))
+        return grid
+
+    return lambda: sampling_grid(resize_ddf(coarse, shape)), fused
+
+
+def _prediction(dims: int) -> tuple[Any, Tensor, Tensor]:
+    network = load_network({2: "anatomy-2d", 3: "anatomy-3d"}[dims])
+    size = network.card.working_size
+    return network, torch.rand(1, 1, *(size,) * dims), torch.tensor([0.5])
+
+
+def channels_last(dims: int) -> Ways:
+    """One convolution of the network's second grid."""
+    layout = torch.channels_last if dims == 2 else torch.channels_last_3d
+    conv = {2: torch.nn.Conv2d, 3: torch.nn.Conv3d}[dims](32, 32, 3, padding=1)
+    x = torch.rand(1, 32, *(41 if dims == 2 else 21,) * dims)
+    other, y = copy.deepcopy(conv).to(memory_format=layout), x.contiguous(memory_format=layout)
+    return lambda: conv(x), lambda: other(y)
+
+
+def compiled(dims: int) -> Ways:
+    network, x, level = _prediction(dims)
+    fast = torch.compile(network, dynamic=False)
+    return lambda: network(x, level), lambda: fast(x, level)
+
+
+def bfloat16(dims: int) -> Ways:
+    network, x, level = _prediction(dims)
+
+    def half() -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return network(x, level)
+
+    return lambda: network(x, level), half
+
+
+def squarings(dims: int) -> Ways:
+    """The flow of a recovery step of 1 voxel: always six squarings, or as many as it needs."""
+    svf = resize_ddf(_inputs(dims)[0], tuple((n + 1) // 2 for n in COARSE[dims]))
+    svf = svf / svf.abs().max()
+    return lambda: exp_svf(svf, 6), lambda: exp_svf(svf, at_most=6)
+
+
+def beside_scipy(dims: int) -> Ways:
+    """Warping an image: SciPy's linear interpolation, and ours."""
+    coarse, image, _ = _inputs(dims)
+    ddf = resize_ddf(coarse, SHAPES[dims])
+    array, at = image[0, 0].numpy(), (ddf[0] + identity_grid(SHAPES[dims])).numpy()
+    return lambda: ndimage.map_coordinates(array, at, order=1, mode="nearest"), lambda: warp(image, ddf)
+
+
+def beside_monai(dims: int) -> Ways:
+    """Warping an image: MONAI's ``Warp`` block, and ours."""
+    coarse, image, _ = _inputs(dims)
+    ddf, block = resize_ddf(coarse, SHAPES[dims]), Warp("bilinear", "border")
+    return lambda: block(image, ddf), lambda: warp(image, ddf)
+
+
+CHANGES = (
+    Change("sampling grid without an identity grid", 3.0, True, "one pass instead of five", sampling),
+    Change("one grid for two images", 1.3, True, "the grid is computed once", one_grid),
+    Change("labels through grid_sample", 3.0, True, "no int64 index, no stacking", labels),
+    Change("scale a field before it grows", 1.3, True, "one pass over the fine grid less", scaled_first),
+    Change("upsample into grid_sample's layout", 1.2, False, "one pass less", fused_upsampling),
+    Change("convolutions channels-last", 1.2, True, "kept in 2D, in the network", channels_last, (2,)),
+    Change("convolutions channels-last", 1.2, False, "not used in 3D", channels_last, (3,)),
+    Change("as many squarings as a step needs", 2.0, True, "three instead of six", squarings),
+    Change("warp instead of SciPy's map_coordinates", 2.0, True, "vectorised, float32", beside_scipy),
+    Change("warp instead of MONAI's Warp", 1.3, True, "no identity grid", beside_monai),
+    Change("network compiled", 1.3, False, "an option: `compiled`", compiled, (2,)),
+    Change("network in bfloat16", 1.0, False, "an option: `precision`; needs hardware for it", bfloat16),
+)
+
+
+@torch.no_grad()
+def run(turns: int) -> None:
+    """Time all changes."""
+    torch.set_num_threads(1)
+    where = machine() | {"run": datetime.now(timezone.utc).isoformat(timespec="seconds")}
+    for change, dims in tqdm([(one, dims) for one in CHANGES for dims in one.dims], unit="change"):
+        before, after = change.ways(dims)
+        seconds: tuple[list[float], list[float]] = ([], [])
+        for turn in range(-1, turns):  # one warms up
+            for way, found in zip((before, after), seconds):
+                start = time.perf_counter()
+                way()
+                if turn >= 0:
+                    found.append(time.perf_counter() - start)
+        row = {"change": change.name, "dims": dims, "predicted": change.predicted, "kept": change.kept}
+        row |= {"why": change.why, "before": seconds[0], "after": seconds[1], "load_average": os.getloadavg()[0]}
+        append_rows(PATH, row | where)
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown: the latest run, with the ratio within a turn."""
+    lines = ["| change | grid | ms before | ms after | predicted | measured | kept | |", "|" + "---|" * 8]
+    for row in (r for r in rows if r["run"] == max(one["run"] for one in rows)):
+        ratio = np.array(row["before"]) / np.array(row["after"])
+        before, after = (1e3 * np.median(row[key]) for key in ("before", "after"))
+        lines.append(
+            f"| {row['change']} | {row['dims']}D | {before:.2f} | {after:.2f} | {row['predicted']:.1f}× "
+            f"| {np.median(ratio):.2f}× ({ratio.min():.2f} to {ratio.max():.2f}) | {'yes' if row['kept'] else 'no'} "
+            f"| {row['why']} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    args = parser.parse_args()
+    if not args.table:
+        run(args.turns)
+    print(table(read_rows(PATH)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""Write what the shipped and the cardiac networks are trained on: the pool parts of open scans, nothing else.
+
+    python tools/training_data.py anatomy-2d --out anatomy-2d.json    # IXI, hippocampus, chest X-rays
+    python tools/training_data.py anatomy-3d --out anatomy-3d.json    # IXI, hippocampus
+    python tools/training_data.py acdc --out acdc-slices              # ACDC patients 1-60, images only
+
+The first two write MONAI datalists whose weights give every collection its share; the third a folder of slices.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))  # the parts that all benchmarks share
+from common.scans import data_folder
+
+POOLS = {
+    "ixi": ("ixi/images/*.nii.gz", slice(0, 26)),
+    "hippocampus": ("hippocampus/images/*.nii.gz", slice(0, 140)),
+    "cxr": ("cxr/images/*.png", slice(0, 40)),
+}
+SHARES = {"anatomy-2d": {"ixi": 0.5, "hippocampus": 0.2, "cxr": 0.3}, "anatomy-3d": {"ixi": 0.6, "hippocampus": 0.4}}
+ACDC_POOL = range(1, 61)
+
+
+def datalist(name: str) -> dict[str, list[dict[str, object]]]:
+    entries: list[dict[str, object]] = []
+    for collection, share in SHARES[name].items():
+        pattern, pool = POOLS[collection]
+        paths = sorted(data_folder().glob(pattern))[pool]
+        entries += [{"image": str(path.resolve()), "weight": share / len(paths)} for path in paths]
+    return {"training": entries}
+
+
+def write_acdc(folder: Path) -> int:
+    archive = np.load(data_folder() / "acdc" / "acdc2d_160.npz")
+    folder.mkdir(parents=True)
+    chosen = np.flatnonzero(np.isin(archive["patient"], list(ACDC_POOL)))
+    for index in chosen:
+        np.save(folder / f"patient{archive['patient'][index]:03d}_{index:04d}.npy", archive["image"][index])
+    return len(chosen)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=(*SHARES, "acdc"))
+    parser.add_argument("--out", type=Path, required=True, help="new file or folder")
+    options = parser.parse_args()
+    if options.out.exists():
+        raise SystemExit(f"{options.out} exists; choose another.")
+    if options.name == "acdc":
+        print(f"{write_acdc(options.out)} slices in {options.out}")
+        return
+    entries = datalist(options.name)
+    options.out.write_text(json.dumps(entries, indent=1) + "\n")
+    print(f"{len(entries['training'])} scans in {options.out}")
+
+
+if __name__ == "__main__":
+    main()
