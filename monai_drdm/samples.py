@@ -1,9 +1,13 @@
-"""Reading shapes, spacing and affines off what MONAI pipelines hand over, and handing back the like."""
+"""Samples of MONAI pipelines: what their arrays, tensors and metadata say, and results in the same form.
+
+Arrays, plain tensors and ``MetaTensor`` come in. Values leave as plain tensors of exactly their type; shape, spacing
+and affine are checked where they are read; results go back as MONAI hands them on.
+"""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -11,13 +15,9 @@ import torch
 from monai.config import NdarrayOrTensor
 from monai.data import MetaTensor
 from monai.data.meta_obj import get_track_meta
-from monai.transforms.lazy.functional import apply_pending
+from monai.transforms.lazy import functional as lazy
 from monai.utils import convert_to_tensor
 from torch import Tensor
-
-from monai_drdm.fields import warp
-from monai_drdm.fields.grid import field_dtype, sampling_grid
-from monai_drdm.fields.warp import check_modes, Mode, PaddingMode, sample_on_grid, samples_on_grid
 
 _AFFINE_TOLERANCE = 1e-3
 
@@ -99,17 +99,7 @@ def checked_pixdim(pixdim: Sequence[float] | None) -> tuple[float, ...] | None:
     return numbers
 
 
-def check_keys_agree(data: Mapping[Hashable, NdarrayOrTensor], reference: Hashable, keys: Sequence[Hashable]) -> None:
-    """Check that all keys share the reference key's spatial shape and, where both have one, its affine.
-
-    Raises:
-        ValueError: naming the keys and what differs.
-    """
-    for key in (key for key in keys if key != reference):
-        check_same_space(data[reference], data[key], repr(reference), repr(key))
-
-
-def batch_samples(data: Any, name: str) -> list[Any]:
+def split_batch(data: Any, name: str) -> list[Any]:
     """The samples of a batch, with what they know of their space.
 
     Raises:
@@ -173,44 +163,8 @@ def world_affine(data: NdarrayOrTensor, name: str) -> Tensor:
     return affine
 
 
-class Mover:
-    """Warps images and labels by one field; where it samples is computed once for all of them.
-
-    Args:
-        ddf: ``(B, D, *S)`` voxels.
-    """
-
-    def __init__(self, ddf: Tensor) -> None:
-        self.ddf = ddf
-        self._grids: dict[tuple[torch.device, torch.dtype], Tensor] = {}
-
-    def like(self, data: NdarrayOrTensor, mode: Mode, padding_mode: PaddingMode, name: str) -> Tensor:
-        """Warp ``(C, *S)`` data on their own device; metadata and ``requires_grad`` survive."""
-        return like(data, self.warp(as_tensor(data, name)[None], mode, padding_mode)[0])
-
-    def warp(self, image: Tensor, mode: Mode, padding_mode: PaddingMode) -> Tensor:
-        """``(B, C, *S)``; see ``monai_drdm.fields.warp``."""
-        check_modes(mode, padding_mode, image.ndim - 2, "warp")
-        if not samples_on_grid(image, mode):
-            return warp(image, self.ddf.to(image.device), mode, padding_mode)
-        key = image.device, field_dtype(self.ddf, image)
-        if key not in self._grids:
-            self._grids[key] = sampling_grid(self.ddf.to(*key))
-        return sample_on_grid(image, self._grids[key], mode, padding_mode)
-
-
-def idle(data: NdarrayOrTensor, mode: Mode) -> Tensor:
-    """The data of a call that does not fire: untouched, but integers to be interpolated are float32 as when it fires.
-
-    Otherwise a batch of integer images could not be collated.
-    """
-    tensor = as_tensor(data, "data")
-    interpolated = mode in ("bilinear", "bicubic") and not tensor.is_floating_point()
-    return like(data, tensor.to(torch.float32) if interpolated else tensor)
-
-
-def like(data: NdarrayOrTensor, values: Tensor) -> Tensor:
-    """Values as MONAI hands them on: a MetaTensor, with a copy of the data's metadata, where metadata is tracked."""
+def wrap_like(data: NdarrayOrTensor, values: Tensor) -> Tensor:
+    """Values as MONAI hands them on: a MetaTensor with a copy of the data's metadata, where metadata is tracked."""
     ordinary = values.clone() if values.is_inference() and not torch.is_inference_mode_enabled() else values
     if not get_track_meta():
         return ordinary
@@ -243,11 +197,11 @@ def check_field_fits(field: Tensor, image: Tensor) -> None:
         raise ValueError(f"field must have shape {expected}, got {tuple(field.shape)}.")
 
 
-def flushed(data: NdarrayOrTensor) -> NdarrayOrTensor:
-    """The data with pending lazy operations applied: fields are drawn on, and applied to, what is really there."""
+def apply_pending(data: NdarrayOrTensor) -> NdarrayOrTensor:
+    """The data with their pending lazy operations applied: a field belongs to the voxels that are really there."""
     if isinstance(data, MetaTensor) and data.has_pending_operations:
         own = with_metadata_of(data, data.as_tensor())  # MONAI empties the list of what it is given
-        return apply_pending(own)[0]  # type: ignore[no-any-return]  # MONAI leaves it without types
+        return lazy.apply_pending(own)[0]  # type: ignore[no-any-return]  # MONAI leaves it without types
     return data
 
 

@@ -3,6 +3,12 @@
 import dataclasses
 import os
 import random
+import resource
+import signal
+import sys
+import threading
+import time
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,6 +19,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from tqdm import tqdm
 
 from monai_drdm.networks import convert_published, RecResACNet
 
@@ -33,6 +40,93 @@ def seeded() -> None:
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
+
+
+class Forked:
+    """A call in a fork of this process, which has imported all that the call needs.
+
+    To whoever kills it, or lets it find no room, it is a process like any other, without the seconds that a new
+    interpreter takes to import torch and MONAI.
+
+    Args:
+        call: what the process does; an integer that it returns is the exit code.
+        folder: for what it says.
+        before: runs first, in the new process.
+    """
+
+    CPU_LIMIT_S = 300
+
+    def __init__(self, call: Callable[[], object], folder: Path, before: Callable[[], object] | None = None) -> None:
+        self.said = [folder / f"{name}-{time.monotonic_ns()}" for name in ("stdout", "stderr")]
+        self.returncode: int | None = None
+        sys.stdout.flush()
+        sys.stderr.flush()
+        self.pid = os.fork()
+        if self.pid == 0:
+            self._run(call, before)
+
+    def _run(self, call: Callable[[], object], before: Callable[[], object] | None) -> None:
+        code: object = 1
+        try:
+            resource.setrlimit(resource.RLIMIT_CPU, (self.CPU_LIMIT_S, self.CPU_LIMIT_S))
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for number, path in enumerate(self.said, 1):
+                os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), number)
+            sys.stdout, sys.stderr = (os.fdopen(n, "w", encoding="utf-8", buffering=1) for n in (1, 2))
+            tqdm.set_lock(threading.RLock())  # the one it has is shared; a killed process would leave it locked
+            if before is not None:
+                before()
+            code = call()
+        except SystemExit as error:
+            code = error.code
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            os._exit(code if isinstance(code, int) else 0)
+
+    def poll(self) -> int | None:
+        """The exit code, negative for a signal; None while it runs."""
+        if self.returncode is None:
+            pid, status = os.waitpid(self.pid, os.WNOHANG)
+            if pid:
+                self.returncode = os.waitstatus_to_exitcode(status)
+        return self.returncode
+
+    def send_signal(self, number: int) -> None:
+        """Send a signal, unless it has ended."""
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+    def kill(self) -> None:
+        """End it at once."""
+        self.send_signal(signal.SIGKILL)
+
+    def communicate(self) -> tuple[str, str]:
+        """Wait for its end; what it said."""
+        while self.poll() is None:
+            time.sleep(0.005)
+        out, errors = (path.read_text(encoding="utf-8", errors="replace") for path in self.said)
+        return out, errors
+
+
+@pytest.fixture
+def fork(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Forked]]:
+    """Factory of ``Forked`` calls; none outlives its test."""
+    if not hasattr(os, "fork"):
+        pytest.skip("there is no fork here")
+    started: list[Forked] = []
+
+    def start(call: Callable[[], object], before: Callable[[], object] | None = None) -> Forked:
+        started.append(Forked(call, tmp_path_factory.mktemp("said"), before))
+        return started[-1]
+
+    yield start
+    for one in started:
+        one.kill()
+        one.communicate()
 
 
 @pytest.fixture(scope="session")

@@ -19,6 +19,10 @@ CORE = {
 }
 """What each part of the core may import of this package."""
 
+MAX_LINES = 40
+MAX_PARAMETERS = 12
+FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
+
 FOREIGN = {
     "monai": {"samples", "transforms", "bank", "demo", "augment", "io", "training", "train", "registration"},
     "ignite": {"training"},
@@ -105,6 +109,22 @@ def test_trainings_stand_side_by_side_on_one_floor():
             assert "training" not in own_parts(path), path
 
 
-def test_modules_stay_short():
+def functions(path):
+    return [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, FUNCTIONS)]
+
+
+def test_functions_stay_short():
+    """Concepts cut files; what must stay small is what is read at once. Docstrings do not count."""
     for path in MODULES:
-        assert len(path.read_text(encoding="utf-8").splitlines()) <= 350, path
+        for node in functions(path):
+            body = node.body[1:] if ast.get_docstring(node) else node.body
+            length = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+            assert length <= MAX_LINES, f"{path}:{node.lineno} {node.name} has {length} lines"
+
+
+def test_functions_take_few_parameters():
+    for path in MODULES:
+        for node in functions(path):
+            names = [one.arg for one in (*node.args.posonlyargs, *node.args.args, *node.args.kwonlyargs)]
+            count = len([name for name in names if name not in ("self", "cls")])
+            assert count <= MAX_PARAMETERS, f"{path}:{node.lineno} {node.name} takes {count} parameters"

@@ -70,12 +70,12 @@ def test_volumes_with_untrained_3d_weights(data, kind, tmp_path):
         item = {key: str(min(folder.glob(f"{key}_*.nii.gz"))) for key in KEYS}
         shape, spacing = (90, 120, 120), (2.0, 2.0, 2.0)
     else:
-        shape, spacing = (128, 128, 32), (1.0, 1.0, 5.0)
+        shape, spacing = (96, 96, 24), (1.0, 1.0, 5.0)
         item = _thick_volume(tmp_path, shape, spacing)
     network = RecResACNet(3).eval()
     torch.nn.init.normal_(network.conv_out.weight, std=1e-5, generator=torch.Generator().manual_seed(0))
     torch.nn.init.zeros_(network.conv_out.bias)
-    network.card = dataclasses.replace(network.card, working_size=48, steps=2)
+    network.card = dataclasses.replace(network.card, working_size=24, steps=1)
     deform = RandDRDMDeformd(
         keys=KEYS, mode=["bilinear", "label"], prob=1.0, network=network, deformation_level=0.4, max_displacement_mm=15
     )

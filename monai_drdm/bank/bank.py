@@ -4,25 +4,29 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sized
 from concurrent.futures import Executor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from monai.config import NdarrayOrTensor
 from torch import Tensor
 from tqdm import tqdm
+from typing_extensions import Unpack
 
 from monai_drdm.bank.building import draw_entry, item_identity, Job, Maker
 from monai_drdm.bank.entry import BankEntry, EntryFile, fingerprint_of, identity_of, same_fingerprint
 from monai_drdm.bank.settings import BankSettings, check_count
 from monai_drdm.bank.stores import FolderStore, MemoryStore
 from monai_drdm.deformation.drawing import FieldDrawer
+from monai_drdm.deformation.options import choose, DrawOptions, NetworkLike, PixdimOptions, with_options
 from monai_drdm.executors import check_shard, in_turn, through
-from monai_drdm.networks import RecoveryNetwork
-from monai_drdm.samples import as_tensor, checked_pixdim, flushed, spacing_of
+from monai_drdm.samples import apply_pending, as_tensor, checked_pixdim, spacing_of
+
+
+class BankDrawOptions(DrawOptions, PixdimOptions, total=False):
+    """Settings of the fields of a bank."""
 
 
 class DeformationBank:
@@ -58,25 +62,16 @@ class DeformationBank:
         self._lock = threading.RLock()
 
     @classmethod
+    @with_options(BankDrawOptions)
     def on_demand(
         cls,
         path: str | os.PathLike[str] | None = None,
         *,
-        network: str | os.PathLike[str] | RecoveryNetwork = "auto",
+        network: NetworkLike = "auto",
         fields_per_image: int = 16,
-        deformation_level: float | Sequence[float] = (0.3, 0.8),
-        sampler: str = "auto",
-        steps: int | None = None,
-        recovery: float = 1.0,
-        image_channel: int | None = None,
-        max_displacement_mm: float | None = None,
-        on_fold: str = "rescale",
-        max_fold_fraction: float = 1e-4,
-        slice_axis: int | None = None,
-        pixdim: Sequence[float] | None = None,
         seed: int = 0,
-        device: torch.device | str | None = None,
         max_bytes: int | None = None,
+        **options: Unpack[BankDrawOptions],
     ) -> DeformationBank:
         """A bank that draws the fields of an image when it is first asked for.
 
@@ -85,42 +80,22 @@ class DeformationBank:
                 its own.
             network: as in ``RandDRDMDeform``.
             fields_per_image: how many fields each image gets.
-            deformation_level: as in ``RandDRDMDeform``; drawn for each field.
-            sampler: as in ``RandDRDMDeform``.
-            steps: as in ``RandDRDMDeform``.
-            recovery: as in ``RandDRDMDeform``.
-            image_channel: as in ``RandDRDMDeform``.
-            max_displacement_mm: as in ``RandDRDMDeform``.
-            on_fold: as in ``RandDRDMDeform``.
-            max_fold_fraction: as in ``RandDRDMDeform``.
-            slice_axis: as in ``RandDRDMDeform``.
-            pixdim: as in ``RandDRDMDeform``.
             seed: with the identity it fixes an image's fields.
-            device: where the network runs; None: where the image is.
             max_bytes: drop the fields of the images that were not asked for the longest to stay below; they are drawn
                 again when they are.
+            options: those of ``BankDrawOptions``.
 
         Raises:
             FileExistsError: the folder holds a bank with other settings, or something else.
             TypeError: arguments of a wrong type.
             ValueError: arguments out of range.
         """
-        drawer = FieldDrawer(
-            network=network,
-            deformation_level=deformation_level,
-            sampler=sampler,
-            steps=steps,
-            recovery=recovery,
-            image_channel=image_channel,
-            max_displacement_mm=max_displacement_mm,
-            on_fold=on_fold,
-            max_fold_fraction=max_fold_fraction,
-            slice_axis=slice_axis,
-            device=device,
-        )
+        drawer = FieldDrawer(network, **choose(DrawOptions, options))
         if max_bytes is not None:
             check_count(max_bytes, "max_bytes")
-        maker = Maker(drawer, check_count(fields_per_image, "fields_per_image"), checked_pixdim(pixdim), int(seed))
+        maker = Maker(
+            drawer, check_count(fields_per_image, "fields_per_image"), checked_pixdim(options["pixdim"]), int(seed)
+        )
         store = MemoryStore() if path is None else FolderStore(Path(path), track_use=max_bytes is not None)
         if isinstance(store, FolderStore):
             store.make()
@@ -278,7 +253,7 @@ class DeformationBank:
             item = fetch()
             if image_key not in item:
                 raise ValueError(f"item {number} has no {image_key!r}: {sorted(map(str, item))}.")
-            image = flushed(item[image_key])
+            image = apply_pending(item[image_key])
             identity = item_identity(item, image, id_key)
             tensor, spacing = as_tensor(image, identity), self._spacing(image, identity)
             self._settle(tensor)

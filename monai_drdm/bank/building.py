@@ -72,7 +72,7 @@ def draw_entry(
     fields, records = list[StoredField](), list[str]()
     with torch.no_grad():
         for chunk in (seeds[k : k + at_once] for k in range(0, count, at_once)):
-            for one in drawer.draw_batch([image] * len(chunk), [spacing] * len(chunk), seeds=chunk):
+            for one in drawer.draw_batch([image] * len(chunk), [spacing] * len(chunk), chunk):
                 assert isinstance(one.stored, StoredField)
                 fields.append(one.stored)
                 records.append("" if one.params is None else one.params.to_json())

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import operator
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
@@ -13,9 +12,11 @@ from typing import NamedTuple, SupportsIndex
 import numpy as np
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
 from monai_drdm._version import __version__
 from monai_drdm.deformation.network_source import NetworkSource
+from monai_drdm.deformation.options import AllDrawOptions, NetworkLike, with_options
 from monai_drdm.deformation.record import Deformation, DeformationParams
 from monai_drdm.deformation.stored_field import StoredField
 from monai_drdm.diffusion import DRDM, SAMPLERS
@@ -48,135 +49,127 @@ class _Draw(NamedTuple):
     seed: int
 
 
+@with_options(AllDrawOptions)
 class FieldDrawer:
     """Draws the field of one image. Holds settings only; the network is loaded at the first draw, once per process.
 
-    The arguments are those of ``RandDRDMDeform`` and ``DRDM``.
+    Args:
+        network: registry name, path of a safetensors file, or loaded network; ``"auto"``: the default of the image's
+            dimensions.
+        options: those of ``AllDrawOptions``.
+
+    Raises:
+        TypeError: arguments of a wrong type.
+        ValueError: arguments out of range.
     """
 
-    def __init__(
-        self,
-        *,
-        network: str | os.PathLike[str] | RecoveryNetwork,
-        deformation_level: float | Sequence[float],
-        sampler: str,
-        steps: int | None,
-        recovery: float,
-        image_channel: int | None,
-        max_displacement_mm: float | None,
-        on_fold: str,
-        max_fold_fraction: float,
-        slice_axis: int | None,
-        device: torch.device | str | None,
-        precision: str = "float32",
-        compiled: bool = False,
-    ) -> None:
-        if on_fold not in FOLD_POLICIES:
-            raise ValueError(f"on_fold must be one of {FOLD_POLICIES}, got {on_fold!r}.")
-        if not 0.0 <= max_fold_fraction <= 1.0:
-            raise ValueError(f"max_fold_fraction must be in [0, 1], got {max_fold_fraction}.")
-        if max_displacement_mm is not None and not 0.0 < max_displacement_mm < math.inf:
-            raise ValueError(f"max_displacement_mm must be positive or None, got {max_displacement_mm}.")
-        if _optional_index(slice_axis, "slice_axis") not in (None, 0, 1, 2):
-            raise ValueError(f"slice_axis must be the spatial axis 0, 1 or 2 of a volume, or None, got {slice_axis!r}.")
+    def __init__(self, network: NetworkLike = "auto", **options: Unpack[AllDrawOptions]) -> None:
+        _check_limits(options)
         self.source = NetworkSource(network)
-        self.levels = _level_range(deformation_level)
-        self.sampler = sampler
-        self.steps = _optional_index(steps, "steps")
-        self.recovery = check_recovery(recovery)
-        self.precision, self.compiled = check_precision(precision), compiled
-        self.image_channel = _optional_index(image_channel, "image_channel")
-        self.max_displacement_mm = max_displacement_mm
-        self.on_fold = on_fold
-        self.max_fold_fraction = max_fold_fraction
-        self.slice_axis = _optional_index(slice_axis, "slice_axis")
-        self.device = None if device is None else _device(device)
-        # wrong arguments fail here, not when the transform first fires
-        if isinstance(network, RecoveryNetwork):
-            self.model(network)
+        self.levels = _level_range(options["deformation_level"])
+        self.sampler, self.steps = options["sampler"], _optional_index(options["steps"], "steps")
+        self.recovery = check_recovery(options["recovery"])
+        self.precision, self.compiled = check_precision(options["precision"]), options["compiled"]
+        self.image_channel = _optional_index(options["image_channel"], "image_channel")
+        self.max_displacement_mm = options["max_displacement_mm"]
+        self.on_fold, self.max_fold_fraction = options["on_fold"], options["max_fold_fraction"]
+        self.slice_axis = _optional_index(options["slice_axis"], "slice_axis")
+        self.device = None if options["device"] is None else _device(options["device"])
+        self._check_sampler()
+
+    def _check_sampler(self) -> None:
+        """Wrong arguments fail here, not when the transform first fires."""
+        if isinstance(self.source.network, RecoveryNetwork):
+            self.model(self.source.network)
             return
         known = sorted({one for samplers in SAMPLERS.values() for one in samplers})
-        if sampler not in ("auto", *known):
-            raise ValueError(f"sampler must be 'auto' or one of {known}, got {sampler!r}.")
-        if steps is not None and steps < 1:
-            raise ValueError(f"steps must be 1 or more, or None, got {steps}.")
+        if self.sampler not in ("auto", *known):
+            raise ValueError(f"sampler must be 'auto' or one of {known}, got {self.sampler!r}.")
+        if self.steps is not None and self.steps < 1:
+            raise ValueError(f"steps must be 1 or more, or None, got {self.steps}.")
 
     def model(self, network: RecoveryNetwork) -> DRDM:
         """A network with this drawer's sampler."""
         return DRDM(network, self.sampler, self.steps, self.recovery, precision=self.precision, compiled=self.compiled)
 
-    def draw(
-        self,
-        image: Tensor,
-        spacing: Sequence[float],
-        *,
-        seed: int | None = None,
-        params: DeformationParams | None = None,
-    ) -> Deformation:
-        """Draw the field of one image; see ``draw_batch``."""
-        seeds, records = None if seed is None else [seed], None if params is None else [params]
-        return self.draw_batch([image], [spacing], seeds=seeds, params=records)[0]
+    def draw(self, image: Tensor, spacing: Sequence[float], seed: int) -> Deformation:
+        """Draw the field of one image ``(C, *S)``; see ``draw_batch``."""
+        return self.draw_batch([image], [spacing], [seed])[0]
 
     def draw_batch(
-        self,
-        images: Sequence[Tensor],
-        spacings: Sequence[Sequence[float]],
-        *,
-        seeds: Sequence[int] | None = None,
-        params: Sequence[DeformationParams] | None = None,
+        self, images: Sequence[Tensor], spacings: Sequence[Sequence[float]], seeds: Sequence[int]
     ) -> list[Deformation]:
-        """Draw the fields of images from seeds, or replay records; images of one shape and spacing at once.
+        """Draw the fields of images; images of one shape and spacing go through the network together.
 
         Args:
             images: ``(C, *S)`` each, any real dtype, all of the same number of axes and on one device.
             spacings: of each, mm per voxel along each axis.
             seeds: of each; fixes level and field.
-            params: of each, a record to replay instead.
 
         Returns:
             The fields on the images' device, after the displacement limit and the fold policy.
 
         Raises:
             RuntimeError: CUDA asked for in a forked process.
-            ValueError: an image does not fit the network, is not finite, or a record is of another network;
-                under ``on_fold="raise"`` a field that folds too much.
+            ValueError: an image does not fit the network or is not finite; under ``on_fold="raise"`` a field that
+                folds too much.
         """
         if not images:
             return []
-        settings: Sequence[FieldDrawer | DeformationParams] = [self] * len(images) if params is None else params
         views = [
-            _network_view(image, spacing, one.image_channel, one.slice_axis)
-            for image, spacing, one in zip(images, spacings, settings)
+            _network_view(image, spacing, self.image_channel, self.slice_axis)
+            for image, spacing in zip(images, spacings)
         ]
-        device = images[0].device
-        network = self.source.load(views[0].image.ndim - 1, device if self.device is None else self.device)
-        if params is not None:
-            models = [
-                DRDM(
-                    network,
-                    one.sampler,
-                    one.steps,
-                    one.recovery,
-                    precision=one.precision,
-                    compiled=self.compiled and one.sampler == "velocity",
-                )
-                for one in params
-            ]
-            for one, model in zip(params, models):
-                _check_record(one, model)
-            drawn = _sample(models, views, [one.deformation_level for one in params], [one.seed for one in params])
-            return [  # this transform's own limits do not apply
-                _deformation(device, spacing, view, _scaled(ddf, one.scale, view, one.seed), one, "none", 1)
-                for spacing, view, ddf, one in zip(spacings, views, drawn, params)
-            ]
-        assert seeds is not None
-        model = self.model(network)
+        model, device = self.model(self._network(views[0], images[0].device)), images[0].device
         records = [self._record(model, seed) for seed in seeds]
         drawn = _sample([model] * len(views), views, [one.deformation_level for one in records], seeds)
         return [
             self._finish(model, view, record, ddf, spacing, device)
             for view, record, ddf, spacing in zip(views, records, drawn, spacings)
         ]
+
+    def replay(self, image: Tensor, spacing: Sequence[float], params: DeformationParams) -> Deformation:
+        """The field of an image ``(C, *S)`` that a record describes; see ``replay_batch``."""
+        return self.replay_batch([image], [spacing], [params])[0]
+
+    def replay_batch(
+        self, images: Sequence[Tensor], spacings: Sequence[Sequence[float]], params: Sequence[DeformationParams]
+    ) -> list[Deformation]:
+        """The fields that records describe, one for each image. The limits of this drawer do not apply to them.
+
+        Args:
+            images: as in ``draw_batch``.
+            spacings: as in ``draw_batch``.
+            params: of each image, its record.
+
+        Raises:
+            RuntimeError: CUDA asked for in a forked process.
+            ValueError: an image does not fit the network or is not finite, or a record is of another network.
+        """
+        if not images:
+            return []
+        views = [
+            _network_view(image, spacing, one.image_channel, one.slice_axis)
+            for image, spacing, one in zip(images, spacings, params)
+        ]
+        network, device = self._network(views[0], images[0].device), images[0].device
+        models = [self._recorded_model(network, one) for one in params]
+        drawn = _sample(models, views, [one.deformation_level for one in params], [one.seed for one in params])
+        return [
+            _deformation(device, spacing, view, _scaled(ddf, one.scale, view, one.seed), one, "none", 1)
+            for spacing, view, ddf, one in zip(spacings, views, drawn, params)
+        ]
+
+    def _network(self, view: _View, image_device: torch.device) -> RecoveryNetwork:
+        return self.source.load(view.image.ndim - 1, image_device if self.device is None else self.device)
+
+    def _recorded_model(self, network: RecoveryNetwork, params: DeformationParams) -> DRDM:
+        """The network with the sampler of a record, once it is the network of the record."""
+        compiled = self.compiled and params.sampler == "velocity"
+        sampler = params.sampler, params.steps, params.recovery
+        model = DRDM(network, *sampler, precision=params.precision, compiled=compiled)
+        _check_record(params, model)
+        return model
 
     def _finish(
         self,
@@ -243,6 +236,20 @@ class FieldDrawer:
             scale=1.0,
             version=__version__,
         )
+
+
+def _check_limits(options: AllDrawOptions) -> None:
+    """Check the fold policy, the limits and the slice axis."""
+    on_fold, share, limit = options["on_fold"], options["max_fold_fraction"], options["max_displacement_mm"]
+    if on_fold not in FOLD_POLICIES:
+        raise ValueError(f"on_fold must be one of {FOLD_POLICIES}, got {on_fold!r}.")
+    if not 0.0 <= share <= 1.0:
+        raise ValueError(f"max_fold_fraction must be in [0, 1], got {share}.")
+    if limit is not None and not 0.0 < limit < math.inf:
+        raise ValueError(f"max_displacement_mm must be positive or None, got {limit}.")
+    axis = _optional_index(options["slice_axis"], "slice_axis")
+    if axis not in (None, 0, 1, 2):
+        raise ValueError(f"slice_axis must be the spatial axis 0, 1 or 2 of a volume, or None, got {axis!r}.")
 
 
 def _sample(

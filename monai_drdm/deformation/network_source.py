@@ -13,6 +13,7 @@ from pathlib import Path
 
 import torch
 
+from monai_drdm.deformation.options import NetworkLike
 from monai_drdm.networks import auto_network, load_network, network_card, RecoveryNetwork, weights_folder
 
 
@@ -27,7 +28,7 @@ class NetworkSource:
         ValueError: an unknown name.
     """
 
-    def __init__(self, network: str | os.PathLike[str] | RecoveryNetwork) -> None:
+    def __init__(self, network: NetworkLike) -> None:
         if not isinstance(network, (str, os.PathLike, RecoveryNetwork)):
             raise TypeError(f"network must be a name, a path or a loaded network, got {type(network).__name__}.")
         if not isinstance(network, RecoveryNetwork):

@@ -12,8 +12,10 @@ import torch
 from torch import Tensor
 
 from monai_drdm.deformation.stored_field import ComposedField, StoredField
+from monai_drdm.deformation.warping import FieldWarper, unmoved
 from monai_drdm.diffusion.schedule import check_precision
 from monai_drdm.fields.invert import Inverse
+from monai_drdm.fields.warp import Mode, PaddingMode
 from monai_drdm.metrics import field_statistics, FieldStatistics
 
 
@@ -220,6 +222,22 @@ class Deformation:
             "draws": draws,
             "notes": notes,
         }
+
+    def warp(self, image: Tensor, mode: Mode = "bilinear", padding_mode: PaddingMode = "border") -> Tensor:
+        """What an image or label becomes: ``warped(x) = image(x + ddf(x))``.
+
+        Args:
+            image: ``(C, *S)``, any dtype.
+            mode: as in ``monai_drdm.fields.warp``.
+            padding_mode: as in ``monai_drdm.fields.warp``.
+
+        Returns:
+            ``(C, *S)``; the values of the image itself where the fold policy left it alone.
+
+        Raises:
+            ValueError: shapes or modes do not fit.
+        """
+        return unmoved(image, mode) if self.skipped else FieldWarper(self.ddf[None])(image[None], mode, padding_mode)[0]
 
     @cached_property
     def statistics(self) -> DeformationStatistics:

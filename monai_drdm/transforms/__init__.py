@@ -1,6 +1,6 @@
 """MONAI transforms."""
 
-from monai_drdm.deformation.record import (
+from monai_drdm.deformation import (
     BankedParams,
     Deformation,
     DeformationParams,
@@ -8,10 +8,9 @@ from monai_drdm.deformation.record import (
     PairParams,
 )
 from monai_drdm.transforms.apply import ApplyDDFD, ApplyDDFd, ApplyDDFDict
-from monai_drdm.transforms.array import RandDRDMDeform
 from monai_drdm.transforms.banked import RandDRDMBankD, RandDRDMBankd, RandDRDMBankDict
 from monai_drdm.transforms.batch import BatchRandDRDMDeformD, BatchRandDRDMDeformd, BatchRandDRDMDeformDict
-from monai_drdm.transforms.dictionary import RandDRDMDeformD, RandDRDMDeformd, RandDRDMDeformDict
+from monai_drdm.transforms.deform import RandDRDMDeform, RandDRDMDeformD, RandDRDMDeformd, RandDRDMDeformDict
 from monai_drdm.transforms.pairs import DeformedPair, RandDRDMPairD, RandDRDMPaird, RandDRDMPairDict
 
 __all__ = [

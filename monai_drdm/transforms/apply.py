@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,27 +12,26 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
 from monai.utils import TransformBackends
 from torch import Tensor
+from typing_extensions import Unpack
 
-from monai_drdm.deformation.record import Deformation
-from monai_drdm.deformation.stored_field import StoredField
-from monai_drdm.fields.warp import Mode, PaddingMode
+from monai_drdm.deformation import Deformation, StoredField
+from monai_drdm.deformation.options import choose, with_options
 from monai_drdm.io import load_ddf
 from monai_drdm.samples import (
-    as_tensor,
     check_field,
     check_field_fits,
     check_same_space,
-    flushed,
     numeric_tensor,
     spacing_of,
 )
 from monai_drdm.transforms.base import KeyedDeformation
-from monai_drdm.transforms.points import PointSpace
+from monai_drdm.transforms.options import ApplyOptions
 from monai_drdm.transforms.tracing import in_plain_mode
 
 Field = NdarrayOrTensor | str | os.PathLike[str]
 
 
+@with_options(ApplyOptions)
 class ApplyDDFd(KeyedDeformation):
     """Apply one displacement field to images, labels, landmarks and boxes of a sample.
 
@@ -40,14 +39,7 @@ class ApplyDDFd(KeyedDeformation):
         keys: images and labels ``(C, *S)`` to deform. They must agree in spatial shape and affine.
         ddf: the field for every sample: ``(D, *S)`` in voxels, or the path of a field file.
         ddf_key: instead, the key under which each sample brings its own, as either.
-        mode: one, or one per key: ``bilinear``, ``nearest``, ``bicubic`` (2D) or ``label``.
-        padding_mode: one, or one per key: ``border``, ``zeros`` or ``reflection``.
-        point_keys: as in ``RandDRDMDeformd``.
-        point_space: as in ``RandDRDMDeformd``.
-        box_keys: as in ``RandDRDMDeformd``.
-        box_mode: as in ``RandDRDMDeformd``.
-        invertible: record what ``inverse`` needs.
-        allow_missing_keys: leave keys alone that the data lack; at least one of ``keys`` must be there.
+        options: those of ``ApplyOptions``.
 
     ``.last`` holds the latest deformation. A field with an affine (from a file, or a MetaTensor whose affine is not the
     identity) must lie on the grid of the images: it is never resampled.
@@ -65,26 +57,9 @@ class ApplyDDFd(KeyedDeformation):
         ddf: Field | None = None,
         *,
         ddf_key: Hashable | None = None,
-        mode: Mode | Sequence[Mode] = "bilinear",
-        padding_mode: PaddingMode | Sequence[PaddingMode] = "border",
-        point_keys: KeysCollection = (),
-        point_space: PointSpace = "voxel",
-        box_keys: KeysCollection = (),
-        box_mode: str = "standard",
-        invertible: bool = True,
-        allow_missing_keys: bool = False,
+        **options: Unpack[ApplyOptions],
     ) -> None:
-        super().__init__(
-            keys,
-            mode,
-            padding_mode,
-            point_keys,
-            point_space,
-            box_keys,
-            box_mode,
-            invertible,
-            allow_missing_keys,
-        )
+        super().__init__(keys, choose(ApplyOptions, options))
         if (ddf is None) == (ddf_key is None):
             raise ValueError(
                 "ApplyDDFd: give either ddf= (one field for all) or ddf_key= (each sample brings its own)."
@@ -108,27 +83,21 @@ class ApplyDDFd(KeyedDeformation):
             TypeError: a value or the field is of a wrong type.
             ValueError: anything that does not fit, or a field file that cannot be read as one.
         """
-        result = dict(data)
-        names = [key for key, *_ in self.present(result)]
+        names = [key for key, *_ in self._present(data)]
         if not names:
-            raise KeyError(f"ApplyDDFd: none of the keys {self.keys} is in the data: {sorted(map(str, result))}.")
-        if self.ddf_key is not None and self.ddf_key not in result:
-            raise KeyError(f"ApplyDDFd: ddf_key {self.ddf_key!r} is missing from the data: {sorted(map(str, result))}.")
-        for key in names:
-            result[key] = flushed(result[key])
-        image, name = result[names[0]], repr(names[0])
-        tensors = [as_tensor(result[key], repr(key)) for key in names]
-        for key in names[1:]:
-            check_same_space(image, result[key], name, repr(key))
-        field = self.field or _Field.of(result[self.ddf_key], repr(self.ddf_key))
+            raise KeyError(f"ApplyDDFd: none of the keys {self.keys} is in the data: {sorted(map(str, data))}.")
+        if self.ddf_key is not None and self.ddf_key not in data:
+            raise KeyError(f"ApplyDDFd: ddf_key {self.ddf_key!r} is missing from the data: {sorted(map(str, data))}.")
+        valid = self.validate(data, names[0])
+        field = self.field or _Field.of(data[self.ddf_key], repr(self.ddf_key))
+        (image,) = valid.tensors()
         if field.on_grid is not None:
-            check_same_space(image, field.on_grid, name, "the field")
-        check_field_fits(field.stored.values, tensors[0])
-        self.check_geometry(result, image.ndim - 1)
-        ddf, spacing = field.stored.ddf(tensors[0].device), spacing_of(image, None, name)
-        self.last = deformation = Deformation(ddf, spacing, stored=field.stored)
-        self.move(result, image, name, deformation)  # threads may share this transform, and with it ``last``
-        return result
+            check_same_space(valid.image, field.on_grid, valid.name, "the field")
+        check_field_fits(field.stored.values, image)
+        spacing = spacing_of(valid.image, None, valid.name)
+        deformation = Deformation(field.stored.ddf(image.device), spacing, stored=field.stored)
+        self.last = deformation
+        return self.apply(valid, [deformation])
 
     def __getstate__(self) -> dict[str, object]:
         """Everything but the last field."""

@@ -14,19 +14,20 @@ from monai.config import KeysCollection, NdarrayOrTensor
 from monai.transforms import RandAffineGrid, RandomizableTransform
 from monai.utils import TransformBackends
 from torch import Tensor
+from typing_extensions import Unpack
 
 from monai_drdm._version import __version__
 from monai_drdm.bank.bank import DeformationBank
 from monai_drdm.bank.building import item_identity
-from monai_drdm.deformation.record import BankedParams, check_record, Deformation, DeformationParams
-from monai_drdm.deformation.seeds import stable_hash
-from monai_drdm.deformation.stored_field import StoredField
+from monai_drdm.bank.entry import BankEntry, EntryFile
+from monai_drdm.deformation import BankedParams, Deformation, DeformationParams, stable_hash, StoredField
+from monai_drdm.deformation.options import choose, with_options
+from monai_drdm.deformation.record import check_record
 from monai_drdm.fields import shrink_to_fold_limit
-from monai_drdm.fields.warp import Mode, PaddingMode
-from monai_drdm.samples import as_tensor, spacing_of
-from monai_drdm.transforms.array import checked_prob
-from monai_drdm.transforms.base import KeyedDeformation
-from monai_drdm.transforms.points import PointSpace
+from monai_drdm.samples import spacing_of
+from monai_drdm.transforms.base import KeyedDeformation, ValidData
+from monai_drdm.transforms.options import ApplyOptions, BankedOptions
+from monai_drdm.transforms.randomness import checked_prob
 from monai_drdm.transforms.tracing import in_plain_mode
 
 Range = float | Sequence[float] | Sequence[Sequence[float]]
@@ -41,6 +42,7 @@ class _Choice(NamedTuple):
     pose: RandAffineGrid
 
 
+@with_options(BankedOptions)
 class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
     """Deform every key by one of the fields that a bank holds for the image: no network runs.
 
@@ -53,22 +55,13 @@ class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
         bank: the fields.
         id_key: key of what the image is called, as when the bank was built; None: the file name in its metadata.
         prob: chance that the transform fires.
-        mode: one, or one per key.
-        padding_mode: one, or one per key.
-        image_key: key of the image that the fields were drawn on; None: the first key.
         displacement_scale: range in [0, 1] of a factor on the displacement. Below 1 folds are counted again, and the
             factor is lowered until they are within the bank's limit.
         rotate_range: radians, as in MONAI's ``RandAffine``.
         shear_range: as in MONAI's ``RandAffine``.
         translate_range: voxels, as in MONAI's ``RandAffine``.
         scale_range: as in MONAI's ``RandAffine``. Of a bank with ``slice_axis`` all four are those of the plane.
-        point_keys: as in ``RandDRDMDeformd``.
-        point_space: as in ``RandDRDMDeformd``.
-        box_keys: as in ``RandDRDMDeformd``.
-        box_mode: as in ``RandDRDMDeformd``.
-        seed_key: key whose value, hashed, replaces the random state.
-        invertible: record on the outputs what ``inverse`` needs.
-        allow_missing_keys: leave keys alone that the data lack. The image key must be there.
+        options: those of ``BankedOptions``; ``image_key`` is that of the image that the fields were drawn on.
 
     ``.last`` holds the latest deformation.
 
@@ -86,41 +79,21 @@ class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
         bank: DeformationBank,
         id_key: Hashable | None = None,
         prob: float = 0.1,
-        mode: Mode | Sequence[Mode] = "bilinear",
-        padding_mode: PaddingMode | Sequence[PaddingMode] = "border",
-        image_key: Hashable | None = None,
         displacement_scale: float | Sequence[float] = (1.0, 1.0),
         rotate_range: Range | None = None,
         shear_range: Range | None = None,
         translate_range: Range | None = None,
         scale_range: Range | None = None,
-        point_keys: KeysCollection = (),
-        point_space: PointSpace = "voxel",
-        box_keys: KeysCollection = (),
-        box_mode: str = "standard",
-        seed_key: Hashable | None = None,
-        invertible: bool = True,
-        allow_missing_keys: bool = False,
+        **options: Unpack[BankedOptions],
     ) -> None:
-        KeyedDeformation.__init__(
-            self,
-            keys,
-            mode,
-            padding_mode,
-            point_keys,
-            point_space,
-            box_keys,
-            box_mode,
-            invertible,
-            allow_missing_keys,
-        )
+        KeyedDeformation.__init__(self, keys, choose(ApplyOptions, options))
         if not isinstance(bank, DeformationBank):
             raise TypeError(f"bank must be a DeformationBank, got {type(bank).__name__}.")
         RandomizableTransform.__init__(self, checked_prob(prob))
         self.bank = bank
         self.id_key = id_key
-        self.image_key = self.keys[0] if image_key is None else image_key
-        self.seed_key = seed_key
+        self.image_key = self.keys[0] if options["image_key"] is None else options["image_key"]
+        self.seed_key = options["seed_key"]
         self.displacement_scale = _scale_range(displacement_scale)
         ranges = (rotate_range, shear_range, translate_range, scale_range)
         self.poses = any(one is not None for one in ranges)
@@ -175,54 +148,56 @@ class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
             ValueError: anything that does not fit: an image other than the one the fields were drawn on, a damaged
                 bank, a record of another one.
         """
-        result = self.received(data)
-        image, name = result[self.image_key], repr(self.image_key)
+        valid = self.validate(data)
         if params is not None:
             check_record(params, BankedParams)
-        if randomize and params is None:
-            self.randomize(None if self.seed_key is None else result[self.seed_key])
-        choice = self._choice
-        if self.seed_key is not None and randomize:  # threads may share this transform, and with it ``_choice``
-            choice = self._choose(np.random.RandomState(stable_hash(result[self.seed_key])))
-        if params is None and choice is None:
-            raise ValueError("randomize=False replays the last draw, and there is none yet.")
-        deformation = None
-        if params is not None or (choice is not None and choice.fires):
-            deformation = self._deformation(result, image, name, choice, params)
-        self.last = deformation
-        self.move(result, image, name, deformation)  # threads may share this transform, and with it ``last``
-        return result
-
-    def _deformation(
-        self,
-        data: Mapping[Any, Any],
-        image: NdarrayOrTensor,
-        name: str,
-        choice: _Choice | None,
-        params: BankedParams | None,
-    ) -> Deformation:
-        identity = item_identity(data, image, self.id_key)
-        entry = self.bank.entry(identity, image)
-        device = as_tensor(image, name).device
-        if params is None:
-            assert choice is not None
-            index = int(choice.which * len(entry))
-            stored = entry.field(index)
-            scale, stored = self._scaled(stored, choice.scale, device)
-            stored = replace(stored, matrix=self._matrix(choice.pose, stored))
-            params = BankedParams(
-                identity, index, scale, stored.matrix, entry.settings, entry.params[index], __version__
-            )
+            deformation: Deformation | None = self._replayed(valid, params)
         else:
-            if params.bank != entry.settings or params.identity != identity or not 0 <= params.index < len(entry):
-                raise ValueError(
-                    f"params were recorded for image {params.identity!r}, field {params.index} of bank "
-                    f"{params.bank[:12]}…; this is {identity!r}, {len(entry)} fields of bank {entry.settings[:12]}…."
-                )
-            stored = entry.field(params.index)
-            stored = replace(stored, step=stored.step * params.scale, matrix=params.matrix)
+            choice = self._chosen(valid.data, randomize)
+            deformation = self._deformation(valid, choice) if choice.fires else None
+        self.last = deformation
+        return self.apply(valid, [deformation])
+
+    def _chosen(self, data: Mapping[Any, Any], randomize: bool) -> _Choice:
+        """What is random about this call."""
+        value = None if self.seed_key is None else data[self.seed_key]
+        if randomize:
+            self.randomize(value)
+            if value is not None:  # threads may share this transform, and with it ``_choice``
+                return self._choose(np.random.RandomState(stable_hash(value)))
+        if self._choice is None:
+            raise ValueError("randomize=False replays the last draw, and there is none yet.")
+        return self._choice
+
+    def _deformation(self, valid: ValidData, choice: _Choice) -> Deformation:
+        """A field of the image's own, with its factor and affine map."""
+        identity, entry, device = self._entry(valid)
+        index = int(choice.which * len(entry))
+        scale, stored = self._scaled(entry.field(index), choice.scale, device)
+        stored = replace(stored, matrix=self._matrix(choice.pose, stored))
+        record = BankedParams(identity, index, scale, stored.matrix, entry.settings, entry.params[index], __version__)
+        return self._banked(valid, stored, record, device)
+
+    def _replayed(self, valid: ValidData, params: BankedParams) -> Deformation:
+        """The field of a record, which must be of this image and of this bank."""
+        identity, entry, device = self._entry(valid)
+        if params.bank != entry.settings or params.identity != identity or not 0 <= params.index < len(entry):
+            raise ValueError(
+                f"params were recorded for image {params.identity!r}, field {params.index} of bank "
+                f"{params.bank[:12]}…; this is {identity!r}, {len(entry)} fields of bank {entry.settings[:12]}…."
+            )
+        stored = entry.field(params.index)
+        stored = replace(stored, step=stored.step * params.scale, matrix=params.matrix)
+        return self._banked(valid, stored, params, device)
+
+    def _entry(self, valid: ValidData) -> tuple[str, BankEntry | EntryFile, torch.device]:
+        """The image's name, its fields, and its device."""
+        identity = item_identity(valid.data, valid.image, self.id_key)
+        return identity, self.bank.entry(identity, valid.image), valid.tensors()[0].device
+
+    def _banked(self, valid: ValidData, stored: StoredField, params: BankedParams, device: torch.device) -> Deformation:
         pixdim = None if self.bank.settings is None else self.bank.settings.pixdim
-        spacing, record = spacing_of(image, pixdim, name), _parsed(params.field)
+        spacing, record = spacing_of(valid.image, pixdim, valid.name), _parsed(params.field)
         return Deformation(stored.ddf(device), spacing, record, stored=stored, banked=params)
 
     def _scaled(self, stored: StoredField, scale: float, device: torch.device) -> tuple[float, StoredField]:

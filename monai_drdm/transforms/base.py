@@ -1,8 +1,14 @@
-"""One field for all keys of a sample – images, labels, landmarks, boxes – and the way back."""
+"""One field for all keys of a sample – images, labels, landmarks, boxes – and the way back.
+
+Every transform here takes three steps: validate the data, find the deformation of each sample, apply them. A sample is
+a batch of one, so the code below is written for batches.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any, cast, TypeVar
 
 import torch
@@ -12,20 +18,19 @@ from monai.transforms import MapTransform
 from monai.utils import convert_to_tensor, ensure_tuple, TraceKeys
 from torch import Tensor
 
-from monai_drdm.deformation.record import Deformation
-from monai_drdm.deformation.seeds import stable_hash
-from monai_drdm.deformation.stored_field import StoredField
+from monai_drdm.deformation import Deformation, stable_hash, StoredField
+from monai_drdm.deformation.warping import FieldWarper, is_interpolated, unmoved
 from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
 from monai_drdm.samples import (
+    apply_pending,
     as_tensor,
-    check_keys_agree,
-    flushed,
-    idle,
-    like,
-    Mover,
+    check_same_space,
     numeric_tensor,
+    split_batch,
     world_affine,
+    wrap_like,
 )
+from monai_drdm.transforms.options import ApplyOptions
 from monai_drdm.transforms.points import (
     check_boxes,
     check_points,
@@ -33,7 +38,6 @@ from monai_drdm.transforms.points import (
     inside,
     move_boxes,
     move_points,
-    PointSpace,
     restore_boxes,
     restore_points,
     standard_mode,
@@ -42,55 +46,100 @@ from monai_drdm.transforms.points import (
 from monai_drdm.transforms.tracing import in_plain_mode, TracedTransform
 
 
+@dataclass
+class ValidData:
+    """A sample, or a batch of samples, all of which is there and fits together."""
+
+    data: dict[Any, Any]
+    """A dictionary of this call's own, in which no lazy operation is pending."""
+    image_key: Hashable
+    image_keys: list[tuple[Hashable, Mode, PaddingMode]]
+    """Images and labels that are there, with their modes."""
+    images: list[Any]
+    """The image of each sample, ``(C, *S)``, with what it knows of its space."""
+
+    @property
+    def image(self) -> Any:
+        """The image of the first sample."""
+        return self.images[0]
+
+    @property
+    def name(self) -> str:
+        """What errors call the image."""
+        return repr(self.image_key)
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Spatial shape ``S``."""
+        return tuple(self.images[0].shape[1:])
+
+    def tensors(self) -> list[Tensor]:
+        """The image of each sample as a plain tensor."""
+        return [as_tensor(image, self.name) for image in self.images]
+
+
 class KeyedDeformation(TracedTransform, MapTransform):
     """Applies one deformation to every key of a sample, and takes it back.
 
     Args:
         keys: images and labels ``(C, *S)``.
-        mode: one, or one per key.
-        padding_mode: one, or one per key.
-        point_keys: landmarks ``(C, N, D)``.
-        point_space: ``voxel`` or ``world``.
-        box_keys: boxes ``(N, 2D)``.
-        box_mode: one of MONAI's corner modes; ``standard`` is ``xyxy`` or ``xyzxyz``.
-        invertible: record what the inverse needs.
-        allow_missing_keys: leave keys alone that the data lack.
+        options: how they are moved.
     """
 
     image_key: Hashable
     """What the network sees, or what a field was drawn on."""
-    seed_key: Hashable | None
+    seed_key: Hashable | None = None
+    batched = False
+    """Values at the keys are batches ``(B, C, *S)``."""
 
-    def __init__(
-        self,
-        keys: KeysCollection,
-        mode: Mode | Sequence[Mode],
-        padding_mode: PaddingMode | Sequence[PaddingMode],
-        point_keys: KeysCollection,
-        point_space: PointSpace,
-        box_keys: KeysCollection,
-        box_mode: str,
-        invertible: bool,
-        allow_missing_keys: bool,
-    ) -> None:
-        MapTransform.__init__(self, keys, allow_missing_keys)
+    def __init__(self, keys: KeysCollection, options: ApplyOptions) -> None:
+        MapTransform.__init__(self, keys, options["allow_missing_keys"])
         TracedTransform.__init__(self)
-        self.mode: tuple[Mode, ...] = _per_key(mode, len(self.keys), "mode")
-        self.padding_mode: tuple[PaddingMode, ...] = _per_key(padding_mode, len(self.keys), "padding_mode")
-        for one_mode, one_padding in zip(self.mode, self.padding_mode):
-            check_modes(one_mode, one_padding, 2, type(self).__name__)
-        check_spaces(point_space, box_mode)
-        self.point_keys: tuple[Hashable, ...] = ensure_tuple(point_keys)
-        self.point_space = point_space
-        self.box_keys: tuple[Hashable, ...] = ensure_tuple(box_keys)
-        self.box_mode = box_mode
-        self.invertible = invertible
+        self.mode: tuple[Mode, ...] = _per_key(options["mode"], len(self.keys), "mode")
+        self.padding_mode: tuple[PaddingMode, ...] = _per_key(options["padding_mode"], len(self.keys), "padding_mode")
+        for mode, padding in zip(self.mode, self.padding_mode):
+            check_modes(mode, padding, 2, type(self).__name__)
+        self.point_keys: tuple[Hashable, ...] = ensure_tuple(options["point_keys"])
+        self.point_space = options["point_space"]
+        self.box_keys: tuple[Hashable, ...] = ensure_tuple(options.get("box_keys", ()))
+        self.box_mode = options.get("box_mode", "standard")
+        check_spaces(self.point_space, self.box_mode)
+        self.invertible = options["invertible"]
         named = [*self.keys, *self.point_keys, *self.box_keys]
         if len(set(named)) != len(named):
             raise ValueError(f"keys, point_keys and box_keys must name each entry once, got {named}.")
 
-    def present(self, data: Mapping[Any, Any]) -> list[tuple[Hashable, Mode, PaddingMode]]:
-        """Image and label keys that the data hold, with their modes.
+    # ------------------------------------------------------------------------------------------ validate
+
+    def validate(self, data: Mapping[Any, Any], image_key: Hashable | None = None) -> ValidData:
+        """Check that all of a sample or batch is there and fits together, before anything is drawn or moved.
+
+        Args:
+            data: what the transform is given; it is left as it is.
+            image_key: the key whose shape and affine the others must have; None: the transform's image key.
+
+        Raises:
+            KeyError: a key is missing (and not allowed to), or the image key or the seed key is.
+            TypeError: a value is not an array or tensor of a real numeric type.
+            ValueError: anything that does not fit.
+        """
+        result = dict(data)
+        present = self._present(result)
+        image_key = self._check_named(result) if image_key is None else image_key
+        for key in dict.fromkeys((image_key, *(key for key, *_ in present))):
+            result[key] = apply_pending(result[key])
+        images = self._samples(result[image_key], repr(image_key))
+        dims = images[0].ndim - 1
+        for key, *_ in present:
+            if key != image_key:
+                self._check_fits(images, self._samples(result[key], repr(key)), repr(image_key), repr(key))
+        for _, mode, padding in present:
+            check_modes(mode, padding, dims, type(self).__name__)
+        self._check_points_and_boxes(result, dims, len(images))
+        return ValidData(result, image_key, present, images)
+
+    def _present(self, data: Mapping[Any, Any]) -> list[tuple[Hashable, Mode, PaddingMode]]:
+        """Keys of images and labels that the data hold, with their modes.
 
         Raises:
             KeyError: a key is missing, also of points or boxes, and not allowed to.
@@ -103,86 +152,151 @@ class KeyedDeformation(TracedTransform, MapTransform):
                 )
         return list(self.key_iterator(data, self.mode, self.padding_mode))
 
-    def received(self, data: Mapping[Any, NdarrayOrTensor]) -> dict[Any, Any]:
-        """A copy of a sample in which nothing is pending, once all of it is there and fits together.
-
-        Raises:
-            KeyError: a key is missing (and not allowed to), or the image key or the seed key is.
-            TypeError: a value is not an array or tensor of a real numeric type.
-            ValueError: anything that does not fit.
-        """
-        result = dict(data)
-        present = self.present(result)
-        names = [key for key, *_ in present]
-        for which in ("image_key", "seed_key"):
-            key = getattr(self, which)
-            if key not in result and not (which == "seed_key" and key is None):
+    def _check_named(self, data: Mapping[Any, Any]) -> Hashable:
+        """Check that the image key and the seed key are there; the image key."""
+        for which, key in (("image_key", self.image_key), ("seed_key", self.seed_key)):
+            if key not in data and not (which == "seed_key" and key is None):
                 raise KeyError(
-                    f"{type(self).__name__}: {which} {key!r} is missing from the data: {sorted(map(str, result))}."
+                    f"{type(self).__name__}: {which} {key!r} is missing from the data: {sorted(map(str, data))}."
                 )
-        for key in dict.fromkeys((self.image_key, *names)):
-            result[key] = flushed(result[key])
-            as_tensor(result[key], repr(key))
-        check_keys_agree(result, self.image_key, names)
-        for _, mode, padding in present:
-            check_modes(mode, padding, result[self.image_key].ndim - 1, type(self).__name__)
-        self.check_geometry(result, result[self.image_key].ndim - 1)
-        if self.seed_key is not None:
-            stable_hash(result[self.seed_key])  # refuses None, which would mean the random state
-        return result
+        if self.seed_key is not None and not self.batched:
+            stable_hash(data[self.seed_key])  # refuses None, which would mean the random state
+        return self.image_key
 
-    def check_geometry(self, data: Mapping[Any, NdarrayOrTensor], dims: int) -> None:
-        """Check points and boxes before anything is drawn or moved.
+    def _samples(self, data: Any, name: str) -> list[Any]:
+        """The values of each sample, with what they know of their space."""
+        if self.batched:
+            return split_batch(data, name)
+        as_tensor(data, name)
+        return [data]
 
-        Raises:
-            TypeError: neither array nor tensor, or not of a real numeric type.
-            ValueError: shapes or values that do not fit.
-        """
+    def _check_fits(self, images: list[Any], others: list[Any], name: str, other_name: str) -> None:
+        if len(others) != len(images):
+            raise ValueError(f"{name} and {other_name} must have one batch size, got {len(images)} and {len(others)}.")
+        for image, other in zip(images, others):
+            check_same_space(image, other, name, other_name)
+
+    def _check_points_and_boxes(self, data: Mapping[Any, Any], dims: int, count: int) -> None:
         box_mode = standard_mode(self.box_mode, dims)
-        for key in self.point_keys:
-            if key in data:
-                check_points(_values(data[key], repr(key)), dims, repr(key))
-        for key in self.box_keys:
-            if key in data:
-                check_boxes(_values(data[key], repr(key)), dims, box_mode, repr(key))
+        for key in (key for key in self.point_keys if key in data):
+            points = _floating(data[key], repr(key))
+            if self.batched and (points.ndim != 4 or len(points) != count):
+                raise ValueError(f"{key!r} must hold points ({count}, C, N, D), got {tuple(points.shape)}.")
+            check_points(points[0] if self.batched else points, dims, repr(key))
+        for key in (key for key in self.box_keys if key in data):
+            check_boxes(_floating(data[key], repr(key)), dims, box_mode, repr(key))
 
-    def move(self, data: dict[Any, Any], image: NdarrayOrTensor, name: str, deformation: Deformation | None) -> None:
-        """Replace every key of ``data`` by what the deformation, or no deformation, makes of it.
+    # --------------------------------------------------------------------------------------------- apply
+
+    def apply(self, valid: ValidData, deformations: Sequence[Deformation | None]) -> dict[Any, Any]:
+        """Replace the value at every key by what the deformation of each sample makes of it.
 
         Args:
-            data: a dictionary of this call's own.
-            image: gives shape and affine.
-            name: of the image.
-            deformation: None where nothing moves.
+            valid: the data; their dictionary is changed.
+            deformations: one for each sample; None where nothing moves.
+
+        Returns:
+            The dictionary of the data.
         """
-        shape = tuple(image.shape[1:])
-        ddf = None if deformation is None or deformation.skipped else deformation.ddf
-        fired, mover = ddf is not None, None if ddf is None else Mover(ddf[None])
-        shared = field_info(deformation, shape) if self.invertible else {}
-        present = self.present(data)
-        known = [one.affine for one in (image, *(data[key] for key, *_ in present)) if isinstance(one, MetaTensor)]
-        for key, mode, padding in present:
-            out = idle(data[key], mode) if mover is None else mover.like(data[key], mode, padding, repr(key))
-            if known and isinstance(out, MetaTensor) and not isinstance(data[key], MetaTensor):
-                out.affine = known[0].clone()  # it lies on their grid, and must agree with them when it comes again
-            data[key] = self._recorded(out, fired, {"kind": "image", "mode": mode, "padding_mode": padding, **shared})
-        points = [key for key in self.point_keys if key in data]
-        affine = world_affine(image, name) if self.point_space == "world" and points else None
-        for key in points:
-            self.move_points(data, key, ddf, shape, affine, {"kind": "points", **shared})
-        for key in (key for key in self.box_keys if key in data):
-            boxes, box_mode = _values(data[key], repr(key)), standard_mode(self.box_mode, len(shape))
-            out = boxes if ddf is None else move_boxes(boxes, ddf.to(boxes.device), box_mode).to(boxes.dtype)
-            info = {"kind": "boxes", "box_mode": box_mode, "before": boxes.clone(), "after": out.clone(), **shared}
-            data[key] = self._recorded(like(data[key], out), fired, info)
+        applied = [None if one is None or one.skipped else one for one in deformations]
+        infos = [field_info(one, valid.shape) for one in deformations] if self.invertible else []
+        self._move_images(valid, applied, infos)
+        for key in (key for key in self.point_keys if key in valid.data):
+            self.move_points(valid, key, applied, infos)
+        for key in (key for key in self.box_keys if key in valid.data):
+            self._move_boxes(valid.data, key, applied[0], infos)
+        return valid.data
+
+    def _move_images(
+        self, valid: ValidData, deformations: Sequence[Deformation | None], infos: list[dict[str, Any]]
+    ) -> None:
+        moving = [i for i, one in enumerate(deformations) if one is not None]
+        warper = _warper([one for one in deformations if one is not None])
+        affine = self._known_affine(valid)
+        for key, mode, padding in valid.image_keys:
+            before = valid.data[key]
+            values = numeric_tensor(before, repr(key))
+            out = _warp_some(values if self.batched else values[None], moving, warper, mode, padding)
+            info = {"kind": "image", "mode": mode, "padding_mode": padding}
+            result = self._wrapped(before, out, moving, [info | one for one in infos])
+            if affine is not None and isinstance(result, MetaTensor) and not isinstance(before, MetaTensor):
+                result.affine = affine.clone()  # it lies on their grid, and must agree with them when it comes again
+            valid.data[key] = result
+
+    def _known_affine(self, valid: ValidData) -> Tensor | None:
+        """The affine of a sample, from whichever of its images has one."""
+        if self.batched:
+            return None
+        candidates = (valid.image, *(valid.data[key] for key, *_ in valid.image_keys))
+        return next((one.affine for one in candidates if isinstance(one, MetaTensor)), None)
+
+    def move_points(
+        self,
+        valid: ValidData,
+        key: Hashable,
+        deformations: Sequence[Deformation | None],
+        infos: list[dict[str, Any]],
+    ) -> None:
+        """Replace landmarks, and what is said of their validity, by what each deformation makes of them."""
+        values, name = _floating(valid.data[key], repr(key)), f"{key}_valid"
+        points = values if self.batched else values[None]
+        world = self.point_space == "world"
+        affines = [world_affine(image, valid.name).to(values.device) if world else None for image in valid.images]
+        moved, validity = [], []
+        for one, affine, deformation in zip(points, affines, deformations):
+            if deformation is None:
+                moved.append(one)
+                validity.append(inside(to_voxels(one.double(), affine), valid.shape))
+            else:
+                there, ok = move_points(one, deformation.ddf.to(values.device), affine)
+                moved.append(there.to(values.dtype))
+                validity.append(ok)
+        is_valid = torch.stack(validity) if self.batched else validity[0]
+        if name in valid.data:
+            is_valid = is_valid & _validity_before(valid.data[name], is_valid, name)
+        records = [
+            {"kind": "points", "affine": [] if affine is None else affine.tolist()} | info
+            for affine, info in zip(affines, infos)
+        ]
+        moving = [i for i, one in enumerate(deformations) if one is not None]
+        valid.data[key] = self._wrapped(valid.data[key], torch.stack(moved), moving, records)
+        valid.data[name] = is_valid
+
+    def _move_boxes(
+        self, data: dict[Any, Any], key: Hashable, deformation: Deformation | None, infos: list[dict[str, Any]]
+    ) -> None:
+        boxes = _floating(data[key], repr(key))
+        mode, out, moving = standard_mode(self.box_mode, boxes.shape[-1] // 2), boxes, list[int]()
+        if deformation is not None:
+            out, moving = move_boxes(boxes, deformation.ddf.to(boxes.device), mode).to(boxes.dtype), [0]
+        info = {"kind": "boxes", "box_mode": mode, "before": boxes.clone(), "after": out.clone()}
+        data[key] = self._wrapped(data[key], out[None], moving, [info | one for one in infos])
+
+    def _wrapped(self, before: Any, out: Tensor, moving: Sequence[int], infos: list[dict[str, Any]]) -> Tensor:
+        """Values of each sample as MONAI hands them on, with one more record on each where metadata is tracked."""
+        if not self.batched:
+            result = wrap_like(before, out[0])
+            return self.record(result, bool(moving), infos[0]) if infos else result
+        result = wrap_like(before, out)
+        if isinstance(result, MetaTensor):
+            result.is_batch = True
+            known = before.applied_operations if isinstance(before, MetaTensor) and before.is_batch else []
+            records = [self.record(MetaTensor(one), i in moving, info) for i, (one, info) in enumerate(zip(out, infos))]
+            result.applied_operations = [
+                (operations or []) + record.applied_operations  # type: ignore[union-attr]  # a MetaTensor
+                for operations, record in zip_longest(map(_operations, known), records)
+            ]
+        return result
+
+    # ------------------------------------------------------------------------------------------- inverse
 
     @in_plain_mode
     def inverse(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         """Take back what this transform did to the keys that the data hold.
 
-        Images and labels are warped by the inverse field, in the recorded modes; landmarks return, and so do
-        boxes that are as this transform left them; other boxes return as those that enclose what they hold, which are
-        larger. ``<key>_valid`` of landmarks stays.
+        Images and labels are warped by the inverse field, in the recorded modes. Landmarks return. Boxes return too if
+        they are as this transform left them; other boxes become those that enclose what they hold, which are larger.
+        ``<key>_valid`` of landmarks stays.
 
         Args:
             data: a dictionary with outputs of this transform, or what was computed from them, at the keys.
@@ -196,37 +310,11 @@ class KeyedDeformation(TracedTransform, MapTransform):
             ValueError: no record of this transform, or data of another shape than it recorded.
         """
         result = dict(data)
-        inverses: dict[int, Mover] = {}
-        image_keys = [key for key, *_ in self.present(result)]
-        for key in (*image_keys, *(key for key in (*self.point_keys, *self.box_keys) if key in result)):
-            result[key] = take_back(self, result[key], repr(key), inverses)
+        warpers: dict[int, FieldWarper] = {}
+        keys = [key for key, *_ in self._present(result)]
+        for key in (*keys, *(key for key in (*self.point_keys, *self.box_keys) if key in result)):
+            result[key] = take_back(self, result[key], repr(key), warpers)
         return result
-
-    def move_points(
-        self,
-        data: dict[Any, Any],
-        key: Hashable,
-        ddf: Tensor | None,
-        shape: tuple[int, ...],
-        affine: Tensor | None,
-        info: dict[str, Any],
-    ) -> None:
-        """Replace landmarks and their validity by what a field ``(D, *S)``, or none, makes of them."""
-        points = _values(data[key], repr(key))
-        on_device = None if affine is None else affine.to(points.device)
-        if ddf is None:
-            moved, valid = points, inside(to_voxels(points.double(), on_device), shape)
-        else:
-            moved, valid = move_points(points, ddf.to(points.device), on_device)
-        name = f"{key}_valid"
-        if name in data:
-            valid = valid & validity(data[name], valid, name)
-        info |= {"affine": [] if affine is None else affine.tolist()}
-        out = like(data[key], moved.to(points.dtype))
-        data[key], data[name] = self._recorded(out, ddf is not None, info), valid
-
-    def _recorded(self, out: Tensor, fired: bool, info: Mapping[str, Any]) -> Tensor:
-        return self.record(out, fired, info) if self.invertible else out
 
 
 def field_info(deformation: Deformation | None, shape: tuple[int, ...]) -> dict[str, Any]:
@@ -237,14 +325,23 @@ def field_info(deformation: Deformation | None, shape: tuple[int, ...]) -> dict[
     return {"field": deformation.stored, "params": "" if record is None else record.to_json()}
 
 
-def take_back(transform: TracedTransform, data: NdarrayOrTensor, name: str, inverses: dict[int, Mover]) -> Tensor:
+def apply_to_image(
+    image: Tensor, deformation: Deformation | None, mode: Mode, padding_mode: PaddingMode
+) -> tuple[Tensor, bool]:
+    """What a deformation, or none, makes of one image ``(C, *S)``, and whether it was moved."""
+    if deformation is None or deformation.skipped:
+        return unmoved(image, mode), False
+    return deformation.warp(image, mode, padding_mode), True
+
+
+def take_back(transform: TracedTransform, data: NdarrayOrTensor, name: str, warpers: dict[int, FieldWarper]) -> Tensor:
     """What ``data`` were before ``transform``, by its latest record on them; see ``KeyedDeformation.inverse``.
 
     Args:
         transform: the transform that left the record.
         data: what carries it.
         name: of the data, for errors.
-        inverses: what warps by inverse fields, by the ``id`` of the field, for the entries of one call to share.
+        warpers: what warps by inverse fields, by the ``id`` of the field: the entries of one call share them.
     """
     rest, record = transform.take_record(data, name)
     info = record[TraceKeys.EXTRA_INFO]
@@ -254,29 +351,52 @@ def take_back(transform: TracedTransform, data: NdarrayOrTensor, name: str, inve
     values = rest.as_tensor()
     if info["kind"] == "points":
         affine = torch.tensor(info["affine"], dtype=torch.float64, device=values.device) if info["affine"] else None
-        return like(rest, restore_points(values, field.ddf(values.device), affine).to(values.dtype))
+        return wrap_like(rest, restore_points(values, field.ddf(values.device), affine).to(values.dtype))
     if info["kind"] == "boxes":
         before, after = info["before"].to(values.device), info["after"].to(values.device)
         boxes = restore_boxes(values, before, after, field.ddf(values.device), info["box_mode"])
-        return like(rest, boxes.to(values.dtype))
+        return wrap_like(rest, boxes.to(values.dtype))
     if tuple(values.shape[1:]) != field.shape:
         raise ValueError(
             f"{type(transform).__name__}.inverse: {name} must have the spatial shape {field.shape} that was deformed, "
             f"got {tuple(values.shape[1:])}. Invert what changed the shape first."
         )
-    if id(field) not in inverses:
+    if id(field) not in warpers:
         with torch.no_grad():
-            inverses[id(field)] = Mover(field.inverse(values.device).ddf)
-    return inverses[id(field)].like(rest, info["mode"], info["padding_mode"], name)
+            warpers[id(field)] = FieldWarper(field.inverse(values.device).ddf)
+    image = as_tensor(rest, name)[None]
+    return wrap_like(rest, warpers[id(field)](image, info["mode"], info["padding_mode"])[0])
 
 
-def _values(data: NdarrayOrTensor, name: str) -> Tensor:
+def _warper(deformations: Sequence[Deformation]) -> FieldWarper | None:
+    """Warps a batch by as many fields; None where there are none."""
+    if not deformations:
+        return None
+    alone = len(deformations) == 1  # stacking would copy the field
+    return FieldWarper(deformations[0].ddf[None] if alone else torch.stack([one.ddf for one in deformations]))
+
+
+def _warp_some(
+    values: Tensor, moving: Sequence[int], warper: FieldWarper | None, mode: Mode, padding_mode: PaddingMode
+) -> Tensor:
+    """A batch ``(B, C, *S)`` of which some samples are warped and the others stay as they are."""
+    if warper is None:
+        return unmoved(values, mode)
+    if len(moving) == len(values):
+        return warper(values, mode, padding_mode)
+    warped = iter(warper(torch.stack([values[i] for i in moving]), mode, padding_mode))
+    others = values.to(torch.float32) if is_interpolated(values, mode) else values
+    # one by one: PyTorch does not index unsigned integers
+    return torch.stack([next(warped).to(others.dtype) if i in moving else one for i, one in enumerate(others)])
+
+
+def _floating(data: NdarrayOrTensor, name: str) -> Tensor:
     """Points or boxes as a floating tensor without metadata."""
     tensor = numeric_tensor(data, name)
     return tensor if tensor.is_floating_point() else tensor.to(torch.float32)
 
 
-def validity(data: NdarrayOrTensor, valid: Tensor, name: str) -> Tensor:
+def _validity_before(data: NdarrayOrTensor, valid: Tensor, name: str) -> Tensor:
     """What data say of the validity of points so far, checked to be of the shape of what is said now."""
     before: Tensor = convert_to_tensor(data, track_meta=False)
     if before.shape != valid.shape or before.dtype != torch.bool:
@@ -285,6 +405,11 @@ def validity(data: NdarrayOrTensor, valid: Tensor, name: str) -> Tensor:
             f"got {before.dtype} of {tuple(before.shape)}. Rename it."
         )
     return before.to(valid.device)
+
+
+def _operations(collated: Any) -> Iterable[Any]:
+    """The records of one sample of a batch; where there are none, MONAI collates a word."""
+    return [] if isinstance(collated, str) else list(collated)
 
 
 _Option = TypeVar("_Option", bound=str)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -12,22 +11,25 @@ import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.utils import TraceKeys
 from torch import Tensor
+from typing_extensions import Unpack
 
-from monai_drdm.deformation.drawing import FieldDrawer
-from monai_drdm.deformation.record import check_record, Deformation, DeformationParams, PairParams
-from monai_drdm.deformation.stored_field import ComposedField, StoredField
+from monai_drdm.deformation import ComposedField, Deformation, DeformationParams, FieldDrawer, PairParams, StoredField
+from monai_drdm.deformation.options import choose, NetworkLike, SharedDrawOptions, with_options
+from monai_drdm.deformation.record import check_record
+from monai_drdm.deformation.warping import FieldWarper
 from monai_drdm.fields import compose
-from monai_drdm.fields.warp import Mode, PaddingMode
-from monai_drdm.networks import RecoveryNetwork
-from monai_drdm.samples import as_tensor, checked_pixdim, spacing_of, world_affine
-from monai_drdm.transforms.array import DRDMRandomness
-from monai_drdm.transforms.base import field_info, KeyedDeformation, take_back
-from monai_drdm.transforms.points import PointSpace
+from monai_drdm.samples import as_tensor, checked_pixdim, spacing_of
+from monai_drdm.transforms.base import field_info, KeyedDeformation, take_back, ValidData
+from monai_drdm.transforms.options import ApplyOptions, PairOptions
+from monai_drdm.transforms.randomness import DRDMRandomness
 from monai_drdm.transforms.tracing import in_plain_mode
 
 SIDES = ("moving", "fixed")
 DDF, INVERSE_DDF, INVERSE_RESIDUAL = "ddf", "inverse_ddf", "inverse_residual"
-_ONWARDS = "onwards"
+_MOVED_TWICE = "onwards"  # the name that records have on disk
+
+Plan = int | DeformationParams | None
+"""What a field is drawn from: a seed, a record to replay, or nothing."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,7 @@ class DeformedPair:
         return PairParams(first, second)
 
 
+@with_options(PairOptions)
 class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
     """Make a synthetic registration pair of every sample: two plausible anatomies and the exact field between them.
 
@@ -69,25 +72,9 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
         augmentation_level: level of the field that makes the moving image, a number in (0, 1] or a range drawn
             uniformly; None: the moving image is the given one.
         synthesis_level: level of the field between the images.
-        sampler: as in ``RandDRDMDeform``.
-        steps: as in ``RandDRDMDeform``.
-        recovery: as in ``RandDRDMDeform``.
         inverse: make ``inverse_ddf`` and ``inverse_residual``; without them a pair costs less.
-        mode: one, or one per key.
-        padding_mode: one, or one per key.
-        image_key: the image among ``keys``; None: the first one.
-        image_channel: as in ``RandDRDMDeform``.
-        max_displacement_mm: of each of the two fields, as in ``RandDRDMDeform``.
-        on_fold: of each of the two fields, as in ``RandDRDMDeform``.
-        max_fold_fraction: as in ``RandDRDMDeform``.
-        point_keys: landmarks ``(C, N, D)``, as in ``RandDRDMDeformd``.
-        point_space: as in ``RandDRDMDeformd``.
-        pixdim: as in ``RandDRDMDeform``.
-        slice_axis: as in ``RandDRDMDeform``.
-        seed_key: as in ``RandDRDMDeformd``.
-        device: as in ``RandDRDMDeform``.
-        invertible: record on the images, labels and landmarks what ``inverse`` needs.
-        allow_missing_keys: leave keys alone that the data lack. The image key must be there.
+        options: those of ``PairOptions``; limits and fold policy are those of each of the two fields, and
+            ``image_key`` must be one of ``keys``.
 
     ``.last`` holds the latest pair of deformations.
 
@@ -99,68 +86,29 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
     def __init__(
         self,
         keys: KeysCollection,
-        network: str | os.PathLike[str] | RecoveryNetwork = "auto",
+        network: NetworkLike = "auto",
         *,
         prob: float = 1.0,
         augmentation_level: float | Sequence[float] | None = (0.3, 0.8),
         synthesis_level: float | Sequence[float] = (0.3, 0.8),
-        sampler: str = "auto",
-        steps: int | None = None,
-        recovery: float = 1.0,
         inverse: bool = True,
-        mode: Mode | Sequence[Mode] = "bilinear",
-        padding_mode: PaddingMode | Sequence[PaddingMode] = "border",
-        image_key: Hashable | None = None,
-        image_channel: int | None = None,
-        max_displacement_mm: float | None = None,
-        on_fold: str = "rescale",
-        max_fold_fraction: float = 1e-4,
-        point_keys: KeysCollection = (),
-        point_space: PointSpace = "voxel",
-        pixdim: Sequence[float] | None = None,
-        slice_axis: int | None = None,
-        seed_key: Hashable | None = None,
-        device: torch.device | str | None = None,
-        invertible: bool = True,
-        allow_missing_keys: bool = False,
+        **options: Unpack[PairOptions],
     ) -> None:
-        KeyedDeformation.__init__(
-            self,
-            keys,
-            mode,
-            padding_mode,
-            point_keys,
-            point_space,
-            (),
-            "standard",
-            invertible,
-            allow_missing_keys,
-        )
+        KeyedDeformation.__init__(self, keys, choose(ApplyOptions, options))
+        if options["on_fold"] == "skip":
+            raise ValueError("on_fold='skip' would leave a pair without a field. Use rescale, resample, keep or raise.")
+        shared = choose(SharedDrawOptions, options)
 
         def drawer(level: float | Sequence[float]) -> FieldDrawer:
-            return FieldDrawer(
-                network=network,
-                deformation_level=level,
-                sampler=sampler,
-                steps=steps,
-                recovery=recovery,
-                image_channel=image_channel,
-                max_displacement_mm=max_displacement_mm,
-                on_fold="rescale" if on_fold == "skip" else on_fold,
-                max_fold_fraction=max_fold_fraction,
-                slice_axis=slice_axis,
-                device=device,
-            )
+            return FieldDrawer(network, deformation_level=level, **shared)
 
-        if on_fold == "skip":
-            raise ValueError("on_fold='skip' would leave a pair without a field. Use rescale, resample, keep or raise.")
         DRDMRandomness.__init__(self, prob, drawer(synthesis_level))
         self.augmentation_drawer = None if augmentation_level is None else drawer(augmentation_level)
-        self.image_key = self.keys[0] if image_key is None else image_key
+        self.image_key = self.keys[0] if options["image_key"] is None else options["image_key"]
         if self.image_key not in self.keys:
             raise ValueError(f"image_key must be one of keys {self.keys}, got {self.image_key!r}.")
-        self.pixdim = checked_pixdim(pixdim)
-        self.seed_key = seed_key
+        self.pixdim = checked_pixdim(options["pixdim"])
+        self.seed_key = options["seed_key"]
         self.with_inverse = inverse
         self.last: DeformedPair | None = None
 
@@ -189,36 +137,44 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
         """
         if params is not None:
             check_record(params, PairParams)
-        received, result = self.received(data), dict(data)
-        taken = sorted({str(name) for name in self._outputs(result)} & {str(key) for key in result})
-        if taken:
-            raise ValueError(f"RandDRDMPaird writes {taken}, which the data hold already. Rename or remove them first.")
-        moved = (*self.keys, *(name for key in self.point_keys for name in (key, f"{key}_valid")))
-        source = {key: received[key] for key in moved if key in received}
-        image, name = source[self.image_key], repr(self.image_key)
-        spacing = spacing_of(image, self.pixdim, name)
-        seed_value = None if self.seed_key is None else result[self.seed_key]
-        seeds = None if params is not None else self._seeds(randomize, seed_value)
-        fires = params is not None or seeds is not None
-        first = self._augmentation(image, spacing, name, seeds, params) if fires else None
-        moving = dict(source)
-        self.move(moving, image, name, first)
-        second = None
-        if fires:
-            record, seed = (params.synthesis, None) if params is not None else (None, seeds[1])  # type: ignore[index]
-            seen = as_tensor(moving[self.image_key], name)
-            second = self.drawer.draw(seen, spacing, seed=seed, params=record)
+        valid, result = self.validate(data), dict(data)
+        self._check_names_are_free(result)
+        spacing = spacing_of(valid.image, self.pixdim, valid.name)
+        given = self._movable(valid)
+        first_plan, second_plan = self._plans(randomize, result.get(self.seed_key), params)
+        first = _draw(self.augmentation_drawer or self.drawer, given.tensors()[0], spacing, first_plan)
+        moving = self.apply(_copied(given), [first])
+        second = _draw(self.drawer, as_tensor(moving[self.image_key], valid.name), spacing, second_plan)
         both = _composed(first, second, spacing)
-        fixed = dict(source)
-        self.move(fixed, image, name, both)
-        if second is not None and first is not None:
-            fixed |= self._points_onwards(moving, image, name, second)
-        result |= {
-            self._named(side, key): value for side, made in zip(SIDES, (moving, fixed)) for key, value in made.items()
-        }
-        result |= self._answer(second, image)
+        fixed = self.apply(_copied(given), [both])
+        if first is not None and second is not None:
+            fixed |= self._points_of_fixed(replace(given, data=dict(moving)), second)
+        for side, made in zip(SIDES, (moving, fixed)):
+            result |= {self._named(side, key): value for key, value in made.items()}
+        result |= self._answer(second, valid.image)
         self.last = None if second is None or both is None else DeformedPair(first, second, both)
         return result
+
+    def _check_names_are_free(self, data: Mapping[Any, Any]) -> None:
+        taken = sorted({str(name) for name in self._outputs(data)} & {str(key) for key in data})
+        if taken:
+            raise ValueError(f"RandDRDMPaird writes {taken}, which the data hold already. Rename or remove them first.")
+
+    def _movable(self, valid: ValidData) -> ValidData:
+        """The entries that move, and nothing else."""
+        names = (*self.keys, *(name for key in self.point_keys for name in (key, f"{key}_valid")))
+        return replace(valid, data={name: valid.data[name] for name in names if name in valid.data})
+
+    def _plans(self, randomize: bool, seed_value: object, params: PairParams | None) -> tuple[Plan, Plan]:
+        """What the two fields are drawn from: seeds, or the records to replay, or nothing."""
+        if params is not None:
+            return params.augmentation, params.synthesis
+        (seed,) = self.decide([seed_value], randomize)
+        if seed is None:
+            return None, None
+        state = np.random.RandomState([seed, 1])  # not the chain of seeds by which fields are drawn again
+        second = int(state.randint(0, 2**32, dtype=np.uint64))
+        return (None if self.augmentation_drawer is None else seed), second
 
     @in_plain_mode
     def inverse(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -234,60 +190,29 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
             TypeError: data that carry no records.
             ValueError: no record of this transform, or data of another shape than it recorded.
         """
-        result, inverses = dict(data), dict[int, Any]()
+        result, warpers = dict(data), dict[int, FieldWarper]()
         for side in SIDES:
             for name in (self._named(side, key) for key in (*self.keys, *self.point_keys)):
                 if name in result:
-                    records = 2 if self._came_onwards(result[name]) else 1
-                    for _ in range(records):
-                        result[name] = take_back(self, result[name], repr(name), inverses)
+                    for _ in range(2 if self._moved_twice(result[name]) else 1):
+                        result[name] = take_back(self, result[name], repr(name), warpers)
         return result
 
-    def _points_onwards(
-        self, moving: Mapping[Any, Any], image: NdarrayOrTensor, name: str, synthesis: Deformation
-    ) -> dict[Any, Any]:
-        """Landmarks of the moving image where the field between the images takes them: exact, as composing is not."""
-        found: dict[Any, Any] = {}
-        points, shape = [key for key in self.point_keys if key in moving], tuple(image.shape[1:])
-        affine = world_affine(image, name) if self.point_space == "world" and points else None
-        shared = field_info(synthesis, shape) if self.invertible else {}
-        for key in points:
-            found |= {one: moving[one] for one in (key, f"{key}_valid")}
-            self.move_points(found, key, synthesis.ddf, shape, affine, {"kind": "points", _ONWARDS: True, **shared})
-        return found
+    def _points_of_fixed(self, moving: ValidData, synthesis: Deformation) -> dict[Any, Any]:
+        """Landmarks of the moving image where the field between the images takes them.
 
-    def _came_onwards(self, data: Any) -> bool:
-        """Whether these are landmarks of the fixed image, which came by the moving one and have a record of each."""
+        That is exact. The composed field, which warps the images, is interpolated.
+        """
+        keys = [key for key in self.point_keys if key in moving.data]
+        infos = [{_MOVED_TWICE: True, **field_info(synthesis, moving.shape)}] if self.invertible else []
+        for key in keys:
+            self.move_points(moving, key, [synthesis], infos)
+        return {name: moving.data[name] for key in keys for name in (key, f"{key}_valid")}
+
+    def _moved_twice(self, data: Any) -> bool:
+        """Whether these are landmarks of the fixed image, which have a record of each of the two fields."""
         record = self.latest_record(data)
-        return record is not None and bool(record[TraceKeys.EXTRA_INFO].get(_ONWARDS, False))
-
-    def _seeds(self, randomize: bool, seed_value: object) -> tuple[int, int] | None:
-        """Seeds of the two fields, or None if the transform does not fire."""
-        if randomize:
-            self.randomize(seed_value)
-        fires, seed = self._do_transform, self._seed
-        if randomize and seed_value is not None:
-            fires, seed = self._decided_by(seed_value)
-        if seed is None:
-            raise ValueError("randomize=False replays the last draw, and there is none yet.")
-        state = np.random.RandomState([seed, 1])  # not the chain of seeds by which fields are drawn again
-        return (seed, int(state.randint(0, 2**32, dtype=np.uint64))) if fires else None
-
-    def _augmentation(
-        self,
-        image: NdarrayOrTensor,
-        spacing: Sequence[float],
-        name: str,
-        seeds: tuple[int, int] | None,
-        params: PairParams | None,
-    ) -> Deformation | None:
-        record: DeformationParams | None = None
-        if params is not None:
-            record = params.augmentation
-            return None if record is None else self.drawer.draw(as_tensor(image, name), spacing, params=record)
-        if self.augmentation_drawer is None or seeds is None:
-            return None
-        return self.augmentation_drawer.draw(as_tensor(image, name), spacing, seed=seeds[0])
+        return record is not None and bool(record[TraceKeys.EXTRA_INFO].get(_MOVED_TWICE, False))
 
     def _answer(self, synthesis: Deformation | None, image: NdarrayOrTensor) -> dict[str, Tensor]:
         """The field between the images, and its inverse."""
@@ -311,6 +236,18 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
         for side in SIDES:
             yield from (self._named(side, key) for key in (*keys, *points, *(f"{key}_valid" for key in points)))
         yield from (DDF, INVERSE_DDF, INVERSE_RESIDUAL) if self.with_inverse else (DDF,)
+
+
+def _draw(drawer: FieldDrawer, image: Tensor, spacing: Sequence[float], plan: Plan) -> Deformation | None:
+    """The field that a plan gives for an image ``(C, *S)``."""
+    if plan is None:
+        return None
+    return drawer.draw(image, spacing, plan) if isinstance(plan, int) else drawer.replay(image, spacing, plan)
+
+
+def _copied(valid: ValidData) -> ValidData:
+    """The same data in a dictionary of their own."""
+    return replace(valid, data=dict(valid.data))
 
 
 def _composed(first: Deformation | None, second: Deformation | None, spacing: Sequence[float]) -> Deformation | None:

@@ -26,7 +26,7 @@ def banked(small_network, scan):
         bank = DeformationBank.build(
             [sample],
             id_key="name",
-            network=small_network(dims),
+            network=small_network(dims, working_size=32 if dims == 2 else 16),
             fields_per_image=4,
             progress=False,
             **bank_options or {},

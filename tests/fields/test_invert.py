@@ -29,6 +29,65 @@ def test_the_inverse_solves_its_equation(shape, dtype, smooth_ddf, voxel_grid, s
         assert reported == pytest.approx(worst, abs=5e-5)
 
 
+def inverse_by_hand(ddf, iterations, tolerance=1e-3):
+    """Broyden's method voxel by voxel in numpy, all of one field ``(D, *S)`` until the last voxel is solved."""
+    dims, grid = len(ddf), np.indices(ddf.shape[1:])
+
+    def residual_of(offset):
+        return offset + [ndimage.map_coordinates(c, grid + offset, order=1, mode="nearest") for c in ddf]
+
+    offset = -ddf.copy()
+    residual = residual_of(offset)
+    best, best_size = offset.copy(), np.linalg.norm(residual, axis=0)
+    jacobian = np.broadcast_to(np.eye(dims), (*ddf.shape[1:], dims, dims)).copy()
+    for _ in range(iterations):
+        if (best_size <= tolerance).all():
+            break
+        step = -np.einsum("...ij,j...->i...", jacobian, residual)
+        offset = offset + step
+        change = residual_of(offset) - residual
+        residual = residual + change
+        for voxel in np.ndindex(ddf.shape[1:]):
+            s, y, b = step[(slice(None), *voxel)], change[(slice(None), *voxel)], jacobian[voxel]
+            scale = s @ b @ y
+            jacobian[voxel] = b + np.outer(s - b @ y, s @ b) / (scale if abs(scale) >= 1e-10 else 1e-10)
+        size = np.linalg.norm(residual, axis=0)
+        better = size < best_size
+        best[:, better], best_size[better] = offset[:, better], size[better]
+    return best, best_size.max()
+
+
+@pytest.mark.parametrize("iterations", [0, 1, 2, 3, 6])
+def test_the_inverse_by_hand(smooth_ddf, iterations):
+    """The first offset is minus the field, the first step the plain one; at every voxel the best so far is kept."""
+    ddf = smooth_ddf((11, 13), 3.0, sigma_vox=2.5, dtype=torch.float64)
+    expected, worst = inverse_by_hand(ddf[0].numpy(), iterations, tolerance=0.0)
+    found = invert(ddf, iterations=iterations, tolerance=0.0)
+    np.testing.assert_allclose(found.ddf[0].numpy(), expected, atol=1e-9)
+    assert found.residual.item() == pytest.approx(worst, abs=1e-9)
+    assert not found.converged
+
+
+def test_fifty_iterations_to_a_thousandth_of_a_voxel_unless_told_otherwise(smooth_ddf):
+    folding = smooth_ddf((17, 19), 6.0, sigma_vox=1.5, seed=3, dtype=torch.float64)
+    found = invert(folding)
+    assert not found.converged
+    assert torch.equal(found.ddf, invert(folding, iterations=50).ddf)
+    assert any(not torch.equal(found.ddf, invert(folding, iterations=n).ddf) for n in (45, 49, 55))
+    fields = [smooth_ddf((9, 11), 2.0, dtype=torch.float64) * scale for scale in np.linspace(0.6, 1.4, 300)]
+    stops_early = [one for one in fields if invert(one, tolerance=1.1e-3).residual.item() > 1e-3]
+    assert stops_early
+    assert all(invert(one).residual.item() <= 1e-3 for one in stops_early)
+
+
+def test_a_residual_that_equals_the_tolerance_has_converged():
+    """A shift by half a voxel is inverted at once, with a residual of exactly nothing."""
+    shift = torch.full((1, 2, 5, 6), 0.5)
+    found = invert(shift, iterations=0, tolerance=0.0)
+    assert found.residual.item() == 0.0
+    assert found.converged.all()
+
+
 def test_the_inverse_of_nothing_is_nothing(shape, dtype):
     inverse = invert(torch.zeros(1, len(shape), *shape, dtype=dtype))
     assert not inverse.ddf.any()

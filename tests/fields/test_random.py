@@ -177,6 +177,13 @@ def test_as_many_nodes_as_fit_whatever_floating_point_says():
     np.testing.assert_allclose(tenth[0].numpy(), expected, atol=1e-6)
 
 
+def test_four_lattices_from_a_32nd_of_the_longest_side_unless_told_otherwise():
+    """Between the centres of 65 voxels: the default spacing of nodes, and with it every number, is 65 / 32 voxels."""
+    default = isotropic_velocity(generators(1), (65, 40))
+    assert torch.equal(default, isotropic_velocity(generators(1), (65, 40), finest_node=0.03125, scales=4))
+    assert not torch.equal(default, isotropic_velocity(generators(1), (65, 40), finest_node=1 / 33))
+
+
 def test_only_proportions_of_the_spacing_matter(shape):
     spacing = np.linspace(0.5, 2, len(shape))
     a = isotropic_velocity(generators(2), shape, spacing)

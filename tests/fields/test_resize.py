@@ -20,6 +20,30 @@ def positions(old, new):
 # fields
 
 
+@pytest.mark.parametrize(("old", "new"), [(5, 2), (2, 5), (2, 3), (3, 2), (4, 1), (1, 4), (2, 1), (1, 2)])
+def test_displacements_along_short_axes(old, new):
+    """First voxel on first and last on last, so that displacements scale by (new - 1) / (old - 1).
+
+    An axis of one voxel has no such distance; its displacement scales with the number of voxels.
+    """
+    ddf = torch.ones(1, 2, old, 3, dtype=torch.float64)
+    factor = (new - 1) / (old - 1) if old > 1 and new > 1 else new / old
+    resized = resize_ddf(ddf, (new, 3))
+    torch.testing.assert_close(resized[:, 0], torch.full((1, new, 3), factor, dtype=torch.float64))
+    torch.testing.assert_close(resized[:, 1], torch.ones(1, new, 3, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool])
+def test_images_of_integers_are_not_resized(dtype):
+    with pytest.raises(TypeError, match="resize_image: image must be floating"):
+        resize_image(torch.ones(1, 1, 4, 4, dtype=dtype), (2, 2))
+
+
+def test_crop_takes_the_first_voxels_unless_told_otherwise():
+    assert crop(torch.arange(5.0).view(1, 1, 5, 1), (2, 1)).flatten().tolist() == [0.0, 1.0]
+    assert crop(torch.arange(5.0).view(1, 1, 5, 1), (2, 1), centre=True).flatten().tolist() == [1.0, 2.0]
+
+
 @pytest.mark.parametrize(("old", "new"), SIZES)
 def test_a_resized_field_equals_scipy_interpolation_scaled_per_axis(smooth_ddf, dtype, old, new):
     ddf = smooth_ddf(old, 3.0, batch=2, dtype=dtype)

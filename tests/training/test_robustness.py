@@ -26,10 +26,14 @@ SETTINGS = ["channels=[8, 16]", "working_size=33", "batch_size=2", "epoch_length
 ARGUMENTS = [part for one in SETTINGS for part in ("--set", one)]
 
 
-def start(folder, *arguments, **options):
+@pytest.fixture
+def start(fork):
     """A run in a process of its own; its folder has the same name everywhere, for the name is in the card."""
-    command = [sys.executable, "-m", "monai_drdm.train", "--out", str(folder), *ARGUMENTS, *arguments]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, encoding="utf-8", **options)
+
+    def begin(folder, *arguments, before=None):
+        return fork(lambda: main(["--out", str(folder), *ARGUMENTS, *arguments]), before)
+
+    return begin
 
 
 @pytest.fixture
@@ -45,8 +49,8 @@ def call(capsys):
 
 
 def wait_for(ready, process):
-    deadline = time.monotonic() + 120
-    while not ready() and process.poll() is None and time.monotonic() < deadline:
+    """Until something has happened, or the process has ended."""
+    while not ready() and process.poll() is None:
         time.sleep(0.005)
 
 
@@ -87,10 +91,10 @@ def begun(tmp_path):
     return tmp_path / "run"
 
 
-def test_a_run_that_is_killed_again_and_again(tmp_path, call, whole):
+def test_a_run_that_is_killed_again_and_again(tmp_path, start, call, whole):
     run, random_moment = tmp_path / "run", random.Random(0)
     before = 0
-    for _ in range(2):
+    for _ in range(3):
         resume = ["--resume"] if (run / "config.json").is_file() else []
         metrics = run / "metrics.jsonl"
         size = metrics.stat().st_size if metrics.is_file() else 0
@@ -115,11 +119,11 @@ def rows_cut(metrics):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_signal_finishes_the_step_and_saves_it(tmp_path, call, whole, number):
+def test_a_signal_finishes_the_step_and_saves_it(tmp_path, start, call, whole, number):
     process = start(tmp_path / "run")
     wait_for(lambda: (tmp_path / "run" / "metrics.jsonl").is_file(), process)
     process.send_signal(number)
-    _, said = process.communicate(timeout=600)
+    _, said = process.communicate()
     if process.returncode:  # a fast machine may be done already
         assert process.returncode == 128 + number
         assert f"go on with --resume --out {tmp_path / 'run'}" in said
@@ -128,7 +132,7 @@ def test_a_signal_finishes_the_step_and_saves_it(tmp_path, call, whole, number):
     assert same(tmp_path / "run", whole)
 
 
-def test_a_checkpoint_that_may_not_grow_so_large(begun, call, whole):
+def test_a_checkpoint_that_may_not_grow_so_large(begun, start, call, whole):
     """The same as a full disk to the program, and needs no rights."""
     resource = pytest.importorskip("resource", reason="there are no such limits here")
     before = {path.name: path.read_bytes() for path in (begun / "checkpoints").iterdir()}
@@ -136,8 +140,8 @@ def test_a_checkpoint_that_may_not_grow_so_large(begun, call, whole):
     def limit():
         resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 
-    process = start(begun, "--resume", preexec_fn=limit)
-    _, said = process.communicate(timeout=600)
+    process = start(begun, "--resume", before=limit)
+    _, said = process.communicate()
     assert process.returncode == 1
     assert "Traceback" not in said
     assert f"the run in {begun} cannot be written and has stopped" in said
@@ -226,10 +230,10 @@ def test_sheets_that_cannot_be_written(begun, call, whole):
     assert same(begun, whole)
 
 
-def test_two_runs_in_one_folder(begun, call, whole):
+def test_two_runs_in_one_folder(begun, start, call, whole):
     """The second is refused, with and without ``--resume``, and leaves the first alone."""
-    first = start(begun, "--resume")
     size = (begun / "metrics.jsonl").stat().st_size
+    first = start(begun, "--resume")
     wait_for(lambda: (begun / "metrics.jsonl").stat().st_size > size, first)
     first.send_signal(signal.SIGSTOP)  # it holds the folder for as long as this takes
     try:
@@ -242,7 +246,7 @@ def test_two_runs_in_one_folder(begun, call, whole):
         assert "not an empty folder" in said
     finally:
         first.send_signal(signal.SIGCONT)
-        first.communicate(timeout=600)
+        first.communicate()
     assert first.returncode == 0
     assert same(begun, whole)
 

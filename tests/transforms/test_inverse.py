@@ -17,6 +17,7 @@ from monai.utils import TraceKeys
 
 from monai_drdm import ApplyDDFd, RandDRDMDeform, RandDRDMDeformd
 from monai_drdm.deformation.stored_field import StoredField
+from monai_drdm.transforms import DeformationParams
 
 KEYS = ("image", "label")
 MODES = ("bilinear", "nearest")
@@ -34,7 +35,7 @@ def deform_array(network, **options):
 
 
 def network_for(small_network, shape):
-    return small_network(len(shape), 48 if len(shape) == 2 else 24)
+    return small_network(len(shape), 48 if len(shape) == 2 else 16)
 
 
 def folding(small_network, **options):
@@ -179,26 +180,19 @@ def test_stack_of_slices_there_and_back(small_network, scan):
     assert dice(transform.inverse(out)["label"], sample["label"]) >= 0.95
 
 
-def test_real_cardiac_slices_there_and_back(data, published_weights):
+def test_a_real_cardiac_slice_there_and_back(data, published_weights):
     with np.load(data / "acdc" / "acdc2d_160.npz") as file:
         images, labels, patients, slices = (file[name] for name in ("image", "label", "patient", "slice"))
-    patients_seen = (61, 70)
-    chosen = [int(np.flatnonzero((patients == p) & (slices == 4))[0]) for p in patients_seen]
-    transform = RandDRDMDeformd(
-        KEYS, network="zheng2026-cmr-2d", prob=1.0, deformation_level=0.6, mode=MODES
-    ).set_random_state(3)
-    scores, moved = [], []
-    for index in chosen:
-        sample = {
-            "image": torch.from_numpy(images[index])[None].float() / 255,
-            "label": torch.from_numpy(labels[index])[None],
-        }
-        assert set(sample["label"].unique().tolist()) == {0, 1, 2, 3}
-        out = transform(sample)
-        moved.append(dice(out["label"], sample["label"]))
-        scores.append(dice(transform.inverse(out)["label"], sample["label"]))
-    assert np.mean(moved) < 0.85
-    assert np.mean(scores) >= 0.95
+    index = int(np.flatnonzero((patients == 70) & (slices == 4))[0])
+    transform = deform("zheng2026-cmr-2d", deformation_level=0.6).set_random_state(3)
+    sample = {
+        "image": torch.from_numpy(images[index])[None].float() / 255,
+        "label": torch.from_numpy(labels[index])[None],
+    }
+    assert set(sample["label"].unique().tolist()) == {0, 1, 2, 3}
+    out = transform(sample)
+    assert dice(out["label"], sample["label"]) < 0.85
+    assert dice(transform.inverse(out)["label"], sample["label"]) >= 0.95
 
 
 # records
@@ -331,7 +325,7 @@ def test_the_same_instance_twice_returns_last_first(small_network, scan):
         transform.inverse(home)
 
 
-def test_fired_and_idle_records_have_the_same_entries(small_network, scan):
+def test_fired_idle_and_skipped_records_have_the_same_entries(small_network, scan):
     sample = {**scan((32, 32)), "points": torch.rand(1, 5, 2) * 31, "boxes": torch.tensor([[4.0, 4.0, 20.0, 24.0]])}
     keys = (*KEYS, "points", "boxes")
     transforms = [
@@ -350,6 +344,13 @@ def test_fired_and_idle_records_have_the_same_entries(small_network, scan):
         for info in infos:
             assert {type(a) for a in info.values()} == {type(a) for a in infos[0].values()}
             assert None not in [value for value in info.values() if not isinstance(value, torch.Tensor)]
+    skipping = transforms[2]
+    assert skipping.last.statistics.fold_action == "skip"
+    assert_replays(skipping, sample, folding(small_network, point_keys="points", box_keys="boxes", on_fold="raise"))
+    back = skipping.inverse(outs[2])
+    for key in keys:
+        assert torch.equal(back[key].as_tensor(), sample[key])
+        assert back[key].applied_operations == []
 
 
 @pytest.mark.parametrize("prob", [0.0, 1.0])
@@ -392,7 +393,7 @@ def assert_stored_is_applied(transform, out):
 
 @pytest.mark.parametrize("shape", [(50, 70), (24, 20, 28)])
 def test_stored_field_is_the_applied_one(small_network, scan, shape):
-    transform = deform(small_network(len(shape), 24))
+    transform = deform(small_network(len(shape), 16))
     sample = scan(shape)
     out = transform(sample)
     assert_stored_is_applied(transform, out)
@@ -413,11 +414,18 @@ def test_stored_field_keeps_the_displacement_limit(small_network, scan, limit):
 
 
 @pytest.mark.parametrize("policy", ["rescale", "resample", "keep"])
-def test_stored_field_after_the_fold_policy(small_network, scan, policy):
+def test_what_a_fold_policy_left_is_stored_and_replays(small_network, scan, policy):
+    sample = scan((40, 40))
     transform = folding(small_network, on_fold=policy)
-    out = transform(scan((40, 40)))
+    out = transform(sample)
     assert transform.last.statistics.fold_action != "none"
     assert_stored_is_applied(transform, out)
+    assert_replays(transform, sample, folding(small_network, on_fold="raise"))
+
+
+def assert_replays(transform, sample, other):
+    other(sample, params=DeformationParams.from_json(transform.last.params.to_json()))
+    assert torch.equal(other.last.ddf, transform.last.ddf)
 
 
 @pytest.mark.parametrize("slice_axis", [0, 1, 2])
@@ -457,18 +465,6 @@ def test_replay_stores_the_same_field(small_network, scan):
 
 
 # calls that leave nothing to take back, and misuse
-
-
-def test_skipped_fields_are_not_fired(small_network, scan):
-    sample = scan((40, 40))
-    transform = folding(small_network, on_fold="skip")
-    out = transform(sample)
-    assert transform.last.statistics.fold_action == "skip"
-    back = transform.inverse(out)
-    for key in KEYS:
-        assert out[key].applied_operations[-1][TraceKeys.DO_TRANSFORM] is False
-        assert torch.equal(back[key].as_tensor(), sample[key])
-        assert back[key].applied_operations == []
 
 
 def test_not_invertible(small_network, scan):

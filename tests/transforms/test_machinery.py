@@ -189,7 +189,7 @@ def lazy_chain(network, lazy):
 def test_lazy_compose(small_network, scan, shape):
     """Lazy flips and turns wait for a resampling; the field must be drawn on what they make, not on what they found."""
     sample = scan(shape)
-    network = small_network(len(shape), 24)
+    network = small_network(len(shape), 16)
     eager, lazy = lazy_chain(network, False), lazy_chain(network, True)
     expected, out = eager(fresh(sample)), lazy(fresh(sample))
     torch.testing.assert_close(lazy.transforms[2].last.ddf, eager.transforms[2].last.ddf, atol=1e-2, rtol=0)

@@ -73,7 +73,7 @@ def test_simpleitk_makes_the_same_fixed_image(scan):
     assert (warped - out["fixed"].as_tensor()[0])[there].abs().mean() < 0.02
 
 
-@settings(max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     seed=st.integers(0, 2**31),
     shape=st.one_of(st.tuples(*[st.integers(9, 60)] * 2), st.tuples(*[st.integers(9, 24)] * 3)),

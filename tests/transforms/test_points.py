@@ -170,7 +170,7 @@ def test_blob_is_where_the_landmark_is(shape):
 @each_shape
 def test_random_field(small_network, scan, shape):
     """Where the transform draws its own field, the landmark satisfies ``q + ddf(q) = p``."""
-    transform = RandDRDMDeformd("image", network=small_network(len(shape)), prob=1.0, point_keys="p")
+    transform = RandDRDMDeformd("image", network=small_network(len(shape), working_size=16), prob=1.0, point_keys="p")
     points = np.round(random_points(shape, 30))
     out = transform.set_random_state(3)({**scan(shape), "p": points})
     ddf = transform.last.ddf.double().numpy()

@@ -38,7 +38,7 @@ def run_python(code, *arguments, **environment):
         env={**os.environ, **environment},
         capture_output=True,
         text=True,
-        timeout=100,
+        timeout=600,
         check=False,
     )
     assert done.returncode == 0, done.stderr
@@ -54,22 +54,57 @@ VALUES = """[
 ]"""
 
 
-# ---------------------------------------------------------------------------------------------------- stable_hash
+ELSEWHERE = f"""
+import json, sys
+from pathlib import Path
+import numpy as np, torch
+from monai_drdm import RandDRDMDeform
+from monai_drdm.transforms import DeformationParams
+from monai_drdm.deformation.seeds import stable_hash
+weights, folder, *threads = sys.argv[1:]
+for dims in "23":
+    image = torch.from_numpy(np.load(f"{{folder}}/image{{dims}}.npy"))
+    record = DeformationParams.from_json(open(f"{{folder}}/record{{dims}}.json").read())
+    for number in threads:
+        torch.set_num_threads(int(number))
+        transform = RandDRDMDeform(weights, prob=0.0, deformation_level=0.1)
+        result = transform(image, params=record)
+        fields = {{"ddf": transform.last.ddf.numpy(), "image": result.as_tensor().numpy()}}
+        np.savez(f"{{folder}}/{{dims}}-{{number}}.npz", **fields)
+print([stable_hash(value) for value in {VALUES}], hash("case 1"))
+"""
 
 
-def test_hash_is_the_same_in_every_process():
+def test_another_process_hashes_and_replays_alike(weights, tmp_path, scan):
     """Also in the C locale of old containers and cluster nodes, where text is not UTF-8."""
-    code = (
-        "import numpy as np, torch\nfrom pathlib import Path\nfrom monai_drdm.deformation.seeds import stable_hash\n"
-        f"print([stable_hash(value) for value in {VALUES}], hash('case 1'))"
-    )
+    wanted, here = {}, torch.get_num_threads()
+    other = 1 if here > 1 else 2
+    for dims, shape, slice_axis in ((2, (96, 80), None), (3, (9, 96, 80), 0)):
+        image = scan(shape)["image"]
+        transform = RandDRDMDeform(weights, prob=1.0, max_displacement_mm=6.0, slice_axis=slice_axis)
+        out = transform.set_random_state(4)(image)
+        assert transform.last.params.scale < 1
+        np.save(tmp_path / f"image{dims}.npy", image.numpy())
+        (tmp_path / f"record{dims}.json").write_text(transform.last.params.to_json())
+        wanted[dims] = transform.last.ddf.numpy(), out.as_tensor().numpy()
     c_locale = {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "LC_ALL": "C"}
-    there, builtin = run_python(code, PYTHONHASHSEED="12345", **c_locale).rsplit(" ", 1)
-    assert int(builtin) != hash("case 1")  # Python's own hash is not
-    here = [stable_hash(value) for value in eval(VALUES)]  # the list above
-    assert json.loads(there) == here
-    assert all(0 <= value < 2**32 for value in here)
-    assert len(set(here)) == len(here)
+    patient = {"OMP_WAIT_POLICY": "passive"}  # on a busy machine, threads that wait for each other burn seconds
+    said = run_python(ELSEWHERE, weights, tmp_path, here, other, PYTHONHASHSEED="12345", **c_locale, **patient)
+    hashes, builtin = said.rsplit(" ", 1)
+    assert int(builtin) != hash("case 1")  # Python's own hash is not the same
+    expected = [stable_hash(value) for value in eval(VALUES)]  # the list above
+    assert json.loads(hashes) == expected
+    assert all(0 <= value < 2**32 for value in expected)
+    assert len(set(expected)) == len(expected)
+    for dims, (ddf, image) in wanted.items():
+        with np.load(tmp_path / f"{dims}-{here}.npz") as there:
+            np.testing.assert_array_equal(there["ddf"], ddf)
+            np.testing.assert_array_equal(there["image"], image)
+        with np.load(tmp_path / f"{dims}-{other}.npz") as there:
+            np.testing.assert_allclose(there["ddf"], ddf, atol=1e-3, rtol=0)
+
+
+# ---------------------------------------------------------------------------------------------------- stable_hash
 
 
 @pytest.mark.parametrize(
@@ -259,41 +294,6 @@ def test_the_random_state_advances_alike(weights, prob):
 
 # --------------------------------------------------------------------------------------------------------- replay
 
-REPLAY = """
-import sys, numpy as np, torch
-from monai_drdm import RandDRDMDeform
-from monai_drdm.transforms import DeformationParams
-weights, folder, *threads = sys.argv[1:]
-for dims in "23":
-    image = torch.from_numpy(np.load(f"{folder}/image{dims}.npy"))
-    record = DeformationParams.from_json(open(f"{folder}/record{dims}.json").read())
-    for number in threads:
-        torch.set_num_threads(int(number))
-        transform = RandDRDMDeform(weights, prob=0.0, deformation_level=0.1)
-        result = transform(image, params=record)
-        np.savez(f"{folder}/{dims}-{number}.npz", ddf=transform.last.ddf.numpy(), image=result.as_tensor().numpy())
-"""
-
-
-def test_replay_in_another_process(weights, tmp_path, scan):
-    wanted, here = {}, torch.get_num_threads()
-    other = 1 if here > 1 else 2
-    for dims, shape, slice_axis in ((2, (96, 80), None), (3, (9, 96, 80), 0)):
-        image = scan(shape)["image"]
-        transform = RandDRDMDeform(weights, prob=1.0, max_displacement_mm=6.0, slice_axis=slice_axis)
-        out = transform.set_random_state(4)(image)
-        assert transform.last.params.scale < 1
-        np.save(tmp_path / f"image{dims}.npy", image.numpy())
-        (tmp_path / f"record{dims}.json").write_text(transform.last.params.to_json())
-        wanted[dims] = transform.last.ddf.numpy(), out.as_tensor().numpy()
-    run_python(REPLAY, weights, tmp_path, here, other)
-    for dims, (ddf, image) in wanted.items():
-        with np.load(tmp_path / f"{dims}-{here}.npz") as there:
-            np.testing.assert_array_equal(there["ddf"], ddf)
-            np.testing.assert_array_equal(there["image"], image)
-        with np.load(tmp_path / f"{dims}-{other}.npz") as there:
-            np.testing.assert_allclose(there["ddf"], ddf, atol=1e-3, rtol=0)
-
 
 @pytest.mark.parametrize(
     "options",
@@ -321,19 +321,6 @@ def test_the_record_counts_not_this_transforms_limits(weights, scan, options):
     assert other.last.statistics.scale == source.last.params.scale
     for one, same in zip(other.R.get_state(), state):  # a replay draws nothing
         np.testing.assert_array_equal(one, same)
-
-
-@pytest.mark.parametrize("policy", ["rescale", "resample", "skip", "keep"])
-def test_replay_of_what_a_fold_policy_left(small_network, scan, policy):
-    sample = scan((40, 40))
-    rough = small_network(2, working_size=16, scale=300.0)
-    source = deform(rough, on_fold=policy, max_fold_fraction=0.0, deformation_level=1.0, sampler="reference")
-    source.set_random_state(4)
-    source(sample)
-    assert source.last.statistics.fold_action != "none"
-    other = deform(rough, on_fold="raise", max_fold_fraction=0.0)
-    other(sample, params=DeformationParams.from_json(source.last.params.to_json()))
-    assert torch.equal(other.last.ddf, source.last.ddf)
 
 
 def test_replay_with_another_network_or_channel(weights, small_network, scan):

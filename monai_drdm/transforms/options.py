@@ -1,0 +1,105 @@
+"""The settings of transforms that say what is moved, and how: one definition for all of them.
+
+What can be chosen about the draw of a field stands in ``monai_drdm.deformation.options``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import Annotated, TypedDict
+
+from monai.config import KeysCollection
+
+from monai_drdm.deformation.options import (
+    DrawOptions,
+    Option,
+    PixdimOptions,
+    PrecisionOptions,
+    SharedDrawOptions,
+)
+from monai_drdm.fields.warp import Mode, PaddingMode
+from monai_drdm.transforms.points import PointSpace
+
+
+class MoveOptions(TypedDict, total=False):
+    """How the keys of a sample are moved."""
+
+    mode: Annotated[
+        Mode | Sequence[Mode],
+        Option("bilinear", "one, or one per key: ``bilinear``, ``nearest``, ``bicubic`` (2D) or ``label``."),
+    ]
+    padding_mode: Annotated[
+        PaddingMode | Sequence[PaddingMode],
+        Option("border", "one, or one per key: ``border``, ``zeros`` or ``reflection``."),
+    ]
+    point_keys: Annotated[
+        KeysCollection,
+        Option(
+            (),
+            "landmarks ``(C, N, D)``, of a batch ``(B, C, N, D)``, which go where the image goes; ``<key>_valid`` of "
+            "the shape without ``D`` says which are inside the image before and after.",
+        ),
+    ]
+    point_space: Annotated[
+        PointSpace, Option("voxel", "``voxel``, or ``world`` through the image's affine (MONAI's RAS mm).")
+    ]
+    invertible: Annotated[
+        bool,
+        Option(True, "record on the outputs what ``inverse`` needs; it takes samples, so decollate batches first."),
+    ]
+    allow_missing_keys: Annotated[
+        bool, Option(False, "leave keys alone that the data lack. The image key must be there.")
+    ]
+
+
+class BoxOptions(TypedDict, total=False):
+    """Boxes of a sample."""
+
+    box_keys: Annotated[
+        KeysCollection,
+        Option(
+            (), "boxes ``(N, 2D)`` in voxels, edges as in MONAI: they become the boxes that enclose what they hold."
+        ),
+    ]
+    box_mode: Annotated[str, Option("standard", "one of MONAI's corner modes; ``standard`` is ``xyxy`` or ``xyzxyz``.")]
+
+
+class SourceOptions(TypedDict, total=False):
+    """What a field is drawn from."""
+
+    image_key: Annotated[
+        Hashable | None,
+        Option(None, "key of the image that the network sees; None: the first key. It is moved only if it is a key."),
+    ]
+    seed_key: Annotated[
+        Hashable | None,
+        Option(
+            None,
+            "key whose value, hashed, replaces the random state: firing, level and field then depend on it alone, "
+            "whatever the worker, the order or the epoch. A batch holds one value per sample.",
+        ),
+    ]
+
+
+class DeformOptions(DrawOptions, MoveOptions, BoxOptions, SourceOptions, PixdimOptions, total=False):
+    """Settings of ``RandDRDMDeformd``."""
+
+
+class BatchOptions(DrawOptions, PrecisionOptions, MoveOptions, SourceOptions, PixdimOptions, total=False):
+    """Settings of ``BatchRandDRDMDeformd``."""
+
+
+class PairOptions(SharedDrawOptions, MoveOptions, SourceOptions, PixdimOptions, total=False):
+    """Settings of ``RandDRDMPaird``, whose two fields have a level each."""
+
+
+class BankedOptions(MoveOptions, BoxOptions, SourceOptions, total=False):
+    """Settings of ``RandDRDMBankd``, whose fields are drawn already."""
+
+
+class ApplyOptions(MoveOptions, BoxOptions, total=False):
+    """Settings of ``ApplyDDFd``, whose field is given."""
+
+
+class ArrayOptions(DrawOptions, PixdimOptions, total=False):
+    """Settings of ``RandDRDMDeform``."""
