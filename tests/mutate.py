@@ -50,8 +50,8 @@ TARGETS = (
 TESTS = {
     "fields": ("tests/fields", "tests/diffusion", "tests/metrics"),
     "diffusion": ("tests/fields", "tests/diffusion", "tests/metrics"),
-    "deformation": ("tests/transforms", "tests/bank"),
-    "transforms": ("tests/transforms", "tests/bank"),
+    "deformation": ("tests/deformation", "tests/transforms", "tests/bank/test_transform.py"),
+    "transforms": ("tests/deformation", "tests/transforms", "tests/bank/test_transform.py"),
     "io": ("tests/io",),
 }
 """Where the tests of a part of the package are looked for."""
@@ -335,8 +335,8 @@ def measure_coverage(jobs: int, folders: Sequence[str]) -> Coverage:
     WORK.mkdir(exist_ok=True)
     digest = hashlib.sha256(repr(folders).encode())
     for folder in ("monai_drdm", *folders):
-        for path in sorted((ROOT / folder).rglob("*.py")):
-            digest.update(path.read_bytes())
+        for path in sorted({ROOT / folder, *(ROOT / folder).rglob("*.py")}):
+            digest.update(path.read_bytes() if path.is_file() else b"")
     report, data = WORK / f"{digest.hexdigest()[:16]}.xml", WORK / f"{digest.hexdigest()[:16]}.coverage"
     if not report.is_file():
         options = ["--cov=monai_drdm", "--cov-context=test", "--cov-report=", f"--junitxml={report}.part"]
