@@ -104,11 +104,7 @@ def test_trainings_stand_side_by_side_on_one_floor():
         if part_of(path) == "training":
             assert own_parts(path) <= {"training", "fields", "io", "viz"}, path
         elif part_of(path) in {"train", "registration"}:
-<<<<<<< HEAD
-            assert len(own_parts(path) & {"train", "registration"}) <= 1, path
-=======
             assert own_parts(path) & {"train", "registration"} <= {part_of(path)}, path
->>>>>>> rooms-training
         else:
             assert "training" not in own_parts(path), path
 
