@@ -1,0 +1,42 @@
+"""``monai-drdm pairs``: registration pairs of every image on disk."""
+
+from __future__ import annotations
+
+import argparse
+
+from monai_drdm.commands.cases import add_case_arguments, fill_folder, settings_of
+
+_DESCRIPTION = (
+    "Make synthetic registration pairs of every image (paper, Algorithm 4): a moving image, a fixed one, the exact "
+    "field between them and its inverse as ITK displacement fields, labels, records and a MONAI datalist. An "
+    "interrupted run goes on when it is called again."
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of the command."""
+    add_case_arguments(parser, _DESCRIPTION)
+    parser.add_argument("--pairs", type=int, default=1, help="pairs of every image (default: 1)")
+    for name, text in (("augmentation", "that makes the moving image"), ("synthesis", "between the images")):
+        parser.add_argument(
+            f"--{name}-level",
+            type=float,
+            nargs=2,
+            default=(0.3, 0.8),
+            metavar=("LOW", "HIGH"),
+            help=f"range of levels of the field {text} (default: 0.3 0.8)",
+        )
+    parser.add_argument("--no-augmentation", action="store_true", help="the moving images are the given ones")
+    parser.set_defaults(run=_run)
+
+
+def _run(options: argparse.Namespace) -> int:
+    from monai_drdm.augment import make_pairs, PairSettings
+
+    settings = PairSettings(
+        augmentation_level=None if options.no_augmentation else tuple(options.augmentation_level),
+        synthesis_level=tuple(options.synthesis_level),
+        pairs=options.pairs,
+        **settings_of(options),
+    )
+    return fill_folder(options, make_pairs, settings)
