@@ -22,7 +22,7 @@ from monai_drdm.fields import exp_svf, isotropic_velocity
 
 LEVELS = [k / 10 for k in range(1, 11)]
 PUBLISHED_SIZE = {2: 256, 3: 128}
-CONSISTENT_SIZE = {2: 256, 3: 64}  # fractions do not depend on the grid; the smaller one saves time in 3D
+CONSISTENT_SIZE = {2: 256, 3: 64}  # fractions of the image size do not depend on the grid, and a small grid saves time
 
 
 def mean_fraction(ddf: torch.Tensor, size: float) -> list[float]:

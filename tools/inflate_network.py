@@ -1,7 +1,7 @@
-"""Make a 3D network of a 2D one, to start training from: in 3D, learning from nothing takes long to begin.
+"""Turn a trained 2D network into a 3D network to start training from, since training from scratch is slow in 3D.
 
-The kernels act within the planes of the last two axes, so that the new network says slice by slice what the old one
-says of each slice, and nothing across slices yet. A 3D field of level s moves images about as far as a 2D one of s / 2,
+The kernels act within the planes of the last two axes, so the new network predicts for every slice what the old one
+predicts for it, and no velocity across slices. A 3D field of level s moves images about as far as a 2D one of s / 2,
 so the octaves that encode the level shift by one.
 
     python tools/inflate_network.py network2d.safetensors network3d.safetensors

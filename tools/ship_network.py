@@ -1,6 +1,6 @@
-"""Put a trained network into the package, under a name that the registry knows.
+"""Copy a trained network into the package, under a name that is in the registry.
 
-Its card is that of the registry without what is measured afterwards, so that the file and its hash stay as they are.
+Its card is that of the registry without the measured gates, so that later measurements do not change the file.
 Prints the hash to pin in the registry.
 
     python tools/ship_network.py run/network.safetensors anatomy-2d

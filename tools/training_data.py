@@ -1,4 +1,4 @@
-"""Write what the shipped and the cardiac networks are trained on: the pool parts of open scans, nothing else.
+"""List the scans that the shipped and the cardiac networks are trained on: the pools of the open data sets.
 
     python tools/training_data.py anatomy-2d --out anatomy-2d.json    # IXI, hippocampus, chest X-rays
     python tools/training_data.py anatomy-3d --out anatomy-3d.json    # IXI, hippocampus

@@ -1,4 +1,4 @@
-"""The image sets of the gates: labelled scans, their fixed splits, and which images are drawn from them.
+"""The labelled scans of the benchmarks, their fixed splits, and the choice of images from a split.
 
 | domain | images | pool | validation | test |
 |---|---|---|---|---|
@@ -30,7 +30,8 @@ from monai_drdm.fields import resize_image
 _DRAW = 1_000_000
 _PARTNER = 500_000
 _IXI_OFFSETS = (-8, -4, 0, 4, 8)
-# in slices too few voxels are left of single nuclei: deep grey, ventricles and CSF, hindbrain, white, cortical grey
+# In a slice, single nuclei have too few voxels, so classes are merged to: deep grey matter, ventricles and CSF,
+# hindbrain, white matter, cortical grey matter.
 _IXI_MERGED = torch.tensor([0, 1, 1, 1, 1, 1, 1, 2, 3, 3, 4, 5, 2], dtype=torch.uint8)
 
 
@@ -41,11 +42,11 @@ class Domain:
     name: str
     spatial_dims: int
     classes: int
-    """Foreground classes of the labels."""
+    """Number of foreground classes in the labels."""
     splits: dict[str, range]
-    """Patients, subjects or files, counted from 1."""
+    """Numbers of the patients, subjects or files in each split, counted from 1."""
     field_size: int | None = None
-    """Longest side of the grid on which fields are made and measured; None: that of the images."""
+    """Side of the grid on which fields are drawn and measured, or None for the grid of the images."""
 
 
 def _splits(pool: int, validation: int, test: int) -> dict[str, range]:
@@ -70,7 +71,7 @@ class Scan(NamedTuple):
 
     name: str
     number: int
-    """Unique in its domain; seeds are made of it."""
+    """Unique within the domain; seeds are derived from it."""
     image: Tensor  # (1, 1, *S) float32
     label: Tensor  # (1, 1, *S) uint8
 
@@ -103,7 +104,7 @@ def scans(domain: str, split: str) -> list[Scan]:
 
 
 def draws(domain: str, split: str, count: int) -> list[Draw]:
-    """``count`` images spread evenly over a split; where it has fewer, its images again with other seeds.
+    """Choose ``count`` images spread evenly over a split; a smaller split is repeated with other seeds.
 
     The seed of the first draw of an ACDC slice is its number, as in ``samplers.py``.
     """
@@ -145,14 +146,14 @@ def _files(folder: str, members: range) -> list[Scan]:
 
 
 def _read(path: Path) -> Tensor:
-    """``(1, 1, *S)``."""
+    """Read an image or label file as ``(1, 1, *S)``."""
     if path.suffix == ".png":
         return torch.from_numpy(np.array(Image.open(path)))[None, None]
     return torch.from_numpy(np.asarray(nib.load(path).dataobj, dtype=np.float32))[None, None]
 
 
 def _ixi_slices(members: range) -> list[Scan]:
-    """Five slices about the middle of the brain across each axis of each subject."""
+    """Five slices around the middle of the brain, along each axis of each subject."""
     found = []
     for volume in _files("ixi", members):
         image, label = volume.image[0, 0], _IXI_MERGED[volume.label[0, 0].long()]

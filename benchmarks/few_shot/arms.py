@@ -30,7 +30,7 @@ INTENSITY = Appearance(gamma=0.25, contrast=0.2, bias=0.1, blur_vox=0.5, noise=0
 
 @dataclass(frozen=True)
 class Setting:
-    """How strong an arm is: a pose, and a field of some strength with some probability."""
+    """How strongly an arm augments: its random pose, and its random field with strength and probability."""
 
     rotation_deg: float = 0.0
     scale: float = 0.0
@@ -38,25 +38,25 @@ class Setting:
     flip: float = 0.0
     low: float = 0.0
     high: float = 0.0
-    """Range of strengths of fields: displacement of nodes in voxels, noise magnitude, or deformation level."""
+    """Range of the strength of fields: node displacement in voxels, noise magnitude or deformation level, by arm."""
     prob: float = 0.0
     amplitude: float = 1.0
-    """Lever: displacements are multiplied by a factor between this and 1."""
+    """Lever: displacements are multiplied by a random factor between this value and 1."""
     second: float = 0.0
-    """Lever: chance that a field is composed with another one of the same image."""
+    """Lever: probability that a field is composed with another field of the same image."""
     smooth: float = 0.0
     """Lever: standard deviation in voxels by which fields are smoothed."""
     guided: int = 1
-    """Lever: so many fields are drawn for each that is kept, those that change the label most."""
+    """Lever: this many fields are drawn for each that is kept; those that change the label most are kept."""
     ramp: int = 0
-    """Lever: iterations over which the probability rises from 0."""
+    """Lever: number of iterations over which the probability rises from 0."""
     recovery: float = 1.0
-    """Lever: factor on every recovery step; less of it leaves more of the random field."""
+    """Lever: factor on every recovery step; a smaller factor leaves more of the random field."""
     steps: int = 0
-    """Lever: recovery steps, where not as many as the network was made for."""
+    """Lever: number of recovery steps, or 0 for the default of the network."""
 
     def row(self) -> dict[str, float]:
-        """As JSON lines name it: levers only where they are pulled."""
+        """The setting as written to rows; levers are left out where they have their default."""
         levers = ("amplitude", "second", "smooth", "guided", "ramp", "recovery", "steps")
         return {
             k: v for k, v in asdict(self).items() if k not in levers or v != Setting.__dataclass_fields__[k].default
@@ -64,7 +64,7 @@ class Setting:
 
     @property
     def pose(self) -> Pose:
-        """Without the field."""
+        """The random pose of this setting, without its field."""
         return Pose(flip=self.flip, rotation_deg=self.rotation_deg, scale=self.scale, shift_frac=self.shift_frac)
 
 
@@ -74,7 +74,7 @@ AFFINE = (
         for rotation, scale, shift in ((10.0, 0.1, 0.05), (20.0, 0.2, 0.08), (30.0, 0.3, 0.1))
         for flip in (0.0, 0.5)
     ),
-    # two more trials: the strongest of the first six was the best
+    # Two stronger trials were added because the strongest of the first six was the best.
     Setting(rotation_deg=60.0, scale=0.3, shift_frac=0.1, flip=0.5),
     Setting(rotation_deg=180.0, scale=0.3, shift_frac=0.1, flip=0.5),
 )
@@ -84,28 +84,28 @@ STRENGTHS: dict[str, dict[int, tuple[tuple[float, ...], ...]]] = {
     "random": {2: ((0.02, 0.1), (0.05, 0.2), (0.1, 0.4)), 3: ((0.05, 0.2), (0.1, 0.4), (0.2, 0.6))},
     "drdm": {2: ((0.2, 0.5), (0.3, 0.8), (0.6, 1.0)), 3: ((0.2, 0.5), (0.3, 0.8), (0.6, 1.0))},
 }
-"""Lowest and highest strength."""
+"""Lowest and highest strength that each arm may choose, for 2D and 3D."""
 SPARSE = STRENGTHS | {"drdm": {2: ((0.2, 0.5), (0.3, 0.8), (0.3, 0.8, 0.24)), 3: STRENGTHS["drdm"][3]}}
-"""Those of the search with 1 subject; the third number is the factor on recovery, a lever that helped there."""
+"""The same for the search with 1 subject; a third number is the factor on recovery, a lever that helped there."""
 PROBABILITIES = (0.5, 0.9)
 POSE = ("rotation_deg", "scale", "shift_frac", "flip")
 
 
 @dataclass(frozen=True)
 class Arm:
-    """What moves and restyles the labelled images."""
+    """One augmentation of the labelled images: where its fields come from, and what else it changes."""
 
     fields: str = ""
-    """What draws its fields: `elastic` and `torchio` are peers, `random` our fields without network, `drdm`."""
+    """What draws the fields: `elastic` (MONAI), `torchio`, `random` (ours, without a network) or `drdm`."""
     network: str = ""
-    """Of DRDM; the one in the package unless named, `tuned` is the one on the command line."""
+    """Network of DRDM: empty for the one in the package, `tuned` for the one given on the command line."""
     setting_of: str = ""
-    """The arm whose search it takes its setting from, instead of one of its own."""
+    """The arm whose search result this arm uses; empty for a search of its own."""
     posed: bool = True
     recovers: bool = True
-    """Whether its network can take less of each recovery step."""
+    """Whether its network supports a factor on recovery steps."""
     stacked: bool = False
-    """Intensities change by a stack of MONAI's transforms, each with chance 0.5, instead of ``INTENSITY``."""
+    """Whether a stack of MONAI transforms, each with probability 0.5, replaces ``INTENSITY``."""
 
 
 ARMS = {
@@ -130,7 +130,7 @@ def candidates(
     strengths: dict[str, dict[int, tuple[tuple[float, ...], ...]]] = STRENGTHS,
     probabilities: tuple[float, ...] = PROBABILITIES,
 ) -> list[Setting]:
-    """What an arm may choose from: as many for each, eight for ``affine``, whose pose the others have."""
+    """The settings that the search of an arm tries; all arms but ``affine`` use the pose that ``affine`` chose."""
     if arm == "affine":
         return list(AFFINE)
     if not ARMS[arm].fields or ARMS[arm].setting_of:
@@ -144,7 +144,7 @@ def candidates(
 
 
 def stack(seed: int) -> Compose:
-    """Intensity transforms as of Zhang et al., Generalizing deep learning for medical image segmentation (2020)."""
+    """Intensity transforms of Zhang et al., Generalizing deep learning for medical image segmentation (2020)."""
     transforms = Compose(
         [
             RandGaussianSharpen(prob=0.5),
@@ -176,7 +176,7 @@ class Augmenter:
         self.bank = torch.cat(there) if there else None
 
     def batch(self, generator: torch.Generator, iteration: int) -> tuple[Tensor, Tensor]:
-        """``(B, 1, *grid)`` image and label."""
+        """Draw a batch of images and labels, each ``(B, 1, *grid)``."""
         count, size = len(self.images), self.protocol.batch
         chosen = torch.randint(count, (size,), generator=generator)
         shape = self.protocol.grid

@@ -1,4 +1,4 @@
-"""The fields of the few-shot benchmark: drawn ahead of training by every arm's own means, and kept in a folder."""
+"""Draw the fields of every arm of the few-shot benchmark before training, and keep them in a folder."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ _MARGIN = 16
 
 
 class Fields:
-    """Banks of fields, drawn when first asked for and kept in a folder; other code draws anew."""
+    """Banks of fields, drawn at first use and kept in a folder; they are drawn again when the drawing code changes."""
 
     def __init__(self, folder: Path, tuned: str | None = None) -> None:
         self.folder, self.tuned = folder, tuned
         self._networks: dict[str, RecoveryNetwork] = {}
 
     def bank(self, arm: str, setting: Setting, protocol: Protocol, case: Case) -> Tensor | None:
-        """``(N, K, D, *grid)`` voxels for the images of a case; None for arms without fields."""
+        """Fields for the images of a case, ``(N, K, D, *grid)`` in voxels; None for arms without fields."""
         kind = ARMS[arm].fields
         if not kind:
             return None
@@ -64,14 +64,14 @@ class Fields:
         return fields
 
     def name_for(self, arm: str, protocol: Protocol) -> str:
-        """The network that draws an arm's fields, as rows name it."""
+        """Name, hash and steps of the network that draws an arm's fields, as written to rows."""
         if ARMS[arm].fields != "drdm":
             return ""
         model = self._model(arm, protocol)
         return f"{model.network.card.name} {network_sha256(model.network)[:8]}, {model.steps} steps"
 
     def code_of(self, arm: str) -> str:
-        """Names the code that draws an arm's fields: a digest of ours, the version of a peer."""
+        """Identify the code that draws an arm's fields: a digest of our source, or the version of another library."""
         kind = ARMS[arm].fields
         if kind in ("elastic", "torchio"):
             package = {"elastic": "monai", "torchio": "torchio"}[kind]
@@ -121,7 +121,7 @@ def _draw(model: DRDM | None, kind: str, setting: Setting, protocol: Protocol, c
 
 
 def _reshaping(fields: Tensor, inside: Tensor) -> Tensor:
-    """``(K,)`` root mean square of what an affine map leaves of fields ``(K, D, *grid)`` in labelled voxels."""
+    """How much each field changes shape: RMS ``(K,)`` of its non-affine part in labelled voxels."""
     if int(inside.sum()) < 16:
         return torch.arange(len(fields), 0, -1.0)
     where = inside.nonzero().float()
@@ -132,7 +132,7 @@ def _reshaping(fields: Tensor, inside: Tensor) -> Tensor:
 
 
 def _to_grid(ddf: Tensor, protocol: Protocol) -> Tensor:
-    """``(K, D, *S)`` on the segmenter's grid; in the margins it goes on as at the border."""
+    """Bring fields ``(K, D, *S)`` to the segmenter's grid; margins repeat the border."""
     if protocol.resample:
         return resize_ddf(ddf, protocol.grid)
     return F.pad(ddf, margins(ddf, protocol.grid), mode="replicate")
@@ -144,7 +144,7 @@ def _between(low: float, high: float, seed: int) -> float:
 
 
 def _elastic(protocol: Protocol, setting: Setting) -> Callable[[int], Tensor]:
-    """MONAI's elastic deformation, as a field: where it takes coordinates, beyond the border too."""
+    """MONAI's elastic deformation as a field, read off by applying it to a grid of coordinates with a margin."""
     larger = tuple(n + 2 * _MARGIN for n in protocol.grid)
     grid = identity_grid(larger)
     if len(protocol.grid) == 2:
@@ -161,7 +161,7 @@ def _elastic(protocol: Protocol, setting: Setting) -> Callable[[int], Tensor]:
 
 
 def _torchio(protocol: Protocol, setting: Setting) -> Callable[[int], Tensor]:
-    """TorchIO's elastic deformation, as a field."""
+    """TorchIO's elastic deformation as a field, read off in the same way."""
     try:
         import torchio
     except ImportError:

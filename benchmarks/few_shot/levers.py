@@ -1,7 +1,7 @@
-"""Levers that might make DRDM teach a segmenter more, one at a time, on validation subjects only.
+"""Change one thing of an arm at a time and see whether the segmenter gains, on validation subjects only.
 
 Each lever changes one thing of an arm and is trained with 1 or 5 labelled subjects and two draws of them; its gain is
-the mean difference to the same arm without it. Every training is a JSON line; those that are there are skipped.
+the mean difference to the same arm without it. Every training is a row; those that exist are skipped.
 
     python benchmarks/few_shot/levers.py --levers affine drdm drdm-smooth
     python benchmarks/few_shot/levers.py --protocol hippocampus --levers drdm drdm-recovery-0.24 --subjects 5
@@ -30,11 +30,11 @@ SUBJECTS, SEEDS = (1, 5), (100, 101)
 
 @dataclass(frozen=True)
 class Lever:
-    """An arm with one thing changed."""
+    """An arm with one setting changed."""
 
     arm: str
     against: str
-    """The lever it is compared with."""
+    """Name of the lever that this one is compared with."""
     setting: dict[str, Any] = field(default_factory=dict)
     protocol: dict[str, Any] = field(default_factory=dict)
 
@@ -103,7 +103,7 @@ def main() -> None:
 
 
 def pull(task: str, name: str, count: int, seed: int, fields: Fields) -> None:
-    """One training with a lever, on validation subjects, unless its line is there; the search's own are taken over."""
+    """Train once with a lever unless its row exists; a row of the search with the same setting is copied."""
     lever = LEVERS[task][name]
     protocol: Protocol = replace(PROTOCOLS[task], **lever.protocol)
     setting = replace(chosen_setting(PROTOCOLS[task], "affine", 5, fields), **lever.setting)
@@ -121,7 +121,7 @@ def pull(task: str, name: str, count: int, seed: int, fields: Fields) -> None:
 
 
 def table(task: str, rows: list[dict[str, Any]]) -> str:
-    """Markdown: validation Dice of every lever, and its gain where both were trained."""
+    """Markdown table of the validation Dice of every lever, and of its gain where both were trained."""
     recipes = {name: recipe(replace(PROTOCOLS[task], **lever.protocol)) for name, lever in LEVERS[task].items()}
     rows = [r for r in rows if (r["protocol"], r["recipe"]) == (task, recipes.get(r["lever"]))]
     found = {(r["lever"], r["subjects"], r["seed"]): 100 * r["validation"] for r in rows}

@@ -1,4 +1,4 @@
-"""The tasks of the few-shot benchmark: labelled subjects on the segmenter's grid, and what trains and judges it.
+"""The tasks of the few-shot benchmark: subjects, grid, segmenter, and how predictions are judged.
 
 | protocol | images | subjects to learn from | validation | test |
 |---|---|---|---|---|
@@ -31,33 +31,33 @@ from monai_drdm.fields import resize_image
 
 @dataclass(frozen=True)
 class Protocol:
-    """One task, and how its segmenter is trained, the same for all arms."""
+    """One task and the training of its segmenter, which is the same for all arms."""
 
     name: str
     domain: str
     grid: tuple[int, ...]
     resample: bool
-    """Images are resampled to the grid; else they are centred on it."""
+    """Whether images are resampled to the grid; otherwise they are centred on it."""
     structures: tuple[str, ...]
     channels: tuple[int, ...]
     batch: int
     cap: int
-    """Iterations at most."""
+    """Largest number of iterations."""
     least: int
-    """Iterations at least."""
+    """Smallest number of iterations."""
     patience: int
-    """Training ends when validation has not risen by ``RISE`` for as many iterations."""
+    """Training ends when the validation Dice has not risen by ``RISE`` for this many iterations."""
     every: int
-    """Iterations between validations."""
+    """Number of iterations between validations."""
     bank: int
-    """Fields drawn ahead of training for every image."""
+    """Number of fields drawn for every image before training."""
     learning_rate: float = 2e-3
 
 
 PRECISION = "bfloat16" if torch.ops.mkldnn._is_mkldnn_bf16_supported() else "float32"
-"""Of the segmenter's convolutions: bfloat16 where the machine computes in it and does not imitate it."""
+"""Precision of the segmenter's convolutions: bfloat16 where the processor supports it natively."""
 RISE = 0.002
-"""Dice that counts as a rise of the validation curve."""
+"""Smallest increase of the validation Dice that counts as progress."""
 WARM_UP, EMA = 100, 0.99
 """Iterations over which the learning rate rises, and the decay of the averaged weights."""
 
@@ -97,22 +97,22 @@ PROTOCOLS = {
 
 
 def recipe(protocol: Protocol) -> str:
-    """Names how segmenters are trained; figures of different recipes are not compared."""
+    """Hash of everything that determines training; results of different recipes are not compared."""
     return hashlib.sha256(repr((protocol, RISE, WARM_UP, EMA)).encode()).hexdigest()[:8]
 
 
 class Case(NamedTuple):
-    """A labelled volume: one image in 3D, its slices in 2D."""
+    """A labelled volume: one image in 3D, or all its slices in 2D."""
 
     name: str
-    source: Tensor  # (N, 1, *S) as it comes, on which fields are drawn
+    source: Tensor  # (N, 1, *S) as stored; fields are drawn on it
     image: Tensor  # (N, 1, *grid) in [0, 1]
     label: Tensor  # (N, 1, *grid) uint8
 
 
 @cache
 def subjects(protocol: Protocol, split: str) -> dict[int, list[Case]]:
-    """The cases of every subject of a split; patients have one for each phase."""
+    """The cases of every subject of a split; a cardiac patient has one for each of the two phases."""
     if protocol.domain == "acdc":
         archive = np.load(data_folder() / "acdc" / "acdc2d_160.npz")
         found: dict[int, list[Case]] = {}
@@ -127,7 +127,7 @@ def subjects(protocol: Protocol, split: str) -> dict[int, list[Case]]:
 
 
 def labelled(protocol: Protocol, count: int, seed: int) -> list[int]:
-    """The subjects that a run learns from; fewer are a part of more."""
+    """The subjects that a run learns from; with the same seed, a smaller set is contained in a larger one."""
     pool = list(subjects(protocol, "pool"))
     random.Random(seed).shuffle(pool)  # noqa: S311
     return pool[:count]
@@ -141,7 +141,7 @@ def _case(protocol: Protocol, name: str, image: Tensor, label: Tensor) -> Case:
 
 
 def to_grid(image: Tensor, protocol: Protocol) -> Tensor:
-    """Images (floating) or labels on the segmenter's grid."""
+    """Bring images (floating point) or labels (integers) to the segmenter's grid."""
     if not protocol.resample:
         return F.pad(image, margins(image, protocol.grid))
     return (resize_image if image.is_floating_point() else resize_nearest)(image, protocol.grid)
@@ -154,20 +154,20 @@ def build_segmenter(protocol: Protocol) -> UNet:
 
 
 def autocast() -> torch.autocast:
-    """Where segmenters run."""
+    """Context that sets the precision of the segmenter."""
     return torch.autocast("cpu", torch.bfloat16, enabled=PRECISION == "bfloat16")
 
 
 @torch.no_grad()
 def predict(segmenter: torch.nn.Module, case: Case) -> Tensor:
-    """``(N, 1, *grid)`` uint8."""
+    """Predicted labels of a case, ``(N, 1, *grid)`` uint8."""
     segmenter.eval()
     with autocast():
         return segmenter(case.image).float().argmax(1, keepdim=True).byte()
 
 
 def hd95_of(protocol: Protocol, predicted: Tensor, label: Tensor) -> list[float | None]:
-    """95th percentile of surface distances in voxels; None where label or prediction lack the structure."""
+    """95th percentile of surface distances in voxels; None if label or prediction do not contain the structure."""
     classes = len(protocol.structures) + 1
     volumes = [
         one_hot(v if len(protocol.grid) == 3 else v.permute(1, 2, 3, 0)[None], classes) for v in (predicted, label)

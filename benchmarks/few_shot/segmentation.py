@@ -1,9 +1,9 @@
-"""Few labelled subjects, one U-Net, several augmentations: which one teaches it most?
+"""Which augmentation helps a U-Net most that learns from few labelled subjects?
 
 First every arm chooses its strength on validation subjects, all with the same number of trials; then the chosen
-settings are trained with other labelled subjects and judged on test subjects. Every run is a JSON line; runs that are
-there are skipped, so the command goes on where it was stopped. Test subjects are evaluated by ``run`` only, and each
-evaluation is a line.
+settings are trained with other labelled subjects and judged on test subjects. Every run is a row; runs
+with a row are skipped, so a stopped command goes on. Test subjects are evaluated by ``run`` only, and each
+evaluation is a row.
 
     python benchmarks/few_shot/segmentation.py search --protocol acdc --arms affine
     python benchmarks/few_shot/segmentation.py search --protocol acdc --arms elastic random drdm
@@ -61,19 +61,19 @@ from table import tables
 
 SEARCH = Path(__file__).parent / "search.jsonl"
 SEARCH_SEEDS: dict[int, tuple[int, ...]] = {5: (100,), 1: (100, 101)}
-"""Draws of subjects of a search, by their number; poses are searched with 5 only."""
+"""Seeds of the search by number of subjects; poses are searched with 5 subjects only."""
 COMPILED = bool(os.environ.get("FEW_SHOT_COMPILE"))
 
 
 def results(protocol: str) -> Path:
-    """The file of a protocol's final runs."""
+    """The file with the rows of a protocol's final runs."""
     return Path(__file__).parent / f"{protocol}.jsonl"
 
 
 def train(
     protocol: Protocol, arm: str, setting: Setting, count: int, seed: int, fields: Fields
 ) -> tuple[nn.Module, dict[str, Any]]:
-    """One segmenter, and how its training went."""
+    """Train one segmenter; return it and a record of its training."""
     chosen = labelled(protocol, count, seed)
     cases = [case for subject in chosen for case in subjects(protocol, "pool")[subject]]
     started = time.perf_counter()
@@ -139,7 +139,7 @@ def _mean_by_case(protocol: Protocol, segmenter: nn.Module, split: str) -> dict[
 
 
 def judge(protocol: Protocol, segmenter: nn.Module) -> dict[str, Any]:
-    """Dice and HD95 of every structure in every test volume."""
+    """Compute Dice and HD95 of every structure in every test volume."""
     dice, hd95 = {}, {}
     for case in tqdm(list(_cases(protocol, "test")), desc="test", leave=False):
         predicted = predict(segmenter, case)
@@ -149,7 +149,7 @@ def judge(protocol: Protocol, segmenter: nn.Module) -> dict[str, Any]:
 
 
 def trials(protocol: Protocol, arm: str, count: int, fields: Fields) -> list[Setting]:
-    """What the search of an arm tries; poses are searched with 5 subjects only."""
+    """The settings that the search of an arm tries; poses are searched with 5 subjects only."""
     if arm == "affine":
         return candidates(arm, len(protocol.grid), Setting()) if count == 5 else []
     pose = chosen_setting(protocol, "affine", 5, fields)
@@ -158,7 +158,7 @@ def trials(protocol: Protocol, arm: str, count: int, fields: Fields) -> list[Set
 
 
 def chosen_setting(protocol: Protocol, arm: str, count: int, fields: Fields) -> Setting:
-    """What an arm's search found best on validation subjects; where none had so many subjects, that with 5."""
+    """The best setting of an arm on validation subjects; without a search for this count, that of 5 subjects."""
     if arm == "none":
         return Setting()
     searched = ARMS[arm].setting_of or arm
@@ -182,7 +182,7 @@ def chosen_setting(protocol: Protocol, arm: str, count: int, fields: Fields) -> 
 
 
 def search(protocol: Protocol, arm: str, count: int, fields: Fields) -> None:
-    """Every candidate of an arm once for each draw of subjects, on validation subjects."""
+    """Train every candidate setting of an arm once per seed, and judge it on validation subjects."""
     for setting in trials(protocol, arm, count, fields):
         for seed in SEARCH_SEEDS[count]:
             key = {"protocol": protocol.name, "recipe": recipe(protocol), "arm": arm, "setting": setting.row()}
@@ -193,7 +193,7 @@ def search(protocol: Protocol, arm: str, count: int, fields: Fields) -> None:
 
 
 def run(protocol: Protocol, arm: str, count: int, seed: int, fields: Fields) -> None:
-    """One final run: train with the chosen setting, evaluate on test subjects."""
+    """Train with the chosen setting and judge on test subjects."""
     key = {"protocol": protocol.name, "recipe": recipe(protocol), "arm": arm, "subjects": count, "seed": seed}
     setting = chosen_setting(protocol, arm, count, fields)
     key |= {"setting": setting.row(), "network": fields.name_for(arm, protocol)}
@@ -203,7 +203,7 @@ def run(protocol: Protocol, arm: str, count: int, seed: int, fields: Fields) -> 
 
 
 def has(path: Path, key: dict[str, Any]) -> bool:
-    """Whether a file holds a row of such entries."""
+    """Whether a file contains a row with these entries."""
     return any(all(row.get(k) == value for k, value in key.items()) for row in read_rows(path))
 
 

@@ -1,9 +1,9 @@
-"""How much of the way from one patient's heart to another's do augmentations go, once affine maps are taken off?
+"""How different are deformed hearts in shape, compared with hearts of different patients, after affine alignment?
 
-Middle slices of the pool's ACDC patients at 96². A label is laid on another by the affine map that makes their overlap
-best; what Dice is still missing from 1 is a difference of shape that no affine augmentation makes. Between patients
-that is what there is to learn; between a label and its deformed copies it is what an augmentation shows. Lines that are
-there are not measured again.
+Middle slices of the pool's ACDC patients at 96². One label is aligned with another by the affine map with the best
+overlap. The Dice that is then missing from 1 is a difference of shape that no affine augmentation can make. Between
+patients it is what a segmenter has to learn; between a label and its deformed copies it is what an augmentation shows.
+Rows that exist are not measured again.
 
     python benchmarks/few_shot/shape_diversity.py --fields FOLDER
     python benchmarks/few_shot/shape_diversity.py --table
@@ -47,13 +47,13 @@ ARMS: dict[str, list[dict[str, float]]] = {
 
 
 def middle(case: Case) -> int:
-    """The middle one of the slices that show all three structures."""
+    """Index of the middle slice among those that show all three structures, or -1."""
     whole = [i for i, label in enumerate(case.label) if set(label.unique().tolist()) >= {1, 2, 3}]
     return whole[len(whole) // 2] if whole else -1
 
 
 def aligned_dice(moving: Tensor, fixed: Tensor) -> Tensor:
-    """Mean Dice over structures of labels ``(B, 1, H, W)`` after the affine maps that make it best: ``(B,)``."""
+    """Mean Dice ``(B,)`` of labels ``(B, 1, H, W)`` over structures, after the best affine alignment."""
     a, b = (F.one_hot(label[:, 0].long(), 4).movedim(-1, 1)[:, 1:].float() for label in (moving, fixed))
     theta = _start(a, b).requires_grad_()
     optimiser = torch.optim.Adam([theta], 0.02)
@@ -73,7 +73,7 @@ def aligned_dice(moving: Tensor, fixed: Tensor) -> Tensor:
 
 
 def _start(a: Tensor, b: Tensor) -> Tensor:
-    """The similarity that takes left and right ventricle of ``b`` to those of ``a``: ``(B, 2, 3)``."""
+    """Similarity transform ``(B, 2, 3)`` that maps the ventricles of ``b`` to those of ``a``, to start from."""
     (left_a, right_a), (left_b, right_b) = ((_centre(x[:, 1:].sum(1)), _centre(x[:, 0])) for x in (a, b))
     u, v = right_a - left_a, right_b - left_b
     u, v = torch.complex(u[:, 0], u[:, 1]), torch.complex(v[:, 0], v[:, 1])
@@ -85,7 +85,7 @@ def _start(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _centre(mask: Tensor) -> Tensor:
-    """In [-1, 1], x first."""
+    """Centre of mass in [-1, 1], x before y."""
     axis = torch.linspace(-1, 1, mask.shape[-1])
     total = mask.sum((1, 2)).clamp(min=1)
     return torch.stack([(mask.sum(1) * axis).sum(1) / total, (mask.sum(2) * axis).sum(1) / total], 1)
@@ -126,7 +126,7 @@ def _write(arm: str, values: dict[str, float], dice: Tensor) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown."""
+    """Markdown table of the missing Dice, mean ± standard deviation."""
     lines = ["| between a heart and | n | Dice missing after the best affine map, points |", "|---|---|---|"]
     for row in rows:
         values = row["missing_points"]

@@ -1,4 +1,4 @@
-"""The tables of the few-shot benchmark, made from its JSON lines."""
+"""Make the tables of the few-shot benchmark from its rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def tables(search: list[Row], final: list[Row]) -> str:
-    """Markdown: what the searches found, the final figures, the tests between arms, and the core arms in short."""
+    """Markdown tables of the searches, the final results, the tests between arms, and a summary."""
     parts, by_protocol = [], {}
     for name, protocol in PROTOCOLS.items():
         key = (name, recipe(protocol))
@@ -46,14 +46,14 @@ def summary_table(rows: dict[str, list[Row]]) -> str:
 
 
 def split(rows: list[Row]) -> tuple[list[Row], list[Row]]:
-    """Rows of the setting and network that each arm had last, and those of others it had before."""
+    """Split rows into those of each arm's latest setting and network, and earlier ones."""
     last = {(row["subjects"], row["arm"]): (row["setting"], row["network"]) for row in rows}
     chosen = [row for row in rows if (row["setting"], row["network"]) == last[row["subjects"], row["arm"]]]
     return chosen, [row for row in rows if row not in chosen]
 
 
 def search_table(rows: list[Row]) -> str:
-    """Validation Dice of every trial, mean over draws, an arm's best in bold; and the best mean of 5 in a row."""
+    """Validation Dice of every trial with each arm's best in bold, and the best mean of 5 successive validations."""
     heads = "subjects | arm | rotation ° | scale | shift | flip | strength | probability | iterations"
     lines = [f"| {heads} | Dice % | 5 in a row |", "|" + "---|" * 11]
     trials: dict[tuple[int, str, str], list[Row]] = defaultdict(list)
@@ -145,7 +145,7 @@ def _groups(rows: list[Row]) -> dict[tuple[int, str], list[Row]]:
 
 
 def _by_structure(row: Row, key: str) -> np.ndarray:
-    """Mean over cases, ``(structures,)``."""
+    """Mean over cases of every structure, ``(structures,)``."""
     return np.nanmean(np.array(list(row[key].values()), dtype=float), axis=0)
 
 
@@ -158,6 +158,6 @@ def _case_means(rows: list[Row], seeds: set[int]) -> dict[str, float]:
 
 
 def _spread(values: Any) -> str:
-    """Sample standard deviation; none of one value."""
+    """Mean ± sample standard deviation; only the mean if there is one value."""
     mean = f"{np.mean(values):.1f}"
     return f"{mean} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else mean

@@ -1,4 +1,4 @@
-"""Contact sheets: one row an image, the original and then several draws, to be looked at.
+"""Draw contact sheets to look at: every row shows an image and several deformed versions of it.
 
 Volumes have one row for each of their three central planes. Above every draw: its mean displacement without the affine
 part, in pixels at 256, and its folds.
@@ -31,7 +31,7 @@ _SEED_STEP = 10_000_000
 
 
 def planes(volume: Tensor, domain: Domain) -> list[Tensor]:
-    """``(1, 1, *S)`` as upright pictures: itself, or its three central planes."""
+    """Upright 2D pictures of ``(1, 1, *S)``: the image itself, or the three central planes of a volume."""
     image = volume[0, 0]
     if domain.name in ("acdc", "cxr"):
         return [image]
@@ -40,7 +40,7 @@ def planes(volume: Tensor, domain: Domain) -> list[Tensor]:
 
 
 def sheet(method: Method, domain: Domain, split: str, level: float, images: int, columns: int, labels: bool) -> Figure:
-    """The whole sheet."""
+    """Draw fields for all images and arrange the results as one figure."""
     rows: list[list[tuple[str, Tensor, Tensor]]] = []
     for draw in tqdm(draws(domain.name, split, images), unit="image"):
         scan = draw.scan

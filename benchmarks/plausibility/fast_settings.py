@@ -1,4 +1,4 @@
-"""The choices behind the fast sampler, on validation slices: steps, repeats, smoothing, start time, mending.
+"""Measure on validation slices how steps, repeats, smoothing, start time and mending of the fast sampler matter.
 
 ACDC patients 61-70, the middle slice of each at end diastole. "LV round" is 4πA/P² of the deformed left ventricle. One
 JSON line per setting goes to fast_settings.jsonl.
@@ -40,7 +40,7 @@ SETTINGS = (
 
 
 def slices(count: int) -> list[tuple[int, Tensor, Tensor]]:
-    """``(index, image, left ventricle)``, images and masks ``(1, 1, 160, 160)``."""
+    """Slices as ``(index, image, left ventricle)``; image and mask are ``(1, 1, 160, 160)``."""
     archive = np.load(data_folder() / "acdc" / "acdc2d_160.npz")
     middle = (archive["phase"] == 0) & (archive["slice"] == archive["nslices"] // 2)
     chosen = [int(np.flatnonzero((archive["patient"] == p) & middle)[0]) for p in range(61, 61 + count)]

@@ -1,20 +1,21 @@
-"""The gates a network and its sampler have to pass, on images they never saw.
+"""Measure whether a network and its sampler pass the plausibility gates, on images that were not trained on.
 
 For every image two fields are drawn. The first is measured: folds, displacement with and without its affine part,
 unevenness of stretching. The second tells how different two draws are. Under both, a segmenter trained on real images
-is tried, and under random fields of the same affine-removed displacement (those that recovery starts from, shrunk).
+is tried, and under random fields with the same displacement after removing the affine part (the fields that recovery
+starts from, scaled down).
 Displacements are in pixels of the grid on which fields are made, and scaled to a longest side of 256.
 
-50 images at level 0.6 and 25 at 0.8 in 2D, 20 and 10 volumes in 3D; sets that are smaller are gone through again with
-other seeds. Resumable: finished rows are skipped. ``--network random`` is the random field without any recovery.
+50 images at level 0.6 and 25 at 0.8 in 2D, 20 and 10 volumes in 3D; smaller sets are repeated with other seeds.
+Resumable: finished rows are skipped. ``--network random`` is the random field without any recovery.
 
     python benchmarks/plausibility/gates.py --network anatomy-2d --domain acdc ixi cxr --steps 4 8 16
     python benchmarks/plausibility/gates.py --network zheng2026-cmr-2d --sampler reference fast --domain acdc
     python benchmarks/plausibility/gates.py --network random --domain acdc
     python benchmarks/plausibility/gates.py --table                         # only print the tables
-    python benchmarks/plausibility/gates.py --brief                         # those of README and docs
+    python benchmarks/plausibility/gates.py --brief                         # print the tables in README and docs
 
-Of the published network on ACDC, ``samplers.py`` has measured fields on 50 and 25 slices; the table takes those.
+For the published network on ACDC, the tables use the fields that ``samplers.py`` measured on 50 and 25 slices.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ KEY = ("domain", "split", "level", "image", "seed", "network", "sha256", "sample
 
 
 class Method(NamedTuple):
-    """What draws fields: a network with a sampler, or nothing but the random field."""
+    """A way to draw fields: a network with a sampler, or only the random field."""
 
     network: str
     sha256: str
@@ -57,19 +58,19 @@ class Method(NamedTuple):
 
     @property
     def columns(self) -> dict[str, Any]:
-        """How rows name it."""
+        """The columns of a row that identify the method."""
         sampler, steps = (self.model.sampler, self.model.steps) if self.model else ("random", 0)
         return {"network": self.network, "sha256": self.sha256, "sampler": sampler, "steps": steps}
 
     def draw(self, image: Tensor, level: float, seed: int) -> Tensor:
-        """``(1, D, *S)`` voxels of the image."""
+        """Draw a field ``(1, D, *S)`` in voxels of the image."""
         if self.model is None:
             return random_field(image, level, seed)
         return self.model.sample(image, level, [seed])
 
 
 def random_field(image: Tensor, level: float, seed: int) -> Tensor:
-    """The geometrically consistent random field, before any recovery; no network has a part in it."""
+    """The geometrically consistent random field before recovery; no network takes part."""
     return _untrained(image.ndim - 2).diffuse(image.shape[2:], level, [seed])
 
 
@@ -79,7 +80,7 @@ def _untrained(spatial_dims: int) -> DRDM:
 
 
 def methods(network: str, samplers: list[str], steps: list[int]) -> Iterator[Method]:
-    """Every combination of sampler and steps."""
+    """Every combination of the samplers and numbers of steps for a network."""
     if network == "random":
         yield Method("random", "", None)
         return
@@ -90,7 +91,7 @@ def methods(network: str, samplers: list[str], steps: list[int]) -> Iterator[Met
 
 
 def measure_field(ddf: Tensor, other: Tensor, label: Tensor) -> dict[str, float | None]:
-    """Columns of one field; ``other`` is a second draw and ``label`` the deformed label, both on its grid."""
+    """Measure one field; ``other`` is a second draw and ``label`` the deformed label, both on the same grid."""
     plain, rest = float(mean_displacement(ddf)), float(mean_displacement(remove_affine(ddf)))
     scale = 256 / max(ddf.shape[2:])
     inner = label[0, 0][tuple(slice(0, n - 1) for n in ddf.shape[2:])] > 0
@@ -112,7 +113,7 @@ def measure_field(ddf: Tensor, other: Tensor, label: Tensor) -> dict[str, float 
 def measure_dice(
     scan: Scan, fields: list[Tensor], starts: list[Tensor], segmenter: Segmenter, classes: int
 ) -> dict[str, Any]:
-    """Dice of the segmenter on the real image, and on it and its label under every field and its random counterpart."""
+    """Dice of the segmenter on the real image, and under every field and a random field of equal displacement."""
 
     def under(ddf: Tensor) -> list[float | None]:
         ddf = resize_ddf(ddf, scan.image.shape[2:])
@@ -128,7 +129,7 @@ def measure_dice(
 
 
 def measure(method: Method, domain: Domain, draw: Draw, level: float, segmenter: Segmenter) -> dict[str, Any]:
-    """All columns of one image."""
+    """Measure everything for one image."""
     scan, seeds = draw.scan, (draw.seed, draw.partner)
     shape = (domain.field_size,) * domain.spatial_dims if domain.field_size else tuple(scan.image.shape[2:])
     image = resize_image(scan.image, shape)
@@ -145,7 +146,7 @@ def measure(method: Method, domain: Domain, draw: Draw, level: float, segmenter:
 
 
 def run(path: Path, args: argparse.Namespace, domain: Domain) -> None:
-    """Measure what is not in ``path`` yet; images one after the other, each by all methods."""
+    """Measure what ``path`` does not contain yet; every image goes through all methods before the next."""
     done = {tuple(row[key] for key in KEY) for row in read_rows(path)}
     every = [m for network in args.network for m in methods(network, args.sampler, args.steps)]
     if wrong := [m.network for m in every if m.model and m.model.network.spatial_dims != domain.spatial_dims]:
@@ -164,7 +165,7 @@ def run(path: Path, args: argparse.Namespace, domain: Domain) -> None:
 
 
 def _subset(every: list[Draw], args: argparse.Namespace) -> list[Draw]:
-    """Fewer, evenly spread, if asked for."""
+    """All images, or fewer that are evenly spread if ``--images`` is given."""
     count = min(args.images or len(every), len(every))
     return [every[round(k * (len(every) - 1) / max(count - 1, 1))] for k in range(count)]
 

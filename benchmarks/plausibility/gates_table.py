@@ -1,4 +1,4 @@
-"""The tables of ``gates.py``, made of its rows alone: which gates are met, and all figures by level.
+"""Make the tables of ``gates.py`` from its rows: which gates are met, and all columns by level.
 
 Gates are shown as mean ± standard error, columns as mean ± standard deviation. Dice lost is shown twice: over all
 structures, and over those that the segmenter finds in the real image (Dice 0.7 or more). The others, such as the right
@@ -17,13 +17,13 @@ Rows = list[dict[str, Any]]
 GROUP = ("domain", "network", "sha256", "sampler", "steps")
 
 FOUND = 0.7
-"""Dice in the real image from which a structure counts as found."""
+"""A structure counts as found if its Dice in the real image is at least this."""
 PUBLISHED = {
     "domain": "acdc",
     "network": "zheng2026-cmr-2d",
     "sha256": "b10b186406ca420ee543d2058b47dcc321b6dfeb3d022ecb64fec3f1bc96a47f",
 }
-"""What ``samplers.py`` measured."""
+"""Domain and network of the rows of ``samplers.py``."""
 
 
 def dice_loss(row: dict[str, Any], under: str, at_least: float = 0) -> float | None:
@@ -85,7 +85,7 @@ COLUMNS: dict[str, tuple[Callable[[dict[str, Any]], float | None], int]] = {
 
 
 def values(rows: Rows, column: str) -> np.ndarray:
-    """One column, without rows that lack it."""
+    """Values of one column; rows without it are left out."""
     read = COLUMNS[column][0]
     return np.array([value for row in rows if (value := read(row)) is not None])
 
@@ -100,7 +100,7 @@ def _gate(rows: Rows, level: float, column: str, limit: float, *, at_least: bool
 
 
 def _half_of_random(rows: Rows, which: str = "") -> str:
-    """Whether the loss is at most half of that under random fields; both."""
+    """Whether the loss is at most half of the loss under random fields, with both losses."""
     if rows[0]["sampler"] == "random":
         return "–"
     rows = [row for row in rows if row["level"] == 0.6]
@@ -164,7 +164,7 @@ _BRIEF = ("px without affine at 256", "σ log det J", "diversity", "lost", "lost
 
 
 def brief(rows: Rows, published: Rows, rigid: Rows) -> str:
-    """The tables of README and docs: the shipped networks at 12 steps and both levels, and every method's gates.
+    """The tables in README and docs: the shipped networks at 12 steps, and the gates of every method.
 
     Args:
         rows: of ``gates.py``.
@@ -192,13 +192,13 @@ def brief(rows: Rows, published: Rows, rigid: Rows) -> str:
 
 
 def _moved(row: dict[str, Any], domain: str) -> float | None:
-    """Dice points that a row of ``rigid_control.py`` lost; None in another domain, or without structures."""
+    """Dice points lost in a row of ``rigid_control.py``; None if the row has another domain or no structure."""
     pairs = [(a, b) for a, b in zip(row["dice_real"], row["dice_moved"]) if None not in (a, b)]
     return 100 * float(np.mean([a - b for a, b in pairs])) if row["domain"] == domain and pairs else None
 
 
 def _with_published(rows: Rows, published: Rows) -> Rows:
-    """Rows of ``samplers.py`` in the form of ``gates.py``; both of one image become one row."""
+    """Add rows of ``samplers.py`` in the form of ``gates.py``; two rows of the same image are merged."""
     merged = {_identity(row): row for row in rows}
     for row in published:
         if row["sampler"] not in ("reference", "fast"):

@@ -1,7 +1,7 @@
-"""What resampling alone costs the segmenters of the gates: Dice lost under random rotations and shifts.
+"""Measure the Dice that the segmenters lose by resampling alone, under random rotations and shifts.
 
-No shape changes; images are interpolated and labels take their nearest voxel, as under any field. On small images this
-is much of what deformed pairs lose, and no sampler can lose less.
+No shape changes; images are interpolated and labels take their nearest voxel, as with any field. On small images this
+is a large part of the loss under deformation, and no sampler can lose less.
 
     python benchmarks/plausibility/rigid_control.py --domain acdc cxr ixi hippocampus3d ixi3d
     python benchmarks/plausibility/rigid_control.py --table
@@ -35,7 +35,7 @@ POSE = Pose(flip=0.0, rotation_deg=10.0, scale=0.0, shift_frac=0.02)
 
 
 def rigid_ddf(shape: tuple[int, ...], seed: int) -> Tensor:
-    """``(1, D, *S)`` voxels."""
+    """Field ``(1, D, *S)`` in voxels of a random rotation and shift."""
     matrix, shift = random_pose(torch.Generator().manual_seed(seed), 1, shape, POSE)
     centre = torch.tensor([(n - 1) / 2 for n in shape]).view(-1, *(1,) * len(shape))
     grid = identity_grid(shape) - centre

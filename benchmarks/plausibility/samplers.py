@@ -50,7 +50,7 @@ def measures(ddf: Tensor) -> dict[str, float]:
 
 
 def run(path: Path, split: str, plan: dict[float, int]) -> None:
-    """Measure what is not in ``path`` yet."""
+    """Measure what ``path`` does not contain yet."""
     done = {(row["level"], row["slice"], row["sampler"]) for row in read_rows(path)}
     network = load_network("zheng2026-cmr-2d")
     models = {name: DRDM(network, name) for name in SAMPLERS}
@@ -73,7 +73,7 @@ def run(path: Path, split: str, plan: dict[float, int]) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: mean ± standard deviation over slices, 95th percentile of folds, and the ratios the gates ask for."""
+    """Markdown table of means ± standard deviations over slices, and the ratios of ``fast`` to ``reference``."""
     lines = [
         "| level | sampler | n | passes | "
         + " | ".join(title for title, _, _ in COLUMNS.values())

@@ -1,4 +1,4 @@
-"""Segmenters trained on real images, which judge whether deformed ones still look real.
+"""Train segmenters on real images; they judge whether deformed images still look real.
 
 One small U-Net a domain, trained on the pool with changes of pose and intensity only, so that it never saw a
 deformation. Weights are kept in a folder; the same recipe gives the same file name.
@@ -39,23 +39,23 @@ _LINEAR = {2: "bilinear", 3: "trilinear"}
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a segmenter is made."""
+    """Architecture and training of a segmenter."""
 
     size: tuple[int, ...]
     """Grid of the segmenter."""
     resample: bool
-    """Images are resampled to the grid; else they are centred on it."""
+    """Whether images are resampled to the grid; otherwise they are centred on it."""
     channels: tuple[int, ...]
     batch: int
     steps: int
     learning_rate: float = 2e-3
     rotation: float = 0.4
-    """Largest, in radians."""
+    """Largest rotation in radians."""
     scale: float = 0.25
-    """Log of the largest magnification, of each axis on its own."""
+    """Logarithm of the largest magnification; every axis is scaled independently."""
     shear: float = 0.15
     shift: float = 0.12
-    """Largest, as a fraction of the image."""
+    """Largest shift as a fraction of the image."""
     seed: int = 0
 
 
@@ -69,19 +69,19 @@ RECIPES = {
 
 
 def default_cache() -> Path:
-    """Where weights are kept unless told otherwise."""
+    """The default folder for trained weights."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "monai_drdm" / "segmenters"
 
 
 class Segmenter:
-    """A trained network with its way from an image to a label map of the same size."""
+    """A trained network that turns an image into a label map of the same size."""
 
     def __init__(self, domain: str, network: nn.Module) -> None:
         self.recipe, self.network = RECIPES[domain], network.eval()
 
     @torch.no_grad()
     def __call__(self, image: Tensor) -> Tensor:
-        """``(1, 1, *S)`` image to ``(1, 1, *S)`` uint8 labels."""
+        """Segment an image ``(1, 1, *S)``; returns uint8 labels of the same shape."""
         shape = image.shape[2:]
         with torch.autocast("cpu", torch.bfloat16):
             logits = self.network(_to_grid(image, self.recipe)).float()
@@ -94,7 +94,7 @@ class Segmenter:
 
 
 def load_segmenter(domain: str, cache: Path) -> Segmenter:
-    """The domain's segmenter, trained first if the folder has none of this recipe."""
+    """Load the segmenter of a domain; train it first if the folder does not contain it."""
     digest = hashlib.sha256(repr(RECIPES[domain]).encode()).hexdigest()[:8]
     path = cache / f"{domain}-{digest}.safetensors"
     network = _build(domain)
@@ -142,7 +142,7 @@ def train(domain: str, network: nn.Module) -> None:
 
 
 def _to_grid(image: Tensor, recipe: Recipe) -> Tensor:
-    """Mean 0 and standard deviation 1 on the segmenter's grid; what lies outside the image is its minimum."""
+    """Standardise an image and bring it to the segmenter's grid; margins get the minimum of the image."""
     image = (image - image.mean()) / image.std().clamp(min=1e-6)
     if recipe.resample:
         return resize_image(image, recipe.size)
@@ -150,7 +150,7 @@ def _to_grid(image: Tensor, recipe: Recipe) -> Tensor:
 
 
 def _label_to_grid(scan: Scan, recipe: Recipe) -> Tensor:
-    """``(1, 1, *size)`` float for ``grid_sample``."""
+    """Bring a label to the segmenter's grid, as float ``(1, 1, *size)`` for ``grid_sample``."""
     label = scan.label.float()
     if recipe.resample:
         return resize_nearest(label, recipe.size)

@@ -1,4 +1,4 @@
-"""What each part of the velocity sampler brings, on validation images: the choices behind its defaults.
+"""Measure on validation images what each part of the velocity sampler contributes.
 
 Variants: as it is; without smoothing what the image does not show; without taking off what the network says of the
 original; without both; other numbers of steps and over-relaxations. Every variant draws two fields for every image and
@@ -39,13 +39,13 @@ MEASURES = ("displacement_no_affine_256", "log_jacobian_std", "diversity")
 
 
 class Variant(NamedTuple):
-    """One form of the sampler."""
+    """One variant of the sampler."""
 
     steps: int = 12
     over_relaxation: float = 1.25
     smoothed: bool = True
     anchor_every: int = 4
-    """0: never."""
+    """Steps between predictions for the original image, or 0 to never make them."""
 
 
 VARIANTS = (
@@ -67,7 +67,7 @@ VARIANTS = (
 
 @torch.no_grad()
 def sample(network: VelocityUNet, image: Tensor, seed: int, variant: Variant) -> Tensor:
-    """``DRDM.sample`` with the sampler in parts."""
+    """Like ``DRDM.sample``, with parts of the sampler switched on or off."""
     model = DRDM(network, steps=variant.steps)
     grid = model._grid(image.shape[2:], None)
     working = grid.image_to_working(image, network.card.input_range)
@@ -94,7 +94,7 @@ def measure(network: VelocityUNet, draw: Draw, variant: Variant, size: int | Non
 
 
 def lost(rows: list[dict[str, Any]], key: str) -> list[float]:
-    """Dice points lost, one mean for every image."""
+    """Mean Dice points lost for every image."""
     found = []
     for row in rows:
         pairs = [(r, d) for draw in row[key] for r, d in zip(row["dice_real"], draw) if None not in (r, d)]

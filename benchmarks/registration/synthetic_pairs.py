@@ -1,4 +1,4 @@
-"""Registration networks that never saw a real pair: how good are they, by what made their pairs?
+"""How well do registration networks register that were trained on synthetic pairs, depending on how pairs are made?
 
 | arm | trained on |
 |---|---|
@@ -74,12 +74,12 @@ class Set:
     domain: str
     structures: tuple[int, ...]
     coarser: int
-    """Images are taken this many times coarser."""
+    """Factor by which images are made coarser."""
     pairs: int
-    """Of every image of the pool."""
+    """Number of pairs made from every image of the pool."""
     level: tuple[float, float]
     smooth_vox: float
-    """Standard deviation of the smoothing of arm ``smooth``."""
+    """Standard deviation in voxels of the smoothing in arm ``smooth``."""
     steps: int = 700
     batch: int = 2
 
@@ -91,7 +91,7 @@ SETS = {
 
 
 def prepare(name: str, work: Path) -> None:
-    """Images and labels of every split as folders: links, or copies that are coarser."""
+    """Make folders with the images and labels of every split, as links or as coarser copies."""
     one = SETS[name]
     source = data_folder() / {"hippocampus3d": "hippocampus", "ixi3d": "ixi"}[one.domain]
     files = sorted((source / "images").iterdir())
@@ -106,7 +106,7 @@ def prepare(name: str, work: Path) -> None:
 
 
 def _coarser(there: Path, new: Path, factor: int, kind: str) -> None:
-    """Every so many voxels of a volume, an image smoothed before."""
+    """Write a volume that keeps every ``factor``-th voxel; images are smoothed before."""
     volume = nib.load(there)
     values = torch.from_numpy(np.asarray(volume.dataobj, dtype=np.float32))
     if kind == "images":
@@ -117,7 +117,7 @@ def _coarser(there: Path, new: Path, factor: int, kind: str) -> None:
 
 
 def write_pairs(name: str, work: Path, processes: int) -> None:
-    """Pairs of the pool: DRDM's, and those of other fields of the same mean displacements."""
+    """Make the pairs of the pool: by DRDM, and by other fields with the same mean displacements."""
     one, folder = SETS[name], work / name
     cases = find_cases(folder / "pool" / "images", folder / "pool" / "labels")
     settings = PairSettings(augmentation_level=one.level, synthesis_level=one.level, pairs=one.pairs)
@@ -134,7 +134,7 @@ def write_pairs(name: str, work: Path, processes: int) -> None:
 
 
 def _like(folder: Path, arm: str, entry: dict[str, str], draw: Callable[[Tensor, int], Tensor]) -> None:
-    """A pair of the same image; both fields have the mean displacement of the one between DRDM's pair."""
+    """Make a pair of the same image as a DRDM pair; both fields have the mean displacement of DRDM's field."""
     out = {key: folder / f"pairs-{arm}" / path for key, path in entry.items()}
     if out["ddf"].is_file():
         return
@@ -160,7 +160,7 @@ def _random(model: DRDM, one: Set, image: Tensor, seed: int) -> Tensor:
 
 
 def _smooth(one: Set, image: Tensor, seed: int) -> Tensor:
-    """The flow of noise that is smoothed on a larger grid, so that it is alike at the border and inside."""
+    """Integrate smoothed noise; smoothing on a larger grid makes it equally strong at the border and inside."""
     larger = [n + 2 * math.ceil(4 * one.smooth_vox) for n in image.shape[2:]]
     noise = torch.randn(1, 3, *larger, generator=torch.Generator().manual_seed(seed))
     velocity = crop(gaussian_smooth(noise, one.smooth_vox), image.shape[2:], centre=True)
@@ -168,7 +168,7 @@ def _smooth(one: Set, image: Tensor, seed: int) -> Tensor:
 
 
 def train(name: str, work: Path, arm: str, seed: int) -> Path:
-    """The network of an arm."""
+    """Train the network of an arm unless it exists; returns its weights file."""
     one, folder = SETS[name], work / name
     run = folder / f"run-{arm}-{seed}"
     weights = run / "network.safetensors"
@@ -178,7 +178,7 @@ def train(name: str, work: Path, arm: str, seed: int) -> Path:
         "batch_size": one.batch,
         "max_epochs": one.steps // _EPOCH,
         "epoch_length": _EPOCH,
-        "ema_decay": 0.99,  # short runs
+        "ema_decay": 0.99,  # because runs are short
         "warmup_steps": 50,
         "folding_weight": 0.0,  # the same for all arms; the table says how much they fold
     }
@@ -195,7 +195,7 @@ def train(name: str, work: Path, arm: str, seed: int) -> Path:
 
 
 def judge(name: str, work: Path, arm: str, seed: int, split: str) -> None:
-    """Register every image of a split to the next."""
+    """Register the next image of a split to every image, and write the scores."""
     one, folder = SETS[name], work / name / split
     bank = load_images(folder / "images", folder / "labels", spatial_dims=3)
     assert bank.labels is not None
@@ -220,7 +220,7 @@ def judge(name: str, work: Path, arm: str, seed: int, split: str) -> None:
 
 
 def chosen_rounds(name: str, arm: str) -> int:
-    """How often an arm's networks register best on validation images."""
+    """The number of registration rounds with the best Dice of an arm on validation images."""
     dice: dict[int, list[float]] = {}
     for row in read_rows(PATH):
         if (row["set"], row["arm"], row["split"]) == (name, arm, "validation"):
@@ -242,7 +242,7 @@ def _identity(moving: Tensor, fixed: Tensor) -> Tensor:
 
 
 def _itk(image: Tensor) -> SimpleITK.Image:
-    """Array order becomes ITK's: the first axis is the last."""
+    """Convert to ITK, which reverses the order of axes."""
     return SimpleITK.GetImageFromArray(image[0, 0].numpy())
 
 

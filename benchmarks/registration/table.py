@@ -1,4 +1,4 @@
-"""Tables and the figure of the registration benchmark, made from its JSON lines."""
+"""Make the tables and the figure of the registration benchmark from its rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Row = dict[str, Any]
 
 
 def table(rows: list[Row]) -> str:
-    """Markdown: mean over pairs ± standard deviation over seeds (or, of one seed, over pairs)."""
+    """Markdown table of means over pairs ± standard deviation over seeds, or over pairs if there is one seed."""
     columns = ("set", "split", "arm", "rounds", "seeds", "pairs", "Dice %", "HD95 vox", "folds %", "consistency vox")
     lines = [f"| {' | '.join(columns)} | s a pair |", "|" + "---|" * 11]
     keys = dict.fromkeys((r["set"], r["split"], r["arm"], r["rounds"]) for r in rows)
@@ -38,7 +38,7 @@ def table(rows: list[Row]) -> str:
 
 
 def by_structure(rows: list[Row]) -> str:
-    """Markdown: mean Dice in % of every structure in test images, in the order of their ids."""
+    """Markdown table of the mean test Dice in % of every structure, in the order of their ids."""
     tables = []
     for name, mine in _test_rows(rows).items():
         arms = _arms(mine)
@@ -51,7 +51,7 @@ def by_structure(rows: list[Row]) -> str:
 
 
 def comparisons(rows: list[Row]) -> str:
-    """Markdown: differences between arms on the same test pairs, mean over seeds first."""
+    """Markdown table of differences between arms on the same test pairs, averaged over seeds."""
     lines = ["| set | arm | minus | pairs | Dice points | p (Wilcoxon) |", "|" + "---|" * 6]
     for name, mine in _test_rows(rows).items():
         found = {arm: _by_pair(mine, arm) for arm in _arms(mine)}
@@ -72,7 +72,7 @@ def _by_pair(rows: list[Row], arm: str) -> dict[str, float]:
 
 
 def figure(rows: list[Row]) -> Figure:
-    """Dice of every test pair by arm; lines at the means."""
+    """Plot the Dice of every test pair by arm, with a line at the mean."""
     sets = _test_rows(rows)
     drawn = Figure(figsize=(5.5 * len(sets), 3.8), layout="constrained")
     for axes, (name, mine) in zip(drawn.subplots(1, len(sets), squeeze=False)[0], sets.items()):

@@ -1,4 +1,4 @@
-"""Going there and back: labels, images, and the two ways of keeping a field in 16 bits.
+"""Deform labels and images and invert the deformation; compare two ways to store a field in 16 bits.
 
 ACDC validation patients 61-70, labelled slices at their 160². Every slice is deformed and inverted by the transform
 (labels nearest both ways). Beside it, the field as the sampler made it is kept in 16 bits in both ways, half precision
@@ -36,7 +36,7 @@ PATH = Path(__file__).parent / "inverse.jsonl"
 
 
 def slices(count: int) -> list[tuple[int, Tensor, Tensor]]:
-    """``(index, image, label)``, each ``(1, 160, 160)``, spread evenly over the labelled slices."""
+    """Labelled slices, evenly spread, as ``(index, image, label)`` with tensors ``(1, 160, 160)``."""
     archive = np.load(data_folder() / "acdc" / "acdc2d_160.npz")
     labelled = archive["label"].reshape(len(archive["label"]), -1).any(axis=1)
     indices = np.flatnonzero(labelled & (archive["patient"] > 60) & (archive["patient"] <= 70))
@@ -48,7 +48,7 @@ def slices(count: int) -> list[tuple[int, Tensor, Tensor]]:
 
 
 def dice_by_class(a: Tensor, b: Tensor) -> dict[int, float]:
-    """Dice of every class that either holds."""
+    """Dice of every class that at least one of the labels contains."""
     classes = sorted({*a.unique().tolist(), *b.unique().tolist()} - {0})
     return {c: 2 * float(((a == c) & (b == c)).sum()) / float((a == c).sum() + (b == c).sum()) for c in classes}
 
@@ -75,7 +75,7 @@ def measure(index: int, image: Tensor, label: Tensor, level: float, size: int) -
 
 
 def roundings(index: int, image: Tensor, level: float, model: DRDM, shape: tuple[int, int]) -> dict[str, float]:
-    """Largest error and folds of a field on a grid of ``shape``, kept in half precision and in fixed point."""
+    """Largest error and folds of a field that is stored in half precision and in fixed point, at ``shape``."""
     resized = torch.nn.functional.interpolate(image[None].float(), shape, mode="bilinear")
     drawn = model.sample(resized, level, [index], compact=True)
     exact = resize_ddf(drawn, shape)

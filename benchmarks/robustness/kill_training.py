@@ -1,4 +1,4 @@
-"""Kill training runs at random moments and see what is left: a checkpoint that loads, and a run that goes on exactly.
+"""Kill training runs at random moments; check that checkpoints load and that resumed runs end exactly the same.
 
 Every run is a small one on random anatomy, killed with SIGKILL at a random moment after its first metrics, then resumed
 to its end and compared with one that nothing happened to: metrics, and weights to the last bit. One JSON line a run.
@@ -30,7 +30,7 @@ SETTINGS = ["channels=[8, 16]", "working_size=33", "batch_size=2", "epoch_length
 
 
 def killed(run: Path, seconds: float) -> bool:
-    """Start a run, kill it so long after its first metrics; False if it was done by then."""
+    """Start a run and kill it ``seconds`` after its first metrics; False if it had finished by then."""
     settings = [part for one in SETTINGS for part in ("--set", one)]
     command = [sys.executable, "-m", "monai_drdm.train", "--out", str(run), *settings]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # noqa: S603 # our own
@@ -43,7 +43,7 @@ def killed(run: Path, seconds: float) -> bool:
 
 def steps_saved(run: Path) -> tuple[int | None, bool]:
     """The step of the latest checkpoint, and whether all of them load."""
-    paths = list((run / "checkpoints").glob("[!.]*.pt"))  # the one that was being written may be torn
+    paths = list((run / "checkpoints").glob("[!.]*.pt"))  # names of unfinished files start with a dot
     loadable = True
     for path in paths:
         try:
@@ -58,7 +58,7 @@ def metrics_of(run: Path) -> list[Any]:
 
 
 def trial(folder: Path, whole: Path, longest: float, seed: int) -> dict[str, Any]:
-    """One run, killed and resumed."""
+    """Kill one run, resume it, and compare it with an undisturbed run."""
     run, seconds = folder / "run", random.Random(seed).uniform(0, longest)  # noqa: S311 # moments, not secrets
     ended = not killed(run, seconds)
     step, loadable = steps_saved(run)

@@ -1,4 +1,4 @@
-"""How fast rounding differences grow in the released recovery: why two machines do not end in the same field.
+"""Measure how fast rounding differences grow in the released recovery, so that two machines end in different fields.
 
 Runs the released 80 steps on one recorded slice, alone and with the start perturbed by Gaussian noise of 1e-5 px, and
 prints the mean distance between the two after each step and from the recorded result at the end. Needs the recorded

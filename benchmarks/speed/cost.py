@@ -1,4 +1,4 @@
-"""Seconds a sample: our networks at their default steps beside the published one as released.
+"""Time our networks at their default steps beside the published network as released, in seconds per sample.
 
 Everything is timed in one run, in turns, so that the machine is the same for all: one 256² ACDC slice in 2D, one
 80×96×80 brain volume in 3D, one sample at a time, level 0.6, after one untimed sample each. Every timing is a row; the
@@ -38,7 +38,7 @@ Timed = tuple[dict[str, Any], DRDM, Tensor]
 
 
 def prepare(name: str, sampler: str = "auto") -> Timed:
-    """Columns, model and image of one network."""
+    """Load one network; returns the columns of its rows, its model and the image."""
     network = load_network(name)
     model = DRDM(network, sampler)
     if network.spatial_dims == 2:
@@ -50,9 +50,9 @@ def prepare(name: str, sampler: str = "auto") -> Timed:
 
 
 def run(timed: list[Timed], turns: int) -> None:
-    """Time all of them ``turns`` times in turn."""
+    """Time every network once per turn, for ``turns`` turns."""
     where = machine() | {"run": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    for turn in tqdm(range(-1, turns), unit="turn"):  # the turn before the first warms up
+    for turn in tqdm(range(-1, turns), unit="turn"):  # turn -1 warms up
         for base, model, image in timed:
             start = time.perf_counter()
             model.sample(image, LEVEL, [max(turn, 0)])
@@ -63,7 +63,7 @@ def run(timed: list[Timed], turns: int) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown, one part a run."""
+    """Markdown, with one table per run."""
     lines = []
     for run_name in sorted({row["run"] for row in rows}):
         ours = [row for row in rows if row["run"] == run_name]

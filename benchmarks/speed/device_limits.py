@@ -1,4 +1,4 @@
-"""How near a device comes to what it could do: fields a second, warps, and what a training step waits for.
+"""Compare fields, warps and training steps on a device with the limits of its arithmetic and memory.
 
 Four numbers, each beside its limit on this device, computed from what the work takes and from two measurements made
 first: multiplications of large matrices, and copies in memory.
@@ -50,7 +50,7 @@ _ANCHOR_EVERY = 4
 
 
 def timed(device: torch.device, turns: int, call: Callable[[], object]) -> list[float]:
-    """Seconds of each turn, after two that warm up."""
+    """Time ``call`` in every turn, after two calls that warm up."""
 
     def wait() -> None:
         if device.type == "cuda":
@@ -73,7 +73,7 @@ def images(dims: int, device: torch.device) -> torch.Tensor:
 
 
 def capacity(device: torch.device, precision: str, turns: int) -> dict[str, float]:
-    """Multiply-adds and bytes a second that this device reaches."""
+    """Measure the multiply-adds and bytes per second that this device reaches."""
     size = 4096 if device.type == "cuda" else 1024
     a = torch.rand(size, size, device=device, dtype=getattr(torch, precision))
     source = torch.rand(1 << (28 if device.type == "cuda" else 25), device=device)
@@ -83,7 +83,7 @@ def capacity(device: torch.device, precision: str, turns: int) -> dict[str, floa
 
 
 def madds_of(dims: int, batch: int) -> float:
-    """Multiply-adds of the convolutions of one draw of a batch."""
+    """Count the multiply-adds of all convolutions in one draw of a batch."""
     network = load_network({2: "anatomy-2d", 3: "anatomy-3d"}[dims])
     size, steps = network.card.working_size, network.card.steps
     with FlopCounterMode(display=False) as counter:
@@ -100,7 +100,7 @@ def fields(dims: int, device: torch.device, turns: int, precision: str, compiled
 
 @torch.no_grad()
 def warps(device: torch.device, turns: int) -> tuple[list[float], float]:
-    """Seconds for a 128³ image and label, and the bytes that move at least."""
+    """Time warps of a 128³ image and label; also returns the fewest bytes that must move."""
     image = images(3, device)[:1]
     label = (4 * image).to(torch.uint8)
     ddf = gaussian_smooth(torch.randn(1, 3, *SHAPE[3], generator=torch.Generator().manual_seed(1)), 4.0).to(device) * 9
@@ -114,7 +114,7 @@ def warps(device: torch.device, turns: int) -> tuple[list[float], float]:
 
 
 def steps(device: torch.device, turns: int, precision: str, compiled: bool) -> dict[str, list[float]]:
-    """Seconds of a training step of a U-Net on 2D batches, with and without the transform before it."""
+    """Time training steps of a U-Net on 2D batches, with and without the transform before them."""
     image = images(2, device)
     label = (3.99 * (image - image.min()) / (image.max() - image.min())).to(torch.uint8)
     network = UNet(2, 1, 4, (32, 64, 128, 256), (2, 2, 2), num_res_units=2).to(device)
@@ -160,7 +160,7 @@ def run(device: torch.device, turns: int, precision: str, compiled: bool) -> Non
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the latest run of every device."""
+    """Markdown table of the latest run on every device."""
     lines = ["| device | what | ms (smallest to largest) | samples a second | limit ms | of the limit |"]
     lines.append("|" + "---|" * 6)
     for device in dict.fromkeys((r["device"], r["precision"], r["compiled"]) for r in rows):

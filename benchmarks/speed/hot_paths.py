@@ -1,7 +1,7 @@
-"""What each change to a hot path gains: the way it was done, or could be, beside the way it is, on the same arrays.
+"""Measure what each optimisation gains, by timing two implementations on the same arrays.
 
-Both are timed in turns on one thread, so that the machine is the same for both; what is predicted is written down here,
-from the passes over memory that each way takes.
+Both are timed in turns on one thread, so that the machine is the same for both. The expected speed-up is written in
+this file; it follows from the number of passes over memory.
 
     python benchmarks/speed/hot_paths.py --turns 9
     python benchmarks/speed/hot_paths.py --table
@@ -43,11 +43,11 @@ Ways = tuple[Callable[[], Any], Callable[[], Any]]
 
 
 class Change(NamedTuple):
-    """Two ways to do one thing."""
+    """Two implementations of the same operation."""
 
     name: str
     predicted: float
-    """How many times faster the second way should be."""
+    """Expected speed-up of the second implementation."""
     kept: bool
     why: str
     ways: Callable[[int], Ways]
@@ -105,7 +105,7 @@ def scaled_first(dims: int) -> Ways:
 
 
 def fused_upsampling(dims: int) -> Ways:
-    """Upsampling straight into the layout of ``grid_sample``, by channels-last memory."""
+    """Upsample directly into the layout of ``grid_sample``, with channels-last memory."""
     coarse, shape, mode = _inputs(dims)[0], SHAPES[dims], {2: "bilinear", 3: "trilinear"}[dims]
     layout = torch.channels_last if dims == 2 else torch.channels_last_3d
     scale = torch.tensor([2 / (m - 1) for m in coarse.shape[2:]]).view(1, -1, *(1,) * dims)
@@ -127,7 +127,7 @@ def _prediction(dims: int) -> tuple[Any, Tensor, Tensor]:
 
 
 def channels_last(dims: int) -> Ways:
-    """One convolution of the network's second grid."""
+    """One convolution of the size of those on the network's second grid."""
     layout = torch.channels_last if dims == 2 else torch.channels_last_3d
     conv = {2: torch.nn.Conv2d, 3: torch.nn.Conv3d}[dims](32, 32, 3, padding=1)
     x = torch.rand(1, 32, *(41 if dims == 2 else 21,) * dims)
@@ -152,14 +152,14 @@ def bfloat16(dims: int) -> Ways:
 
 
 def squarings(dims: int) -> Ways:
-    """The flow of a recovery step of 1 voxel: always six squarings, or as many as it needs."""
+    """Integrate a velocity of at most 1 voxel: always with six squarings, or with as many as it needs."""
     svf = resize_ddf(_inputs(dims)[0], tuple((n + 1) // 2 for n in COARSE[dims]))
     svf = svf / svf.abs().max()
     return lambda: exp_svf(svf, 6), lambda: exp_svf(svf, at_most=6)
 
 
 def beside_scipy(dims: int) -> Ways:
-    """Warping an image: SciPy's linear interpolation, and ours."""
+    """Warp an image with SciPy's linear interpolation and with ours."""
     coarse, image, _ = _inputs(dims)
     ddf = resize_ddf(coarse, SHAPES[dims])
     array, at = image[0, 0].numpy(), (ddf[0] + identity_grid(SHAPES[dims])).numpy()
@@ -167,7 +167,7 @@ def beside_scipy(dims: int) -> Ways:
 
 
 def beside_monai(dims: int) -> Ways:
-    """Warping an image: MONAI's ``Warp`` block, and ours."""
+    """Warp an image with MONAI's ``Warp`` block and with ours."""
     coarse, image, _ = _inputs(dims)
     ddf, block = resize_ddf(coarse, SHAPES[dims]), Warp("bilinear", "border")
     return lambda: block(image, ddf), lambda: warp(image, ddf)
@@ -191,13 +191,13 @@ CHANGES = (
 
 @torch.no_grad()
 def run(turns: int) -> None:
-    """Time all changes."""
+    """Time all optimisations and write one row for each."""
     torch.set_num_threads(1)
     where = machine() | {"run": datetime.now(timezone.utc).isoformat(timespec="seconds")}
     for change, dims in tqdm([(one, dims) for one in CHANGES for dims in one.dims], unit="change"):
         before, after = change.ways(dims)
         seconds: tuple[list[float], list[float]] = ([], [])
-        for turn in range(-1, turns):  # one warms up
+        for turn in range(-1, turns):  # turn -1 warms up
             for way, found in zip((before, after), seconds):
                 start = time.perf_counter()
                 way()
@@ -209,7 +209,7 @@ def run(turns: int) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the latest run, with the ratio within a turn."""
+    """Markdown table of the latest run, with the ratio within a turn."""
     lines = ["| change | grid | ms before | ms after | predicted | measured | kept | |", "|" + "---|" * 8]
     for row in (r for r in rows if r["run"] == max(one["run"] for one in rows)):
         ratio = np.array(row["before"]) / np.array(row["after"])

@@ -1,4 +1,4 @@
-"""Time and memory of warping a 3D label map of many classes, against one linear warp of an image of the same size.
+"""Measure time and memory of warping a 3D label map of many classes, beside one linear warp of the same size.
 
 python benchmarks/speed/label_warp.py --size 192 --classes 100
 """

@@ -1,4 +1,4 @@
-"""Milliseconds a sample, image and label: every form of ours beside every peer, on the same arrays, in one run.
+"""Time our transforms beside those of other libraries on the same image and label, in one run.
 
 All of them are timed in turns, so that the machine is the same for all; the peak memory of each is that of a process of
 its own that does nothing else. Every peer fires every time and resamples the image linearly and the label by nearest
@@ -50,7 +50,7 @@ Call = Callable[[Sample], object]
 
 
 def make_sample(shape: tuple[int, ...]) -> Sample:
-    """A smooth image that looks like something, and its label of four classes."""
+    """A smooth random image, and a label of four classes by its intensity."""
     noise = torch.randn(1, 1, *shape, generator=torch.Generator().manual_seed(0))
     image = gaussian_smooth(noise, 0.04 * max(shape))[0]
     image = (image - image.min()) / (image.max() - image.min())
@@ -130,18 +130,18 @@ def calls_of(sample: Sample) -> dict[str, Call]:
 
 
 def share_of(name: str) -> int:
-    """Samples that one call makes."""
+    """Number of samples that one call makes."""
     return int(name.split()[-1]) if name.startswith("Batch") else 1
 
 
 def timed(shape: tuple[int, ...], threads: int, turns: int) -> None:
-    """Time all peers in turns, then the memory of each."""
+    """Time all transforms in turns, then measure the memory of each."""
     torch.set_num_threads(threads)
     sample = make_sample(shape)
     calls = calls_of(sample)
     where = machine() | {"run": datetime.now(timezone.utc).isoformat(timespec="seconds"), "shape": list(shape)}
     seconds: dict[str, list[float]] = {name: [] for name in calls}
-    for turn in tqdm(range(-1, turns), desc=f"{shape}, {threads} threads", unit="turn"):  # one warms up
+    for turn in tqdm(range(-1, turns), desc=f"{shape}, {threads} threads", unit="turn"):  # turn -1 warms up
         for name, call in calls.items():
             start = time.perf_counter()
             call(sample)
@@ -154,14 +154,14 @@ def timed(shape: tuple[int, ...], threads: int, turns: int) -> None:
 
 
 def memory_of(name: str, shape: tuple[int, ...], threads: int) -> float:
-    """Peak resident megabytes that three calls add to a process, by one that does only that."""
+    """Peak resident megabytes that three calls add, measured in a separate process."""
     command = [sys.executable, __file__, "--one", json.dumps([name, list(shape), threads])]
     answer = subprocess.run(command, check=True, capture_output=True, text=True, env=os.environ)  # noqa: S603
     return float(answer.stdout.split()[-1])
 
 
 def one(name: str, shape: list[int], threads: int) -> None:
-    """Print the peak of this process above what it was before the first call."""
+    """Print how far the peak memory of this process rises above that before the first call."""
     torch.set_num_threads(threads)
     sample = make_sample(tuple(shape))
     for maker in MAKERS:
@@ -176,17 +176,17 @@ def one(name: str, shape: list[int], threads: int) -> None:
 
 
 def resident_mb() -> float:
-    """Memory of this process now."""
+    """Resident megabytes of this process now."""
     return _status("VmRSS:")
 
 
 def peak_mb() -> float:
-    """The most it was since ``reset_peak``."""
+    """Largest resident megabytes of this process since ``reset_peak``."""
     return _status("VmHWM:")
 
 
 def reset_peak() -> None:
-    """Forget the peak so far."""
+    """Reset the peak memory of this process."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -196,7 +196,7 @@ def _status(key: str) -> float:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the latest run of every shape and number of threads."""
+    """Markdown tables of the latest run for every shape and number of threads."""
     parts = []
     groups = sorted({(tuple(r["shape"]), r["threads"]) for r in rows}, key=lambda g: (len(g[0]), *g))
     for shape, threads in groups:

@@ -1,4 +1,4 @@
-"""How time and memory grow with the size of images, the batch, the steps and the classes of a label.
+"""Measure how time and memory grow with image size, batch size, steps and classes of the label.
 
 One thing is changed at a time, the rest stays at its default. Memory is the peak of a process of its own above what it
 held with image and label: network, fields, outputs and, for a bank, drawing two fields.
@@ -69,13 +69,13 @@ def cases() -> list[Case]:
 
 
 def sample_of(case: Case) -> dict[str, Any]:
-    """An image, and a label of so many classes."""
+    """An image, and a label with the number of classes of the case."""
     sample = make_sample(tuple(case["shape"]))
     return sample | {"label": (sample["image"] * case["classes"]).clamp(max=case["classes"] - 1).to(torch.uint8)}
 
 
 def call_of(case: Case, sample: dict[str, Any]) -> Callable[[], object]:
-    """What is timed."""
+    """The function that is timed for a case."""
     settings: dict[str, Any] = {"keys": KEYS, "mode": ["bilinear", "label"], "prob": 1.0}
     if case["form"] == "bank":
         bank = DeformationBank.build([sample], id_key="name", fields_per_image=2, progress=False)
@@ -107,7 +107,7 @@ def one(case: Case, threads: int, turns: int) -> None:
 
 
 def leak(calls: int) -> None:
-    """Resident memory over many calls of every form; one recovery step, which holds no less than twelve."""
+    """Record resident memory over many calls of every form; one recovery step needs as much memory as twelve."""
     sample = make_sample((64, 64))
     bank = DeformationBank.build([sample], id_key="name", fields_per_image=4, progress=False)
     settings: dict[str, Any] = {"keys": KEYS, "mode": ["bilinear", "nearest"], "prob": 1.0}
@@ -128,7 +128,7 @@ def leak(calls: int) -> None:
 
 
 def leak_table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the latest run of every form."""
+    """Markdown table of the latest run of every form."""
     lines = ["| form | calls | MB after a tenth of them | at the end | largest in between |", "|---|---|---|---|---|"]
     for row in {r["form"]: r for r in rows}.values():
         found = row["resident_mb"]
@@ -137,7 +137,7 @@ def leak_table(rows: list[dict[str, Any]]) -> str:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the latest row of every case."""
+    """Markdown table of the latest row of every case."""
     lines = [
         "| images | form | batch | steps | classes | threads | seconds (smallest to largest) | peak MB |",
         "|" + "---|" * 8,

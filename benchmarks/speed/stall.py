@@ -1,8 +1,8 @@
-"""What a transform costs a training step: a MONAI U-Net fed by a DataLoader, against an identity in its place.
+"""Measure how much a transform slows a training step of a U-Net behind a DataLoader, compared with an identity.
 
-The loader's workers share the machine with the training, as they do where people train on a CPU: what a transform
-takes, the step does not get. Transforms are timed in turns, each over a number of steps after the loader has warmed
-up; rows are seconds a step.
+The loader's workers share the processor with the training, as they do when people train on a CPU, so a transform takes
+processor time from the training step. Transforms are timed in turns, each over a number of steps after the loader has
+warmed up; rows hold seconds per step.
 
     python benchmarks/speed/stall.py --shapes 256x256 96x96x96 --workers 2 --turns 5
     python benchmarks/speed/stall.py --table
@@ -39,7 +39,7 @@ ITEMS, WARM_UP = 16, 2
 
 
 class Endless(Dataset):
-    """Samples without an end, so that no epoch does."""
+    """A dataset that repeats its samples, so that no epoch ends while steps are timed."""
 
     def __len__(self) -> int:
         return 1_000_000
@@ -49,7 +49,7 @@ class Endless(Dataset):
 
 
 def _loaded(sample: dict[str, Any]) -> dict[str, Any]:
-    """As MONAI's ``LoadImaged`` hands it on, also to the identity: every step on a MetaTensor costs a little more."""
+    """Make MetaTensors as ``LoadImaged`` does, for the identity too, because operations on them cost a little more."""
     return {key: MetaTensor(sample[key]) for key in KEYS}
 
 
@@ -71,7 +71,7 @@ def transforms_of(samples: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def steps(transform: Any, samples: list[dict[str, Any]], workers: int) -> Iterator[float]:
-    """Seconds of one training step after another."""
+    """Run training steps and yield the seconds of each."""
     dims = samples[0]["image"].ndim - 1
     loader = DataLoader(Endless(samples, transform), batch_size=BATCH[dims], num_workers=workers)
     network = UNet(dims, 1, 4, (16, 32, 64, 128), (2, 2, 2), num_res_units=2)
@@ -103,7 +103,7 @@ def run(shape: tuple[int, ...], workers: int, turns: int, count: int, without: l
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: the latest run of every shape; overhead over the identity within a turn."""
+    """Markdown table of the latest run of every shape, with the overhead over the identity within a turn."""
     lines = ["| images | workers | transform | ms a step | overhead (smallest to largest) |", "|---|---|---|---|---|"]
     for shape in sorted({tuple(r["shape"]) for r in rows}, key=lambda s: (len(s), s)):
         mine = [r for r in rows if tuple(r["shape"]) == shape]

@@ -1,4 +1,4 @@
-"""What a few minutes of training on random anatomy give, on images that the network has not seen.
+"""Train for a few minutes on random anatomy, and measure recovery on images that the network has not seen.
 
 Runs ``python -m monai_drdm.train --data synthetic`` for some minutes, then measures recovery on held-out random
 anatomy, on cardiac MR slices (ACDC, patients 61-70) and on brain MR slices (IXI, subjects 27-30):
@@ -44,7 +44,7 @@ MEASURES = {"one_shot": "one shot", "displacement_left": "displacement left", "i
 
 
 def held_out(count: int, size: int) -> Tensor:
-    """Random anatomy from a generator that no run uses."""
+    """Random anatomy with a seed that no training run uses."""
     return synthetic_images(torch.Generator().manual_seed(2**40), count, (size, size))
 
 
@@ -63,11 +63,11 @@ SETS: dict[str, Callable[[int, int], Tensor]] = {"random anatomy": held_out, "AC
 
 @torch.no_grad()
 def measure(network: VelocityUNet, images: Tensor, level: float, seed: int) -> dict[str, float]:
-    """Means over a batch, each relative to doing nothing."""
+    """Means over a batch, each relative to the value without recovery."""
     deformed = deform_images(images, torch.Generator().manual_seed(seed), levels=(level, level + 1e-6))
     dims = tuple(range(1, deformed.ddf.ndim))
     target = Target(deformed.level, deformed.velocity, deformed.ddf, deformed.ddf, False)
-    start = mend_folds(deformed.ddf)  # as recovery ends: mending alone shortens fields of high levels
+    start = mend_folds(deformed.ddf)  # recovery mends its result too; mending alone shortens strong fields
     left = recover_velocity(network, images, deformed.ddf, deformed.level.tolist(), steps=STEPS)
     error, before = (
         (warp(images, resize_ddf(ddf, images.shape[2:]), "bilinear", "border") - images).square().mean()

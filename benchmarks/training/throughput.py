@@ -1,4 +1,4 @@
-"""Training throughput: our step against the published recipe, samples per second.
+"""Measure the samples per second of our training step and of the published recipe.
 
 Ours is a whole step of ``VelocityUNet`` with default settings: images from memory, posed, deformed, half of the steps
 rolled out, restyled; convolutions in bfloat16, loss, gradients, AdamW, average of weights. The published one is that of
@@ -51,14 +51,14 @@ Step = Callable[[int], None]
 
 
 def bank(shape: tuple[int, ...]) -> ScanBank:
-    """Sixteen images."""
+    """Sixteen images of random anatomy."""
     generator = torch.Generator().manual_seed(0)
     images = torch.cat([synthetic_images(generator, 2, shape) for _ in range(8)])
     return ScanBank((images * 255).to(torch.uint8), torch.arange(len(images)), torch.ones(len(images)), ())
 
 
 def our_step(dims: int, batch: int, device: str) -> Step:
-    """One step of training a ``VelocityUNet``."""
+    """Make a function that trains a ``VelocityUNet`` for one step."""
     shape = tuple(n + 1 for n in SHAPES[dims])
     settings = [f"spatial_dims={dims}", f"working_size={max(shape)}", f"batch_size={batch}"]
     task = choose_task(build_config(settings=settings))
@@ -80,7 +80,7 @@ def our_step(dims: int, batch: int, device: str) -> Step:
 
 
 def published_step(dims: int, batch: int, device: str) -> Step:
-    """One step of training a ``RecResACNet`` as published."""
+    """Make a function that trains a ``RecResACNet`` for one step, as published."""
     shape = SHAPES[dims]
     config = build_config(settings=["network=recresacnet", f"spatial_dims={dims}"])
     network, scans = RecResACNet(dims).to(device), bank(shape)
