@@ -3,7 +3,6 @@
 import dataclasses
 import os
 import random
-import resource
 import signal
 import sys
 import threading
@@ -68,6 +67,8 @@ class Forked:
     def _run(self, call: Callable[[], object], before: Callable[[], object] | None) -> None:
         code: object = 1
         try:
+            import resource  # there is none on Windows, and no fork
+
             resource.setrlimit(resource.RLIMIT_CPU, (self.CPU_LIMIT_S, self.CPU_LIMIT_S))
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)

@@ -1,6 +1,6 @@
 import hashlib
 import io
-import subprocess
+import runpy
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -174,8 +174,11 @@ def test_version(capsys):
     assert capsys.readouterr().out.strip() == __version__
 
 
-def test_module_runs():
-    command = [sys.executable, "-m", "monai_drdm.cli", "weights", "list"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert CARDIAC in done.stdout
+def test_module_runs(capsys, monkeypatch):
+    """As ``python -m monai_drdm.cli`` runs it, in this process."""
+    monkeypatch.delitem(sys.modules, "monai_drdm.cli")
+    monkeypatch.setattr(sys, "argv", ["cli.py", "weights", "list"])
+    with pytest.raises(SystemExit) as exit_:
+        runpy.run_module("monai_drdm.cli", run_name="__main__", alter_sys=True)
+    assert exit_.value.code == 0
+    assert CARDIAC in capsys.readouterr().out

@@ -6,32 +6,44 @@ import json
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 
 from monai_drdm.cli import main
-from monai_drdm.networks import RecResACNet, save_network
+from monai_drdm.networks import save_network, VelocityUNet
 
 FILES = ["field.nii.gz", "figure.png", "image.nii.gz", "label.nii.gz", "record.json"]
+AFFINE = np.diag([2.1, 0.7, 1.0, 1.0])
 
 
 @pytest.fixture
 def network_file(tmp_path):
-    network = RecResACNet(2)
-    torch.nn.init.normal_(network.conv_out.weight, std=1e-5)
-    torch.nn.init.zeros_(network.conv_out.bias)
-    network.card = dataclasses.replace(network.card, name="untrained", working_size=48, steps=2)
+    """A small network that leaves fields as they are."""
+    network = VelocityUNet(2, channels=(4, 6))
+    network.card = dataclasses.replace(network.card, name="untrained", working_size=33, steps=1)
     path = tmp_path / "untrained.safetensors"
     save_network(network, path)
     return path
+
+
+@pytest.fixture
+def own(tmp_path):
+    """The arguments of a small image and its label."""
+    axes = np.meshgrid(np.linspace(-1, 1, 50), np.linspace(-1, 1, 35), indexing="ij")
+    image = np.exp(-3 * (axes[0] ** 2 + axes[1] ** 2)).astype(np.float32)
+    label = (image > 0.5).astype(np.int16) * 7
+    for key, values in (("image", image), ("label", label)):
+        nib.save(nib.Nifti1Image(values[:, :, None], AFFINE), tmp_path / f"{key}.nii.gz")
+    return "--image", tmp_path / "image.nii.gz", "--label", tmp_path / "label.nii.gz"
 
 
 def run(*arguments):
     return main(["demo", *map(str, arguments)])
 
 
-def test_default_scan(network_file, tmp_path, capsys):
+def test_default_scan_and_network_need_no_download(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("MONAI_DRDM_WEIGHTS", str(tmp_path / "empty"))
     out = tmp_path / "out"
-    assert run("--network", network_file, "--out", out, "--level", 0.4) == 0
+    assert run("--out", out, "--level", 0.4) == 0
+    assert not (tmp_path / "empty").exists()
     assert sorted(p.name for p in out.iterdir()) == FILES
     assert capsys.readouterr().out.count("\n") == len(FILES)
     source = nib.load(_nibabel_scan())
@@ -51,32 +63,21 @@ def test_default_scan(network_file, tmp_path, capsys):
     assert np.abs(voxels[..., 2]).max() < 1e-3
     assert np.abs(voxels[..., :2]).max() > 1
     record = json.loads((out / "record.json").read_text())
-    assert record["deformation_level"] == 0.4
+    assert (record["network"], record["deformation_level"]) == ("anatomy-2d", 0.4)
     assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
 
 
-def test_same_seed_same_files_and_nothing_overwritten(network_file, tmp_path, capsys):
+def test_same_seed_same_files_and_nothing_overwritten(network_file, own, tmp_path, capsys):
     for name in ("a", "b"):
-        assert run("--network", network_file, "--out", tmp_path / name, "--seed", 3) == 0
-    first, second = (nib.load(tmp_path / name / "image.nii.gz").get_fdata() for name in ("a", "b"))
-    np.testing.assert_array_equal(first, second)
-    assert run("--network", network_file, "--out", tmp_path / "a") == 1
-    assert "not an empty folder" in capsys.readouterr().err
-
-
-def test_own_image_and_label_2d(network_file, tmp_path):
-    affine = np.diag([0.7, 1.4, 1.0, 1.0])
-    axes = np.meshgrid(np.linspace(-1, 1, 50), np.linspace(-1, 1, 35), indexing="ij")
-    image = np.exp(-3 * (axes[0] ** 2 + axes[1] ** 2)).astype(np.float32)
-    nib.save(nib.Nifti1Image(image[:, :, None], affine), tmp_path / "i.nii.gz")
-    nib.save(nib.Nifti1Image((image > 0.5).astype(np.int16)[:, :, None] * 7, affine), tmp_path / "l.nii.gz")
-    out = tmp_path / "out"
-    arguments = ("--image", tmp_path / "i.nii.gz", "--label", tmp_path / "l.nii.gz", "--out", out)
-    assert run("--network", network_file, *arguments) == 0
-    label = nib.load(out / "label.nii.gz")
+        assert run("--network", network_file, *own, "--out", tmp_path / name, "--seed", 3) == 0
+    first, second = (nib.load(tmp_path / name / "image.nii.gz") for name in ("a", "b"))
+    np.testing.assert_array_equal(first.get_fdata(), second.get_fdata())
+    label = nib.load(tmp_path / "a" / "label.nii.gz")
     assert set(np.unique(label.get_fdata())) == {0, 7}
     assert label.get_data_dtype() == np.int16
-    np.testing.assert_allclose(label.affine, affine)
+    np.testing.assert_allclose(label.affine, AFFINE)
+    assert run("--network", network_file, *own, "--out", tmp_path / "a") == 1
+    assert "not an empty folder" in capsys.readouterr().err
 
 
 def test_all_files_or_none(network_file, tmp_path, capsys):
@@ -101,15 +102,9 @@ def test_unreadable_file_is_explained(network_file, tmp_path, capsys):
     assert "junk.nii cannot be read" in capsys.readouterr().err
 
 
-def test_demo_needs_no_download(tmp_path, monkeypatch):
-    monkeypatch.setenv("MONAI_DRDM_WEIGHTS", str(tmp_path / "empty"))
-    assert run("--out", tmp_path / "out") == 0
-    assert json.loads((tmp_path / "out" / "record.json").read_text())["network"] == "anatomy-2d"
-    assert not (tmp_path / "empty").exists()
-
-
-def test_demo_with_published_weights(published_weights, tmp_path):
-    assert run("--out", tmp_path / "out", "--network", "zheng2026-cmr-2d") == 0
+def test_demo_with_published_weights(published_weights, own, tmp_path):
+    options = ("--network", "zheng2026-cmr-2d", "--level", 0.05)
+    assert run("--out", tmp_path / "out", *own, *options) == 0
     assert json.loads((tmp_path / "out" / "record.json").read_text())["network"] == "zheng2026-cmr-2d"
 
 

@@ -1,4 +1,4 @@
-"""The main job: real scans through Compose, CacheDataset and DataLoader."""
+"""The main job: scans through Compose, CacheDataset and DataLoader, random anatomy for everybody, real scans if any."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
-from monai.data import CacheDataset, DataLoader, list_data_collate, MetaTensor
+from monai.data import CacheDataset, DataLoader, decollate_batch, list_data_collate, MetaTensor
+from monai.networks.blocks import Warp
 from monai.transforms import (
     CenterSpatialCropd,
     Compose,
@@ -21,8 +22,10 @@ from monai.transforms import (
 from monai_drdm import RandDRDMDeformd
 from monai_drdm.fields import fold_fraction
 from monai_drdm.networks import RecResACNet
+from monai_drdm.train.synthetic import synthetic_labels
 
 KEYS = ["image", "label"]
+TURN = np.array([[0.8, -0.6, 0.0], [0.6, 0.8, 0.0], [0.0, 0.0, 1.0]])
 
 
 def loading():
@@ -31,6 +34,90 @@ def loading():
         EnsureChannelFirstd(keys=KEYS),
         ScaleIntensityRangePercentilesd(keys="image", lower=1, upper=99, b_min=0, b_max=1, clip=True),
     ]
+
+
+@pytest.mark.parametrize(
+    ("scans", "shape", "spacing"), [(2, (96, 72), (0.8, 1.3)), (1, (64, 20, 6), (1.1, 1.3, 4.0))], ids=["2D", "3D"]
+)
+def test_random_anatomy_with_the_shipped_networks(tmp_path, scans, shape, spacing):
+    """From files to batches and back, with nothing but what comes with the package."""
+    dims, modes = len(shape), ("bilinear", "nearest")
+    items = [random_anatomy(tmp_path / str(seed), shape, spacing, seed) for seed in range(1, scans + 1)]
+    originals, affines = [Compose(loading())(item) for item in items], [nib.load(one["image"]).affine for one in items]
+    deform = RandDRDMDeformd(keys=KEYS, network="auto", prob=1.0, deformation_level=0.6, mode=modes)
+    dataset = CacheDataset(items, Compose([*loading(), deform]), progress=False)
+    loader = DataLoader(dataset, batch_size=scans, num_workers=0)
+    epochs = []
+    for _ in range(2):
+        batch = next(iter(loader))
+        epochs.append(batch["image"])
+        assert (deform.last.params.network, deform.last.params.deformation_level) == (f"anatomy-{dims}d", 0.6)
+        for deformed, original, affine in zip(decollate_batch(batch), originals, affines):
+            assert deformed["image"].shape == deformed["label"].shape == (1, *shape)
+            assert deformed["label"].dtype == original["label"].dtype
+            assert deformed["label"].unique().tolist() == original["label"].unique().tolist()
+            np.testing.assert_allclose(deformed["image"].affine, affine, atol=1e-5)
+            np.testing.assert_allclose(deformed["label"].affine, affine, atol=1e-5)
+            back = dataset.transform.inverse(deformed)
+            assert dice(deformed["label"], original["label"]) < 0.85  # it did move
+            assert dice(back["label"], original["label"]) > 0.85
+            assert back["label"].dtype == original["label"].dtype
+        # the last scan of the batch: image and label moved by the transform's last field, and back by its inverse
+        for key, mode in zip(KEYS, modes):
+            before, after = originals[-1][key].as_tensor()[None].float(), batch[key][-1:].as_tensor().float()
+            assert_nearly_everywhere_equal(Warp(mode, "border")(before, deform.last.ddf[None]), after)
+            returned = back[key].as_tensor()[None].float()
+            assert_nearly_everywhere_equal(Warp(mode, "border")(after, deform.last.inverse_ddf[None]), returned)
+        assert_plausible(deform.last, spacing)
+    assert ((epochs[0] - epochs[1]).abs().flatten(1).mean(dim=1) > 0.02).all()  # a new anatomy each epoch
+
+
+def assert_nearly_everywhere_equal(warped, expected):
+    """A few voxels lie between two neighbours that are equally near."""
+    assert ((warped - expected).abs() > 1e-3).float().mean() < 2e-3
+
+
+def assert_plausible(deformation, spacing):
+    """No folds, by the transform's measure and by central differences, and neither tiny nor huge displacements."""
+    field, dims = deformation.ddf.double().numpy(), len(spacing)
+    jacobian = np.stack([np.stack(np.gradient(component)) for component in field], axis=0)
+    jacobian = np.moveaxis(jacobian, (0, 1), (-2, -1)) + np.eye(dims)
+    assert (np.linalg.det(jacobian) > 0).all()
+    assert deformation.statistics.fold_fraction <= 1e-4
+    moved_mm = np.linalg.norm(field * np.reshape(spacing, (-1, *(1,) * dims)), axis=0)
+    longest_mm = max(n * s for n, s in zip(field.shape[1:], spacing))
+    assert 0.01 * longest_mm < moved_mm.mean() < 0.12 * longest_mm
+    assert moved_mm.max() < 0.25 * longest_mm
+    assert deformation.statistics.mean_displacement_mm == pytest.approx(moved_mm.mean(), rel=1e-4)
+
+
+def random_anatomy(folder, shape, spacing, seed):
+    """NIfTI files of a label map of organs, shells and vessels, and of an image with a grey value for each of them."""
+    generator = torch.Generator().manual_seed(seed)
+    label = synthetic_labels(generator, 1, shape)[0, 0]
+    kept = [value for value in label.unique() if (label == value).sum() > label.numel() / 50]  # what cannot get lost
+    label = sum((label == value) * number for number, value in enumerate(kept))
+    grey = torch.linspace(0, 900, len(kept))[torch.randperm(len(kept), generator=generator)]
+    image = grey[label] + 20 * torch.randn(shape, generator=generator)
+    folder.mkdir()
+    return write_nifti(folder, image.numpy().astype(np.int16), label.numpy().astype(np.uint8), spacing)
+
+
+def write_nifti(folder, image, label, spacing):
+    """Both on an oblique grid."""
+    affine = np.eye(4)
+    affine[:3, :3] = TURN @ np.diag([*spacing, 1.0][:3])
+    affine[:3, 3] = (-30.0, 12.0, 5.0)
+    item = {key: str(folder / f"{key}.nii.gz") for key in KEYS}
+    for key, values in zip(KEYS, (image, label)):
+        nib.save(nib.Nifti1Image(values, affine), item[key])
+    return item
+
+
+def dice(found, truth):
+    """Mean over all structures."""
+    pairs = [(found == value, truth == value) for value in truth.unique() if value > 0]
+    return float(np.mean([float(2 * (a & b).sum() / (a.sum() + b.sum())) for a, b in pairs]))
 
 
 def test_cardiac_slices_with_published_weights(data, published_weights):
@@ -64,14 +151,14 @@ def test_cardiac_slices_with_published_weights(data, published_weights):
 
 
 @pytest.mark.parametrize("kind", ["whole_head", "thick_slices"])
-def test_volumes_with_untrained_3d_weights(data, kind, tmp_path):
+def test_volumes_with_untrained_3d_weights(request, kind, tmp_path):
     if kind == "whole_head":
-        folder = data / "ixi" / "whole_head"
+        folder = request.getfixturevalue("data") / "ixi" / "whole_head"
         item = {key: str(min(folder.glob(f"{key}_*.nii.gz"))) for key in KEYS}
-        shape, spacing = (90, 120, 120), (2.0, 2.0, 2.0)
+        shape, spacing = (60, 72, 66), (2.0, 2.0, 2.0)
     else:
-        shape, spacing = (96, 96, 24), (1.0, 1.0, 5.0)
-        item = _thick_volume(tmp_path, shape, spacing)
+        shape, spacing = (48, 48, 12), (1.0, 1.0, 5.0)
+        item = ellipsoids(tmp_path, shape, spacing)
     network = RecResACNet(3).eval()
     torch.nn.init.normal_(network.conv_out.weight, std=1e-5, generator=torch.Generator().manual_seed(0))
     torch.nn.init.zeros_(network.conv_out.bias)
@@ -79,10 +166,11 @@ def test_volumes_with_untrained_3d_weights(data, kind, tmp_path):
     deform = RandDRDMDeformd(
         keys=KEYS, mode=["bilinear", "label"], prob=1.0, network=network, deformation_level=0.4, max_displacement_mm=15
     )
-    dataset = CacheDataset([item], Compose([*loading(), deform]), cache_rate=1.0, progress=False)
+    fixed = Compose([*loading(), CenterSpatialCropd(keys=KEYS, roi_size=shape)])
+    dataset = CacheDataset([item], Compose([*fixed.transforms, deform]), cache_rate=1.0, progress=False)
     batch = next(iter(DataLoader(dataset, batch_size=1, num_workers=0)))
     assert batch["image"].shape == batch["label"].shape == (1, 1, *shape)
-    original = Compose(loading())(item)
+    original = fixed(item)
     assert batch["label"].dtype == original["label"].dtype
     assert set(batch["label"].unique().tolist()) <= set(original["label"].unique().tolist())
     assert isinstance(batch["image"], MetaTensor)
@@ -92,15 +180,9 @@ def test_volumes_with_untrained_3d_weights(data, kind, tmp_path):
     assert fold_fraction(deform.last.ddf[None]) <= 1e-4
 
 
-def _thick_volume(folder, shape, spacing):
-    """A real cardiac volume is not needed here: a phantom of ellipsoids on an oblique, anisotropic grid."""
+def ellipsoids(folder, shape, spacing):
+    """One in another."""
     axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
     radius = np.sqrt(sum(a**2 for a in axes))
     label = (radius < 0.8).astype(np.uint8) + (radius < 0.4)
-    turn = np.array([[0.8, -0.6, 0], [0.6, 0.8, 0], [0, 0, 1]])
-    affine = np.eye(4)
-    affine[:3, :3] = turn @ np.diag(spacing)
-    item = {key: str(folder / f"{key}.nii.gz") for key in KEYS}
-    nib.save(nib.Nifti1Image((np.cos(6 * radius) * 300).astype(np.float32), affine), item["image"])
-    nib.save(nib.Nifti1Image(label, affine), item["label"])
-    return item
+    return write_nifti(folder, (np.cos(6 * radius) * 300).astype(np.float32), label, spacing)

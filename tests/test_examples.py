@@ -8,10 +8,9 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from monai_drdm.networks import RecResACNet, save_network
+from monai_drdm.networks import save_network, VelocityUNet
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
@@ -32,21 +31,20 @@ def test_segmentation_pipeline_trains(tmp_path):
     for case in "ab":
         nib.save(nib.Nifti1Image(disc * 100.0, np.eye(4)), tmp_path / "images" / f"{case}.nii.gz")
         nib.save(nib.Nifti1Image(disc.astype(np.uint8), np.eye(4)), tmp_path / "labels" / f"{case}.nii.gz")
-    network = RecResACNet(2)
-    torch.nn.init.zeros_(network.conv_out.weight)
-    torch.nn.init.zeros_(network.conv_out.bias)
-    network.card = dataclasses.replace(network.card, working_size=32, steps=1)
+    network = VelocityUNet(2, channels=(4, 6))
+    network.card = dataclasses.replace(network.card, working_size=33, steps=1)
     save_network(network, tmp_path / "n.safetensors")
     folders = ["--images", str(tmp_path / "images"), "--labels", str(tmp_path / "labels")]
     options = ["--classes", "2", "--size", "32", "--prob", "1", "--network", str(tmp_path / "n.safetensors")]
     first = example.main([*folders, *options, "--epochs", "1"])
-    last = example.main([*folders, *options, "--epochs", "12"])
+    last = example.main([*folders, *options, "--epochs", "8"])
     assert last < 0.7 * first  # a bright disc is learned under augmentation
 
 
-def test_few_shot_segmentation_learns_with_and_without(tmp_path):
+def test_few_shot_segmentation_learns_with_and_without(tmp_path, monkeypatch):
     """The short form: both networks get better, on drawn hearts and on volumes of one's own."""
     example = load_example("few_shot_segmentation")
+    monkeypatch.setitem(example.ARMS, "affine + DRDM", 0.1)  # deform seldom, which is what takes its time
     short = ["--size", "32", "--scans", "7", "--steps", "20", "--every", "10"]
     result = example.main(["--out", str(tmp_path / "drawn"), *short])
     assert list(result) == ["affine", "affine + DRDM"]
@@ -86,7 +84,7 @@ def run_notebook(name, monkeypatch, settings, pictures=4):
 
 def test_few_shot_notebook_runs_and_was_run(monkeypatch):
     """All cells at a small size; the committed outputs hold their pictures and no error."""
-    names = run_notebook("few_shot_segmentation", monkeypatch, "DATA, STEPS, SIZE, SCANS = None, 8, 24, 7")
+    names = run_notebook("few_shot_segmentation", monkeypatch, "DATA, STEPS, SIZE, SCANS = None, 4, 24, 7")
     assert set(names["trained"]) == {"affine", "affine + DRDM"}
     assert all(run["dice"][-1] > 0.1 for run in names["trained"].values())
 
@@ -95,8 +93,8 @@ def test_registration_learns_from_pairs(tmp_path, monkeypatch):
     """The short form: scans that were not seen come nearer to each other, on drawn hearts and volumes of one's own."""
     monkeypatch.syspath_prepend(EXAMPLES)
     example = load_example("registration")
-    short = ["--judged", "3", "--pairs", "2"]
-    result = example.main(["--out", str(tmp_path / "drawn"), *short, "--size", "32", "--scans", "6", "--steps", "40"])
+    short = ["--judged", "3", "--pairs", "1"]
+    result = example.main(["--out", str(tmp_path / "drawn"), *short, "--size", "32", "--scans", "6", "--steps", "30"])
     assert result["difference"] < result["difference_before"]
     assert result["folds_percent"] < 0.1
     assert json.loads((tmp_path / "drawn" / "result.json").read_text(encoding="utf-8")) == result
@@ -111,7 +109,9 @@ def test_registration_learns_from_pairs(tmp_path, monkeypatch):
     generator = np.random.default_rng(0)
     for number in range(4):
         volume = generator.random((16, 18, 20)).astype(np.float32)
-        nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "own" / "images" / f"{number}.nii.gz")
+        nib.save(
+            nib.Nifti1Image(volume, np.diag([6.0, 1.0, 1.0, 1.0])), tmp_path / "own" / "images" / f"{number}.nii.gz"
+        )
     options = ["--judged", "2", "--pairs", "1", "--steps", "2"]
     own = example.main(["--out", str(tmp_path / "run"), "--data", str(tmp_path / "own"), *options])
     assert "dice" not in own  # no labels, no overlap
@@ -120,7 +120,7 @@ def test_registration_learns_from_pairs(tmp_path, monkeypatch):
 
 
 def test_registration_notebook_runs_and_was_run(monkeypatch):
-    settings = "DATA, JUDGED, PAIRS, STEPS, SCANS, SIZE = None, 3, 1, 12, 6, 32"
+    settings = "DATA, JUDGED, PAIRS, STEPS, SCANS, SIZE = None, 3, 1, 6, 5, 32"
     names = run_notebook("registration", monkeypatch, settings)
     assert len(names["found"]) == 3
     assert all(one["score"].fold_fraction < 1e-3 for one in names["found"])

@@ -1,7 +1,9 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+from contextlib import redirect_stdout
 from dataclasses import replace
 
 import nibabel as nib
@@ -22,44 +24,44 @@ OBLIQUE = np.eye(4)
 OBLIQUE[:3] = np.column_stack([TURN * [1.1, 1.2, 1.4], [5.0, -7.0, 11.0]])
 
 
-@pytest.fixture
-def folders(tmp_path):
-    """Two volumes of different size and their labels, on an oblique grid."""
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory):
+    """Two volumes of different size and their labels, on an oblique grid; a network that leaves fields as they are."""
+    folder = tmp_path_factory.mktemp("inputs")
     for name in ("images", "labels"):
-        (tmp_path / name).mkdir()
+        (folder / name).mkdir()
     for number, shape in enumerate([(26, 30, 24), (24, 22, 28)]):
         axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
         radius = np.sqrt(sum(axis**2 for axis in axes))
         image = (500 * np.exp(-2 * radius**2) + 60 * np.sin(5 * axes[0])).astype(np.float32)
-        nib.save(nib.Nifti1Image(image, OBLIQUE), tmp_path / "images" / f"case{number}.nii.gz")
+        nib.save(nib.Nifti1Image(image, OBLIQUE), folder / "images" / f"case{number}.nii.gz")
         label = ((radius < 0.9) + 2 * (radius < 0.5)).astype(np.uint8)
-        nib.save(nib.Nifti1Image(label, OBLIQUE), tmp_path / "labels" / f"case{number}.nii.gz")
-    return tmp_path
+        nib.save(nib.Nifti1Image(label, OBLIQUE), folder / "labels" / f"case{number}.nii.gz")
+    network = VelocityUNet(3, channels=(4, 6))
+    network.card = replace(network.card, working_size=17, steps=1)
+    save_network(network, folder / "net.safetensors")
+    return folder
 
 
-@pytest.fixture
-def command(folders):
-    """The arguments of a run into a folder of a given name, with a small network that leaves fields as they are."""
-    path, network = folders / "net.safetensors", VelocityUNet(3, channels=(4, 6))
-    network.card = replace(network.card, working_size=33, steps=1)
-    save_network(network, path)
+@pytest.fixture(scope="module")
+def command(inputs):
+    """The arguments of a run into a folder."""
 
-    def build(out="out", *more):
-        given = ["--images", folders / "images", "--labels", folders / "labels", "--out", folders / out]
-        return [
-            "pairs",
-            *map(str, given),
-            "--network",
-            str(path),
-            "--pairs",
-            "2",
-            "--synthesis-level",
-            "0.2",
-            "0.3",
-            *more,
-        ]
+    def build(out, *more):
+        given = {"--images": inputs / "images", "--labels": inputs / "labels", "--network": inputs / "net.safetensors"}
+        flat = [str(one) for pair in given.items() for one in pair]
+        return ["pairs", *flat, "--out", str(out), "--pairs", "2", *LEVEL, *more]
 
     return build
+
+
+@pytest.fixture(scope="module")
+def whole(command, tmp_path_factory):
+    """What a run writes that nothing happens to: its folder, and what it says."""
+    folder = tmp_path_factory.mktemp("whole") / "out"
+    with redirect_stdout(io.StringIO()) as said:
+        assert main(command(folder)) == 0
+    return folder, said.getvalue()
 
 
 def hashes(folder):
@@ -70,15 +72,15 @@ def hashes(folder):
     }
 
 
-def test_itk_warps_moving_images_onto_fixed_ones_by_the_written_fields(command, folders, capsys):
-    assert main(command()) == 0
-    assert "4 written, 0 already there, 0 cases skipped" in capsys.readouterr().out
-    listed = load_decathlon_datalist(folders / "out" / "datalist.json", is_segmentation=True)
+def test_itk_warps_moving_images_onto_fixed_ones_by_the_written_fields(whole):
+    out, said = whole
+    assert "4 written, 0 already there, 0 cases skipped" in said
+    listed = load_decathlon_datalist(out / "datalist.json", is_segmentation=True)
     assert len(listed) == 4
-    raw = json.loads((folders / "out" / "datalist.json").read_text())["training"]
+    raw = json.loads((out / "datalist.json").read_text())["training"]
     assert all(set(one) == {"moving", "fixed", "moving_label", "fixed_label", "ddf", "inverse_ddf"} for one in raw)
     for one in raw:
-        paths = {key: str(folders / "out" / name) for key, name in one.items()}
+        paths = {key: str(out / name) for key, name in one.items()}
         moving, fixed = (SimpleITK.ReadImage(paths[key], SimpleITK.sitkFloat64) for key in ("moving", "fixed"))
         field = SimpleITK.ReadImage(paths["ddf"], SimpleITK.sitkVectorFloat64)
         transform = SimpleITK.DisplacementFieldTransform(field)
@@ -156,14 +158,13 @@ def test_itk_warps_wherever_it_places_an_image(tmp_path, dims, write):
     assert load_ddf(paths["ddf"]).shape == (dims, *wave.shape)
 
 
-def test_records_replay_the_written_pairs(command, folders):
-    assert main(command()) == 0
-    out = folders / "out"
+def test_records_replay_the_written_pairs(inputs, whole):
+    out, _ = whole
     record = json.loads((out / "records" / "case0_pair1.json").read_text())
     params = PairParams.from_json(json.dumps(record["params"]))
-    image = torch.from_numpy(np.asarray(nib.load(folders / "images" / "case0.nii.gz").dataobj))[None]
+    image = torch.from_numpy(np.asarray(nib.load(inputs / "images" / "case0.nii.gz").dataobj))[None]
     spacing = np.linalg.norm(OBLIQUE[:3, :3], axis=0).tolist()
-    network = str(folders / "net.safetensors")
+    network = str(inputs / "net.safetensors")
     again = RandDRDMPaird("image", network, pixdim=spacing)({"image": image}, params=params)
     written = load_ddf(out / record["files"]["ddf"]).as_tensor()
     assert (again["ddf"] - written).abs().max() < 1e-3
@@ -171,37 +172,37 @@ def test_records_replay_the_written_pairs(command, folders):
     np.testing.assert_allclose(nib.load(out / record["files"]["fixed"]).dataobj, again["fixed"][0], atol=0.5)
 
 
-def test_runs_go_on_and_shards_give_the_same_files(command, folders):
-    assert main(command("whole")) == 0
+def test_runs_go_on_and_shards_give_the_same_files(command, whole, tmp_path):
+    parts, expected = tmp_path / "parts", hashes(whole[0])
     for part in ("0/2", "1/2"):
-        assert main(command("parts", "--shard", part)) == 0
-    whole = hashes(folders / "whole")
-    assert hashes(folders / "parts") == whole
-    (folders / "parts" / "records" / "case1_pair0.json").unlink()
-    (folders / "parts" / "fixed" / "case0_pair1.nii.gz").unlink()
-    assert main(command("parts")) == 0
-    assert hashes(folders / "parts") == whole
+        assert main(command(parts, "--shard", part)) == 0
+    assert hashes(parts) == expected
+    (parts / "records" / "case1_pair0.json").unlink()
+    (parts / "fixed" / "case0_pair1.nii.gz").unlink()
+    assert main(command(parts)) == 0
+    assert hashes(parts) == expected
 
 
-def test_moving_images_may_be_the_given_ones(command, folders):
-    assert main(command("out", "--no-augmentation", "--figure")) == 0
-    for path in (folders / "out" / "moving").iterdir():
-        source = nib.load(folders / "images" / f"{path.name[:5]}.nii.gz")
+def test_moving_images_may_be_the_given_ones(command, inputs, tmp_path):
+    assert main(command(tmp_path / "out", "--no-augmentation", "--figure")) == 0
+    for path in (tmp_path / "out" / "moving").iterdir():
+        source = nib.load(inputs / "images" / f"{path.name[:5]}.nii.gz")
         np.testing.assert_array_equal(np.asarray(nib.load(path).dataobj), np.asarray(source.dataobj))
-    assert (folders / "out" / "overview.png").stat().st_size > 10_000
+    assert (tmp_path / "out" / "overview.png").stat().st_size > 10_000
 
 
-def test_an_augmented_folder_is_not_one_of_pairs(command, folders, capsys):
-    assert main(command()) == 0
-    assert main(["augment", *command()[1 : -2 - len(LEVEL)]]) == 1
+def test_an_augmented_folder_is_not_one_of_pairs(command, whole, capsys):
+    before = hashes(whole[0])
+    assert main(["augment", *command(whole[0])[1 : -2 - len(LEVEL)]]) == 1
     assert "was made with other settings" in capsys.readouterr().err
+    assert hashes(whole[0]) == before
 
 
 @pytest.mark.parametrize(
     ("more", "says"),
     [(("--pairs", "0"), "pairs must be 1 or more"), (("--synthesis-level", "0.9", "0.3"), "deformation_level")],
 )
-def test_wrong_calls_are_explained_before_anything_is_made(command, folders, more, says, capsys):
-    assert main(command("out", *more)) == 1
+def test_wrong_calls_are_explained_before_anything_is_made(command, tmp_path, more, says, capsys):
+    assert main(command(tmp_path / "out", *more)) == 1
     assert says in capsys.readouterr().err
-    assert not (folders / "out").exists()
+    assert not (tmp_path / "out").exists()
