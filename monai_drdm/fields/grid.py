@@ -110,8 +110,3 @@ def check_same_grid(first: Tensor, second: Tensor, function: str, names: tuple[s
             f"{function}: batch sizes of {names[0]} and {names[1]} must be equal or 1, "
             f"got {first.shape[0]} and {second.shape[0]}."
         )
-
-
-def shape_of(value: object) -> str:
-    """The shape of a tensor, or the type of what is none: for errors."""
-    return str(tuple(value.shape)) if isinstance(value, Tensor) else type(value).__name__

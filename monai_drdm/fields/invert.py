@@ -1,4 +1,4 @@
-"""Inversion of displacement fields, and the landmarks that move with the images under them."""
+"""Inversion of displacement fields."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from monai_drdm.fields.grid import check_ddf, field_dtype, identity_grid, shape_of
+from monai_drdm.fields.grid import check_ddf, field_dtype, identity_grid
 from monai_drdm.fields.warp import sample
 
 
@@ -46,34 +46,6 @@ def invert(ddf: Tensor, *, iterations: int = 50, tolerance: float = 1e-3) -> Inv
     field = ddf.to(field_dtype(ddf))
     target = identity_grid(ddf.shape[2:], device=ddf.device, dtype=field.dtype)[None]
     return solve_fixed_point(field, target, iterations, tolerance)
-
-
-def warp_points(points: Tensor, ddf: Tensor, *, iterations: int = 50, tolerance: float = 1e-3) -> Tensor:
-    """Move landmarks as ``warp`` moves the image under them: the ``q`` with ``q + ddf(q) = p``.
-
-    Solved per point by the iteration of ``invert``.
-
-    Args:
-        points: ``(B, N, D)`` voxel coordinates in the unwarped image. Either batch size may be 1.
-        ddf: ``(B, D, *S)`` voxels.
-        iterations: at most this many.
-        tolerance: stop when no point misses its equation by more than this, in voxels.
-
-    Returns:
-        ``(B, N, D)`` voxel coordinates in the warped image, floating.
-
-    Raises:
-        TypeError: ``ddf`` is not a floating tensor.
-        ValueError: shapes do not fit.
-    """
-    dims = check_ddf(ddf, "warp_points")
-    if not isinstance(points, Tensor) or points.ndim != 3 or points.shape[-1] != dims:
-        raise ValueError(f"warp_points: points must have shape (B, N, {dims}), got {shape_of(points)}.")
-    dtype = field_dtype(ddf, points)
-    target = points.to(dtype).transpose(1, 2)
-    target = target.reshape(*target.shape, *(1,) * (dims - 1))  # (B, D, N, 1[, 1])
-    solution = solve_fixed_point(ddf.to(dtype), target, iterations, tolerance)
-    return (target + solution.ddf).flatten(2).transpose(1, 2)
 
 
 def solve_fixed_point(ddf: Tensor, target: Tensor, iterations: int, tolerance: float) -> Inverse:

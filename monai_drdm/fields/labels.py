@@ -1,16 +1,46 @@
-"""Label maps at any coordinates: no new ids, whatever their number, size or dtype."""
+"""Label maps through displacement fields: no new ids, whatever their number, size or dtype."""
 
 from __future__ import annotations
 
 from itertools import product
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from monai_drdm.fields.grid import field_dtype
-from monai_drdm.fields.voxels import fold_coordinates, gather_voxels, PaddingMode
+from monai_drdm.fields.warp import fold_coordinates, gather_voxels, PaddingMode, warp
 
 _CHUNK = 1 << 19  # voxels handled at once, so that working memory does not grow with the volume
+
+
+def warp_labels(
+    label: Tensor,
+    ddf: Tensor,
+    mode: Literal["nearest", "label"] = "label",
+    padding_mode: PaddingMode = "border",
+) -> Tensor:
+    """Warp a label map without inventing label ids.
+
+    ``label`` mode interpolates the indicator of every class linearly and keeps the class with the largest value, ties
+    going to the smallest id. Only the 2^D classes at the corners of a sampling cell can win, so the cost does not
+    depend on the number of classes, and no per-class volume is ever built.
+
+    Args:
+        label: ``(B, C, *S)``, any dtype with integer values.
+        ddf: ``(B, D, *S)`` voxels.
+        mode: ``nearest`` or ``label``.
+        padding_mode: ``zeros`` reads id 0 outside.
+
+    Returns:
+        ``(B, C, *S)`` of the dtype of ``label``.
+
+    Raises:
+        ValueError: another mode, or shapes that do not fit.
+    """
+    if mode not in ("nearest", "label"):
+        raise ValueError(f"warp_labels: mode must be 'nearest' or 'label', got {mode!r}.")
+    return warp(label, ddf, mode, padding_mode)
 
 
 def sample_labels(label: Tensor, coordinates: Tensor, padding_mode: PaddingMode) -> Tensor:
