@@ -13,8 +13,8 @@ from typing import Any, TYPE_CHECKING
 
 from monai_drdm._version import __version__
 from monai_drdm.networks import convert_published, list_networks, network_card, pull_network, weights_folder
-from monai_drdm.networks.registry import list_published
-from monai_drdm.networks.weights import known_file, read_network
+from monai_drdm.networks.registry import known_file, list_published
+from monai_drdm.networks.weights import read_network
 
 if TYPE_CHECKING:
     from monai_drdm.augment import AugmentReport

@@ -12,7 +12,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 
 from monai_drdm._version import __version__
-from monai_drdm.fields.warp import Mode
+from monai_drdm.fields.sampling import Mode
 from monai_drdm.io import ImageFile, save_ddf
 from monai_drdm.networks import load_network, network_sha256
 from monai_drdm.transforms import RandDRDMDeformd, RandDRDMPaird

@@ -14,7 +14,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from monai_drdm.fields import compose, fractions_to_voxels, gaussian_smooth, mend_folds, power, warp
-from monai_drdm.fields.warp import Mode
+from monai_drdm.fields.sampling import Mode
 from monai_drdm.networks import RecResACNet
 from monai_drdm.networks.recresacnet import TIME_STEPS
 

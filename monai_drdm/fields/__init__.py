@@ -13,13 +13,12 @@ A stationary velocity field (SVF) has the same form. Coordinates are never compu
 from monai_drdm.fields.compose import compose, exp_svf, power
 from monai_drdm.fields.grid import identity_grid
 from monai_drdm.fields.guard import mend_folds, shrink_to_fold_limit
-from monai_drdm.fields.invert import Inverse, invert
+from monai_drdm.fields.invert import Inverse, invert, warp_points
 from monai_drdm.fields.jacobian import fold_fraction, jacobian_determinant
-from monai_drdm.fields.labels import warp_labels
 from monai_drdm.fields.random import control_grid_velocity, isotropic_velocity
 from monai_drdm.fields.resize import crop, gaussian_smooth, resize_ddf, resize_image
 from monai_drdm.fields.units import fractions_to_voxels, mm_to_voxels, voxels_to_fractions, voxels_to_mm
-from monai_drdm.fields.warp import sample, warp, warp_points
+from monai_drdm.fields.warp import sample, warp, warp_labels
 
 __all__ = [
     "Inverse",

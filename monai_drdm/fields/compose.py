@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from monai_drdm.fields.grid import check_ddf, check_same_grid, field_dtype
-from monai_drdm.fields.warp import PaddingMode, warp
+from monai_drdm.fields.sampling import PaddingMode
+from monai_drdm.fields.warp import warp
 
 # with a first step of at most this many voxels, the first-order start of scaling and squaring costs a few hundredths
 # of a voxel on fields that move by tens of them
