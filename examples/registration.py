@@ -23,13 +23,13 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from monai_drdm.augment import draw_overview, make_pairs, PairSettings
+from monai_drdm.augment import make_pairs, PairSettings, plot_overview
 from monai_drdm.fields import warp
 from monai_drdm.io import find_cases, load_ddf
 from monai_drdm.registration import evaluate_registration, load_registration, motion_separability, register
 from monai_drdm.registration.data import ImageBank, load_images
 from monai_drdm.registration.task import fit, RegistrationConfig
-from monai_drdm.viz import draw_warped_grid, middle_plane, separability_figure
+from monai_drdm.viz import middle_plane, plot_warped_grid, separability_figure
 
 KINDS = ("images", "labels")
 LEVEL = (0.6, 1.0)
@@ -76,7 +76,7 @@ def make_known_pairs(folder: Path, out: Path, pairs: int, **settings: Any) -> No
     """Registration pairs of every scan, by DRDM: what ``monai-drdm pairs`` does."""
     cases = find_cases(folder / "images", labels_of(folder))
     settings = {"augmentation_level": LEVEL, "synthesis_level": LEVEL} | settings
-    draw_overview(make_pairs(cases, out, PairSettings(pairs=pairs, **settings), progress=True))
+    plot_overview(make_pairs(cases, out, PairSettings(pairs=pairs, **settings), progress=True))
 
 
 def train(pairs: Path, out: Path, steps: int, dims: int, **settings: Any) -> torch.nn.Module:
@@ -154,7 +154,7 @@ def draw_registered(found: Sequence[Registered], count: int = 4) -> Figure:
                 axis, middle_plane(one[key][0])[None], torch.zeros(1, 1) if label is None else middle_plane(label[0])
             )
         ddf = one["ddf"][0]
-        draw_warped_grid(column[3], ddf if len(ddf) == 2 else ddf[:2, ..., ddf.shape[-1] // 2])
+        plot_warped_grid(column[3], ddf if len(ddf) == 2 else ddf[:2, ..., ddf.shape[-1] // 2])
         for axis, name in zip(column, names):
             axis.set_title(name, fontsize=9)
             axis.set_axis_off()

@@ -1,4 +1,4 @@
-"""Work on many items: here, in other processes, or wherever a ``concurrent.futures.Executor`` takes it."""
+"""Running many jobs: in this process, in worker processes, or on any ``concurrent.futures.Executor``."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ import torch
 _Job = TypeVar("_Job", bound=tuple[Any, ...])
 _Result = TypeVar("_Result")
 
-_IN_FLIGHT = 32
+_JOBS_SUBMITTED = 32
 
 
 @contextmanager
-def workers(count: int) -> Iterator[Executor | None]:
-    """An executor of as many processes that share this machine's cores between them; None for 1.
+def worker_processes(count: int) -> Iterator[Executor | None]:
+    """An executor with ``count`` processes, among which the cores of this machine are divided; None for 1.
 
     Raises:
-        ValueError: not 1 or more.
+        ValueError: ``count`` is below 1.
     """
     if count < 1:
         raise ValueError(f"workers must be 1 or more, got {count}.")
@@ -36,10 +36,10 @@ def workers(count: int) -> Iterator[Executor | None]:
 
 
 def check_shard(shard: Sequence[int] | None) -> tuple[int, int]:
-    """``(I, N)``: the part I of N, counted from 0; None is the whole.
+    """Return a shard ``(I, N)``, the part I of N, counted from 0. None stands for everything and gives ``(0, 1)``.
 
     Raises:
-        ValueError: no such part.
+        ValueError: not two numbers with ``0 <= I < N``.
     """
     if shard is None:
         return 0, 1
@@ -48,24 +48,34 @@ def check_shard(shard: Sequence[int] | None) -> tuple[int, int]:
     return int(shard[0]), int(shard[1])
 
 
-def in_turn(function: Callable[..., _Result], jobs: Iterable[_Job]) -> Iterator[tuple[_Job, _Result | Exception]]:
-    """Do one job after the other in this process; what fails comes back as its exception."""
-    for job in jobs:
-        yield job, _attempt(function, job)
+def run_jobs(
+    function: Callable[..., _Result], jobs: Iterable[_Job], executor: Executor | None = None
+) -> Iterator[tuple[_Job, _Result | Exception]]:
+    """Call a function with the arguments of each job; yield each job with its result or the exception that it raised.
+
+    Args:
+        function: called once for each job; the executor must be able to send it to its workers.
+        jobs: the arguments of each call. They are read a few at a time.
+        executor: where the function runs; None is this process.
+
+    Returns:
+        Jobs in their order without an executor, else in the order in which they finish. Jobs of a worker that was lost
+        are done in this process.
+    """
+    if executor is None:
+        return ((job, _attempt(function, job)) for job in jobs)
+    return _run_on(executor, function, jobs)
 
 
-def through(
+def _run_on(
     executor: Executor, function: Callable[..., _Result], jobs: Iterable[_Job]
 ) -> Iterator[tuple[_Job, _Result | Exception]]:
-    """Do jobs through an executor, a few at a time, in the order in which they finish.
-
-    What a lost worker had begun is done again: by the executor where it takes more work, else in this process.
-    """
+    """``run_jobs`` with an executor; at most ``_JOBS_SUBMITTED`` jobs are submitted and unfinished at a time."""
     pending: dict[Future[_Result], _Job] = {}
     source, more = iter(jobs), True
     try:
         while more or pending:
-            while more and len(pending) < _IN_FLIGHT:
+            while more and len(pending) < _JOBS_SUBMITTED:
                 job = next(source, None)
                 if job is None:
                     more = False
@@ -73,13 +83,13 @@ def through(
                 try:
                     pending[executor.submit(function, *job)] = job
                 except BrokenExecutor as error:
-                    yield job, _again(function, job, error)
+                    yield job, _run_lost_job(function, job, error)
             for future in wait(pending, return_when=FIRST_COMPLETED).done if pending else ():
                 job = pending.pop(future)
                 try:
                     yield job, future.result()
                 except BrokenExecutor as error:
-                    yield job, _again(function, job, error)
+                    yield job, _run_lost_job(function, job, error)
                 except Exception as error:
                     yield job, error
     finally:
@@ -87,7 +97,7 @@ def through(
             future.cancel()
 
 
-def _again(function: Callable[..., _Result], job: _Job, error: Exception) -> _Result | Exception:
+def _run_lost_job(function: Callable[..., _Result], job: _Job, error: Exception) -> _Result | Exception:
     warnings.warn(f"a worker was lost ({error}); its work is done in this process.", stacklevel=3)
     return _attempt(function, job)
 

@@ -3,7 +3,10 @@
 import ast
 import sys
 from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
+
+import pytest
 
 import monai_drdm
 
@@ -19,14 +22,16 @@ CORE = {
 }
 """What each part of the core may import of this package."""
 
+COMMAND_LINE = {"cli", "commands", "demonstration", "augment"}
+
 MAX_LINES = 40
 MAX_PARAMETERS = 12
 FUNCTIONS = (ast.FunctionDef, ast.AsyncFunctionDef)
 
 FOREIGN = {
-    "monai": {"samples", "transforms", "bank", "demo", "augment", "io", "training", "train", "registration"},
+    "monai": {"samples", "transforms", "bank", "demonstration", "augment", "io", "training", "train", "registration"},
     "ignite": {"training"},
-    "nibabel": {"io", "demo"},
+    "nibabel": {"io", "demonstration"},
     "SimpleITK": {"io"},
     "matplotlib": {"viz"},
 }
@@ -95,8 +100,8 @@ def test_foreign_packages_stay_where_they_belong():
 
 def test_nothing_but_the_command_line_imports_it():
     for path in MODULES:
-        if part_of(path) not in {"cli", "demo", "augment"}:
-            assert not own_parts(path) & {"cli", "demo", "augment"}, path
+        if part_of(path) not in COMMAND_LINE:
+            assert not own_parts(path) & COMMAND_LINE, path
 
 
 def test_trainings_stand_side_by_side_on_one_floor():
@@ -107,6 +112,48 @@ def test_trainings_stand_side_by_side_on_one_floor():
             assert own_parts(path) & {"train", "registration"} <= {part_of(path)}, path
         else:
             assert "training" not in own_parts(path), path
+
+
+def module_name(path):
+    parts = ["monai_drdm", *path.relative_to(ROOT).with_suffix("").parts]
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def statements_that_run(node):
+    """All statements below a node, also inside functions, except those for type checkers only."""
+    for child in ast.iter_child_nodes(node):
+        if not (isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING"):
+            yield child
+            yield from statements_that_run(child)
+
+
+def imported_modules(tree, modules):
+    """Those of some modules that a file imports; that a submodule runs its package's ``__init__`` does not count."""
+    for node in statements_that_run(tree):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names if alias.name in modules)
+        elif isinstance(node, ast.ImportFrom):
+            names = {f"{node.module}.{alias.name}" for alias in node.names}
+            yield from names & modules
+            if names - modules and node.module in modules:
+                yield node.module
+
+
+def check_no_circles(sources):
+    """Raise ``CycleError`` if modules, given as a dictionary of their source code, import each other in a circle."""
+    graph = {name: set(imported_modules(ast.parse(text), set(sources))) - {name} for name, text in sources.items()}
+    TopologicalSorter(graph).prepare()
+
+
+def test_no_modules_import_each_other_in_a_circle():
+    check_no_circles({module_name(path): path.read_text(encoding="utf-8") for path in MODULES})
+
+
+def test_circles_are_found_inside_functions_and_not_in_imports_for_type_checkers():
+    back = "if TYPE_CHECKING:\n    from p.a import x\n"
+    check_no_circles({"p": "", "p.a": "from p import b", "p.b": back})
+    with pytest.raises(CycleError):
+        check_no_circles({"p": "", "p.a": "from p import b", "p.b": "def f():\n    from p.a import x\n"})
 
 
 def functions(path):

@@ -1,6 +1,7 @@
 import hashlib
 import io
 import runpy
+import subprocess
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, HTTPServer
@@ -182,3 +183,28 @@ def test_module_runs(capsys, monkeypatch):
         runpy.run_module("monai_drdm.cli", run_name="__main__", alter_sys=True)
     assert exit_.value.code == 0
     assert CARDIAC in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["weights", "list"]])
+def test_what_needs_no_torch_starts_without_it(arguments):
+    code = (
+        "import sys\nfrom monai_drdm.cli import main\n"
+        f"try:\n    main({arguments})\nexcept SystemExit:\n    pass\n"
+        "print(sorted({'torch', 'monai', 'numpy'} & set(sys.modules)), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.stderr.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("command", "module"), [("train", "monai_drdm.train"), ("register", "monai_drdm.registration.train")]
+)
+def test_training_commands_hand_over_all_arguments(capsys, command, module):
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--help"])
+    assert exit_.value.code == 0
+    assert f"usage: python -m {module}" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as exit_:
+        main([command, "--max-minutes", "1"])
+    assert exit_.value.code == 2
+    assert "--out" in capsys.readouterr().err

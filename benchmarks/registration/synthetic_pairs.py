@@ -46,7 +46,7 @@ from tqdm import tqdm
 
 from monai_drdm.augment import make_pairs, PairSettings
 from monai_drdm.diffusion import DRDM
-from monai_drdm.executors import workers
+from monai_drdm.executors import worker_processes
 from monai_drdm.fields import compose, crop, exp_svf, gaussian_smooth, warp
 from monai_drdm.io import find_cases, load_ddf, load_image, save_ddf
 from monai_drdm.networks import load_network
@@ -121,7 +121,7 @@ def write_pairs(name: str, work: Path, processes: int) -> None:
     one, folder = SETS[name], work / name
     cases = find_cases(folder / "pool" / "images", folder / "pool" / "labels")
     settings = PairSettings(augmentation_level=one.level, synthesis_level=one.level, pairs=one.pairs)
-    with workers(processes) as executor:
+    with worker_processes(processes) as executor:
         make_pairs(cases, folder / "pairs-drdm", settings, progress=True, executor=executor)
     entries = json.loads((folder / "pairs-drdm" / "datalist.json").read_text(encoding="utf-8"))["training"]
     model = DRDM(load_network("anatomy-3d"))

@@ -37,7 +37,7 @@ from monai_drdm import BatchRandDRDMDeformd
 from monai_drdm.diffusion import DRDM
 from monai_drdm.fields import gaussian_smooth
 from monai_drdm.fields.grid import sampling_grid
-from monai_drdm.fields.warp import sample_on_grid
+from monai_drdm.fields.sampling import sample_on_grid
 from monai_drdm.networks import load_network
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share

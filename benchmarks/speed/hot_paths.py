@@ -29,7 +29,7 @@ from tqdm import tqdm
 
 from monai_drdm.fields import exp_svf, identity_grid, resize_ddf, warp
 from monai_drdm.fields.grid import sampling_grid, to_grid_sample
-from monai_drdm.fields.warp import gather_voxels, sample_on_grid
+from monai_drdm.fields.sampling import gather_voxels, sample_on_grid
 from monai_drdm.networks import load_network
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share

@@ -1,10 +1,12 @@
-"""A look at what a run made."""
+"""A figure of what a run made."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -15,56 +17,84 @@ from monai_drdm.io.files import atomically
 from monai_drdm.samples import spacing_of
 from monai_drdm.transforms.pairs import SIDES
 
+if TYPE_CHECKING:
+    from monai_drdm.viz import SheetEntry
 
-def draw_overview(report: AugmentReport, count: int = 6) -> Path:
-    """Draw the first deformed cases of a run beside what they came from, or the first pairs: ``overview.png``.
+
+def plot_overview(report: AugmentReport, count: int = 6) -> Path:
+    """Plot the first deformed cases of a run beside their sources, or the first pairs, as ``overview.png``.
 
     Args:
         report: of a run that finished at least one case.
-        count: at most this many.
+        count: number of cases or pairs, at most.
 
     Raises:
-        ValueError: nothing was finished, or nothing is left of what it came from.
+        ValueError: no case was finished, or all source images are gone.
     """
-    from monai_drdm.viz import contact_sheet, SheetEntry  # matplotlib is an extra
+    from monai_drdm.viz import contact_sheet  # needs matplotlib, which is an extra
 
     folder = report.datalist.parent
     entries = json.loads(report.datalist.read_text(encoding="utf-8"))["training"]
     if not entries:
-        raise ValueError(f"nothing to draw: no case of {folder} is finished.")
+        raise ValueError(f"nothing to plot: no case of {folder} is finished.")
     sheet: list[SheetEntry] = []
     for entry in entries:
         if len(sheet) == count:
             break
-        last = "fixed" if "fixed" in entry else "image"
-        name = stem_of(entry[last])
-        record = json.loads((folder / "records" / f"{name}.json").read_text(encoding="utf-8"))
-        if last == "fixed":
-            axis = record["params"]["synthesis"]["slice_axis"]
-            images = [folder / entry[side] for side in SIDES]
-            labels = [folder / entry[key] for key in (f"{side}_label" for side in SIDES) if key in entry]
-        else:
-            axis, sources = record["params"]["slice_axis"], record["source"]
-            if not all(Path(source).is_file() for source in sources.values()):
-                continue  # it was moved since
-            images = [sources["image"], folder / entry["image"]]
-            labels = [sources["label"], folder / entry["label"]] if "label" in entry else []
-        (before, spacing), (after, _) = (_plane(path, axis) for path in images)
-        outlines: list[Tensor | None] = [None, None]
-        if labels:
-            outlines = [_plane(path, axis)[0] for path in labels]
-        title = "fixed" if last == "fixed" else "deformed"
-        sheet.append(SheetEntry(name, before, after, outlines[0], outlines[1], spacing, title))
+        row = _pair(folder, entry) if "fixed" in entry else _deformed_case(folder, entry)
+        if row is not None:
+            sheet.append(row)
     if not sheet:
-        raise ValueError(f"nothing to draw: what the cases of {folder} came from is no longer there.")
+        raise ValueError(f"nothing to plot: what the cases of {folder} came from is no longer there.")
     path = folder / "overview.png"
     figure = contact_sheet(sheet)
     atomically(path, lambda part: figure.savefig(part, dpi=100, metadata={"Software": None}))
     return path
 
 
+def _deformed_case(folder: Path, entry: Mapping[str, str]) -> SheetEntry | None:
+    """A source image beside its deformed copy; None if the source is no longer there."""
+    name = stem_of(entry["image"])
+    record = json.loads((folder / "records" / f"{name}.json").read_text(encoding="utf-8"))
+    sources = record["source"]
+    if not all(Path(source).is_file() for source in sources.values()):
+        return None
+    images = (sources["image"], folder / entry["image"])
+    labels = (sources["label"], folder / entry["label"]) if "label" in entry else None
+    return _sheet_entry(name, images, labels, record["params"]["slice_axis"], "deformed")
+
+
+def _pair(folder: Path, entry: Mapping[str, str]) -> SheetEntry:
+    """A moving image beside the fixed one."""
+    name = stem_of(entry["fixed"])
+    record = json.loads((folder / "records" / f"{name}.json").read_text(encoding="utf-8"))
+    moving, fixed = (folder / entry[side] for side in SIDES)
+    labels = [folder / entry[key] for key in (f"{side}_label" for side in SIDES) if key in entry]
+    axis = record["params"]["synthesis"]["slice_axis"]
+    return _sheet_entry(name, (moving, fixed), (labels[0], labels[1]) if labels else None, axis, "fixed")
+
+
+def _sheet_entry(
+    name: str,
+    images: tuple[str | Path, str | Path],
+    labels: tuple[str | Path, str | Path] | None,
+    axis: int | None,
+    after_name: str,
+) -> SheetEntry:
+    from monai_drdm.viz import SheetEntry
+
+    (before, spacing), (after, _) = (_plane(path, axis) for path in images)
+    label_before, label_after = (None, None) if labels is None else (_plane(path, axis)[0] for path in labels)
+    return SheetEntry(name, before, after, label_before, label_after, spacing, after_name)
+
+
 def _plane(path: str | os.PathLike[str], axis: int | None) -> tuple[Tensor, tuple[float, float]]:
-    """First channel of an image file, and spacing; of a volume its middle slice across ``axis`` or the coarsest."""
+    """The first channel of an image file and its spacing; for a volume, the middle slice.
+
+    Args:
+        path: the file.
+        axis: the axis across which a volume is sliced; None: the one with the largest spacing.
+    """
     data = load_image(path).data
     spacing, values = spacing_of(data, None, "image"), data.as_tensor()[0]
     if values.ndim == 3:

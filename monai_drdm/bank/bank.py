@@ -21,7 +21,7 @@ from monai_drdm.bank.settings import BankSettings, check_count
 from monai_drdm.bank.stores import FolderStore, MemoryStore
 from monai_drdm.deformation.drawing import FieldDrawer
 from monai_drdm.deformation.options import choose, DrawOptions, NetworkLike, PixdimOptions, with_options
-from monai_drdm.executors import check_shard, in_turn, through
+from monai_drdm.executors import check_shard, run_jobs
 from monai_drdm.samples import apply_pending, as_tensor, checked_pixdim, spacing_of
 
 
@@ -158,9 +158,7 @@ class DeformationBank:
                         begun[job.identity] = fingerprint_of(job.image)
                         yield job
 
-            for job, entry in (
-                in_turn(draw_entry, jobs()) if executor is None else through(executor, draw_entry, jobs())
-            ):
+            for job, entry in run_jobs(draw_entry, jobs(), executor):
                 bank._take(job.identity, entry, skip_failed)
                 bar.update()
         bank._maker = None

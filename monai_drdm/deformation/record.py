@@ -15,7 +15,7 @@ from monai_drdm.deformation.stored_field import ComposedField, StoredField
 from monai_drdm.deformation.warping import FieldWarper, unmoved
 from monai_drdm.diffusion.schedule import check_precision
 from monai_drdm.fields.invert import Inverse
-from monai_drdm.fields.warp import Mode, PaddingMode
+from monai_drdm.fields.sampling import Mode, PaddingMode
 from monai_drdm.metrics import field_statistics, FieldStatistics
 
 

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from monai_drdm.fields import warp
 from monai_drdm.fields.grid import field_dtype, sampling_grid
-from monai_drdm.fields.warp import check_modes, Mode, PaddingMode, sample_on_grid, samples_on_grid
+from monai_drdm.fields.sampling import check_modes, Mode, PaddingMode, sample_on_grid, samples_on_grid
 
 
 class FieldWarper:

@@ -1,4 +1,4 @@
-"""Deformation diffusion and recovery: random fields, samplers, and the model that ties them."""
+"""Deformation diffusion and recovery: random fields, samplers, and the model that combines them."""
 
 from monai_drdm.diffusion.diffuse import diffuse, diffuse_published
 from monai_drdm.diffusion.model import DRDM, SAMPLERS

@@ -10,10 +10,10 @@ from torch import Tensor
 
 from monai_drdm.diffusion.schedule import composition_counts, integration_time, levels_of_batch
 from monai_drdm.fields import control_grid_velocity, crop, exp_svf, identity_grid, isotropic_velocity, sample
-from monai_drdm.fields.random import CONTROL_SIZE, NODE_STD
+from monai_drdm.fields.random_velocity import CONTROL_SIZE, NODE_STD
 
 EXTRA_NOISE = 0.08
-"""Strength of the second draw that the published total field has beside the first."""
+"""Strength of the second random field that the published process adds to the first, relative to it."""
 
 
 def diffuse(
@@ -26,11 +26,12 @@ def diffuse(
 ) -> Tensor:
     """A random diffeomorphic field ``exp(s · v)``, geometrically consistent on any grid.
 
-    The velocity has the published multi-scale spectrum on physically isotropic nodes, and ``s`` is such that a level
-    gives the mean displacement of the released process at 256² (2D) and 128³ (3D), as a fraction of the longest side.
+    The velocity has the published multi-scale spectrum on physically isotropic nodes. The factor ``s`` is calibrated so
+    that a level gives the same mean displacement, as a fraction of the longest side, as the released process does at
+    256² (2D) and 128³ (3D).
 
     Args:
-        generators: one CPU generator per sample; a sample depends on its own only.
+        generators: one CPU generator per sample; each sample depends on its own generator only.
         shape: spatial shape ``S``.
         level: deformation level in (0, 1], one or one per sample.
         spacing: mm per voxel along each axis; None is isotropic.
@@ -51,9 +52,9 @@ def diffuse(
 def diffuse_published(
     generators: Sequence[torch.Generator], size: int, spatial_dims: int, t: int, *, device: torch.device | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The released forward process, with its amplitude factor ``size / 64`` that doubles displacements at 256.
+    """The released forward process, including its amplitude factor ``size / 64``, which doubles displacements at 256.
 
-    Kept for networks trained on it. Use ``diffuse`` for everything else.
+    It is for networks that were trained on it. Use ``diffuse`` for everything else.
 
     Args:
         generators: one CPU generator per sample.
@@ -78,7 +79,7 @@ def diffuse_published(
 
 
 def _self_compose(step: Tensor, count: int) -> Tensor:
-    """``u <- step + u(x + step)``, ``count`` times from zero: the release's own order of operations."""
+    """Repeat ``u <- step + u(x + step)`` ``count`` times from zero, in the order of operations of the release."""
     ddf = torch.zeros_like(step)
     for _ in range(count):
         ddf = _compose(ddf, step)
@@ -86,13 +87,13 @@ def _self_compose(step: Tensor, count: int) -> Tensor:
 
 
 def _compose(first: Tensor, second: Tensor) -> Tensor:
-    """``compose`` by the release's own arithmetic: 200 compositions of rough fields amplify how coordinates round."""
+    """``compose`` with the arithmetic of the release; 200 compositions of rough fields amplify rounding differences."""
     grid = identity_grid(second.shape[2:], device=second.device, dtype=second.dtype)
     return sample(first, second + grid) + second
 
 
 def _to_image(ddf: Tensor, size: int) -> Tensor:
-    """The release's way to the image: times ``size / 64``, linearly to twice the size, the centre cropped."""
+    """From the control grid to the image as in the release: scale by ``size / 64``, resize to twice the size, crop."""
     dims = ddf.shape[1]
     large = F.interpolate(
         ddf * (size / CONTROL_SIZE),

@@ -1,4 +1,4 @@
-"""The model: a network, a sampler, and the way from an image to a plausible random field."""
+"""The model: draws plausible random fields for images, with one network and one sampler."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from monai_drdm.networks.recresacnet import TIME_STEPS
 from monai_drdm.networks.velocity_unet import half_shape
 
 SAMPLERS = {"recresacnet": ("reference", "fast"), "velocity_unet": ("velocity",)}
-"""Samplers that each kind of network knows."""
+"""The samplers of each kind of network."""
 
 
 class DRDM:
@@ -31,15 +31,15 @@ class DRDM:
         sampler: ``reference`` (as released) or ``fast`` for published networks, ``velocity`` for ours, or ``auto``: the
             card's.
         steps: recovery steps; None is the card's. ``reference`` always takes 80.
-        recovery: factor on every recovery step, in [0, 1], of ``velocity`` only: less than 1 leaves more of the random
-            field, shapes differ more and are less plausible; 0 is no recovery.
-        precision: ``bfloat16`` computes the convolutions of ``velocity`` in it, where the hardware does so fast; fields
-            and coordinates stay float32. It draws fields a little different from those of ``float32``.
-        compiled: let ``torch.compile`` make the network of ``velocity`` faster, with CUDA graphs on a GPU; the first
+        recovery: factor on every recovery step, in [0, 1], for ``velocity`` only. Below 1 more of the random field is
+            left: shapes differ more and are less plausible. 0 is no recovery.
+        precision: ``bfloat16`` computes the convolutions of ``velocity`` in bfloat16, which is faster on hardware that
+            supports it; fields and coordinates stay float32. The fields differ a little from those of ``float32``.
+        compiled: compile the network of ``velocity`` with ``torch.compile``, with CUDA graphs on a GPU. The first
             images of each shape then take a minute.
 
     Raises:
-        ValueError: a sampler the network does not know, or steps, a recovery or a precision that it cannot take.
+        ValueError: a sampler that does not fit the network, or other settings that do not fit the sampler.
     """
 
     def __init__(
@@ -95,10 +95,10 @@ class DRDM:
         Args:
             images: ``(B, C, *S)`` in any intensity range; ``C`` must be the network's.
             level: deformation level in (0, 1], one or one per image.
-            seeds: one per image; with the level they fix its field, whatever else is in the batch.
+            seeds: one per image. Image, level and seed fix the field, independently of the rest of the batch.
             spacing: mm per voxel along each axis; None is isotropic.
-            compact: return the field on the coarser of working grid and image grid, axis by axis, which holds all
-                there is to know; ``fields.resize_ddf`` brings it to the image's.
+            compact: return the field on the coarser of working grid and image grid, axis by axis. This loses nothing;
+                ``fields.resize_ddf`` resizes it to the image's grid.
             callback: called after each recovery step, with fields on the grid that the sampler works on.
             progress: show a progress bar.
 
@@ -110,13 +110,13 @@ class DRDM:
         """
         self._check(images)
         grid = self._grid(images.shape[2:], spacing)
-        # fields and coordinates need full precision, whatever the caller's autocast says
+        # fields and coordinates need full precision, also inside an autocast of the caller
         with torch.autocast(self.device.type, enabled=False):
             working = grid.image_to_working(images.to(self.device), self.network.card.input_range)
             ddf = self._diffuse(grid, level, seeds, images.shape[0])
             ddf = self._recover(working, ddf, levels_of_batch(level, images.shape[0], "DRDM"), callback, progress)
             ddf = grid.ddf_to_compact(ddf) if compact else grid.ddf_to_full(ddf)
-            # a coarser grid can fold where the working grid does not
+            # a field may fold on a coarser grid although it does not on the working grid
             return ddf if self.sampler == "reference" else mend_folds(ddf)
 
     @torch.no_grad()
@@ -170,11 +170,11 @@ class DRDM:
         network = _compiled(self.network) if self.compiled else self.network
         with torch.autocast(self.device.type, torch.bfloat16, enabled=self.precision == "bfloat16"):
             velocity: Tensor = network(images, level)
-        return velocity.clone() if self.compiled else velocity  # CUDA graphs write the next one to the same place
+        return velocity.clone() if self.compiled else velocity  # CUDA graphs reuse the memory of their output
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return next(self.network.parameters()).device
 
     def _grid(self, shape: Sequence[int], spacing: Sequence[float] | None) -> WorkingGrid:
@@ -215,6 +215,6 @@ class DRDM:
 
 @lru_cache(maxsize=8)
 def _compiled(network: RecoveryNetwork) -> Callable[..., Tensor]:
-    """Compiled for every shape it meets; on a GPU its kernels are replayed from a CUDA graph."""
+    """The compiled network. It is compiled once for every shape of its input; on a GPU it runs as a CUDA graph."""
     graphs = next(network.parameters()).device.type == "cuda"
     return torch.compile(network, dynamic=False, mode="reduce-overhead" if graphs else None)

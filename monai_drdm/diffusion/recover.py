@@ -1,7 +1,7 @@
-"""Deformation recovery (paper, Algorithm 2): remove what the network finds unrealistic, step by step.
+"""Deformation recovery (paper, Algorithm 2) with the published networks: make a deformed image realistic step by step.
 
-Every sampler takes images and fields on the network's own grid and returns the recovered field. The original image is
-warped afresh by the composed field before each step, so blur never accumulates.
+Every sampler takes images and fields on the working grid of the network and returns the recovered field. Before each
+step the original image is warped by the composed field, so that blur does not accumulate.
 """
 
 from __future__ import annotations
@@ -14,14 +14,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 from monai_drdm.fields import compose, fractions_to_voxels, gaussian_smooth, mend_folds, power, warp
-from monai_drdm.fields.warp import Mode
+from monai_drdm.fields.sampling import Mode
 from monai_drdm.networks import RecResACNet
 from monai_drdm.networks.recresacnet import TIME_STEPS
 
 
 @dataclass(frozen=True)
 class RecoveryStep:
-    """What a callback sees after each step."""
+    """What a callback is called with after each step."""
 
     index: int
     """0 to ``steps - 1``."""
@@ -42,7 +42,7 @@ _FAST_SIGMA_VOX = 1.5
 def recover_reference(
     network: RecResACNet, image: Tensor, ddf: Tensor, *, callback: Callback | None = None, progress: bool = False
 ) -> Tensor:
-    """Recovery exactly as released: t = 79 … 0, images warped bicubically with zero padding in 2D.
+    """Recovery exactly as released: t = 79 … 0, with bicubic warping in 2D and zero padding.
 
     Args:
         network: a ``RecResACNet``.
@@ -73,12 +73,12 @@ def recover_fast(
     callback: Callback | None = None,
     progress: bool = False,
 ) -> Tensor:
-    """Recovery in few strided steps, each smoothed and composed with itself.
+    """Recovery in few steps, each of which is smoothed and composed with itself.
 
-    Time runs from 48 to 0: predictions at later times are stronger and less regular. A step stands for ``60 / steps``
-    of the released ones: its prediction is freed of pixel noise by a Gaussian and applied that many times, which as a
-    composition cannot fold where one large step would. Folds that the random field or the composition leaves are
-    mended where they are.
+    Time runs from 48 to 0, because predictions at times above 48 are stronger and less regular. One step replaces
+    ``60 / steps`` released ones: its prediction is smoothed by a Gaussian, which removes pixel noise, and composed with
+    itself that many times. One large step could fold where this composition does not. Folds that are left are mended
+    locally.
 
     Args:
         network: a ``RecResACNet``.
@@ -112,12 +112,12 @@ def predict_step(network: RecResACNet, image: Tensor, time: int) -> Tensor:
 
 
 def image_mode(image: Tensor) -> Mode:
-    """The interpolation that the published networks saw in training."""
+    """The interpolation with which images were warped when the published networks were trained."""
     return "bicubic" if image.ndim == 4 else "bilinear"
 
 
 def strided_times(steps: int) -> list[int]:
-    """``steps`` time steps of the fast sampler, evenly from 48 to 0.
+    """The time steps of the fast sampler: ``steps`` of them, evenly spaced from 48 to 0.
 
     Raises:
         ValueError: outside 1 to 48.

@@ -1,14 +1,15 @@
 """Recovery with a network that predicts velocities: few cheap steps, each a small diffeomorphism.
 
-Two things keep it honest.
+Two corrections are added to the predictions of the network.
 
-*What nobody can see may as well be smooth.* A network can only see a deformation where the image shows something.
-Elsewhere its best guess is nothing, and the random field would stay as rough as it was drawn. Before each step the
-field is blended into its own smoothing where the deformed image is flat.
+*Smoothing in flat regions.* A network recognises a deformation only where the image has structure. In flat regions it
+predicts no velocity, and the random field would stay as rough as it was drawn. Before each step the field is therefore
+blended with its own smoothing where the deformed image is flat.
 
-*The original is realistic by definition.* A network finds something to mend in every anatomy that it was not trained
-on, and would turn all draws in the same direction. What it says of the original image is therefore taken off what it
-says of the deformed one, carried along by the field. It changes little with the level and is asked every fourth step.
+*Subtracting the prediction for the original image.* The original image is realistic by definition, but for anatomy that
+is unlike its training data a network predicts a velocity for it too, which would bias all draws in the same direction.
+This prediction is therefore warped by the field and subtracted from the one for the deformed image. It changes little
+with the level, so it is computed at every fourth step only.
 """
 
 from __future__ import annotations
@@ -27,16 +28,16 @@ from monai_drdm.fields import compose, exp_svf, gaussian_smooth, mend_folds, res
 from monai_drdm.networks import VelocityUNet
 
 Predict = Callable[[Tensor, Tensor], Tensor]
-"""A network as a function of images and levels."""
+"""A function that predicts velocities from images and levels, as a network does."""
 
 OVER_RELAXATION = 1.25
-"""Every step goes this much farther than its share of the way: later steps correct what it overshoots."""
+"""Every step is longer by this factor than its share of the way; later steps correct what is too much."""
 
-_FLAT = 0.07  # an edge of this slope, in units of the intensity range per voxel, counts as half seen
-_SMOOTHING = 3 / 80  # standard deviation of the smoothing, as a fraction of the longest side: about one finest node
+_FLAT = 0.07  # slope, in intensity ranges per voxel, at which a region counts as half flat
+_SMOOTHING = 3 / 80  # standard deviation as a fraction of the longest side, about the finest node spacing
 _EDGE_SIGMA_VOX, _REACH_SIGMA_VOX = 1.0, 2.0
 _ANCHOR_EVERY = 4
-_SQUARINGS = 6  # steps of up to 8 voxels of the half grid start within 1/8 voxel, larger ones less finely
+_SQUARINGS = 6  # a step of 8 voxels of the half grid starts with 1/8 voxel, a larger one with more
 
 
 @torch.no_grad()
@@ -54,20 +55,19 @@ def recover_velocity(
 ) -> Tensor:
     """Remove a random field of known level in few steps (Algorithm 2 with velocities).
 
-    At step ``k`` of ``K`` the level left is ``s_k = s (1 - k / K)``; the network says which velocity undoes a
-    deformation of that level, in the deformed image and in the original, and the field is composed with the flow of a
-    share of the difference.
+    At step ``k`` of ``K`` the remaining level is ``s_k = s (1 - k / K)``. The network predicts the velocity that undoes
+    a deformation of that level, for the deformed image and for the original one. The field is composed with the flow of
+    their difference, integrated for the time that belongs to this step.
 
     Args:
         network: a ``VelocityUNet``.
         image: ``(B, C, *S)`` original images in the network's input range, sizes odd.
         ddf: ``(B, D, *H)`` voxels of the half grid, the diffused field.
         levels: deformation level of each image.
-        steps: number of steps, 1 or more; each costs a prediction, every fourth one two.
-        over_relaxation: factor on every step; more of it stays closer to the original, less leaves more of the random
-            field.
-        predict: takes the place of ``network`` where velocities are predicted: the same in lower precision or
-            compiled.
+        steps: number of steps, 1 or more; each costs one prediction, every fourth step two.
+        over_relaxation: factor on every step. A larger one gives images closer to the original, a smaller one leaves
+            more of the random field.
+        predict: is called instead of ``network``, for example the same network compiled or in lower precision.
         callback: called after each step; its ``time`` is the number of steps left.
         progress: show a progress bar.
 
@@ -97,7 +97,7 @@ def recover_velocity(
 
 
 def timetable(levels: Sequence[float], steps: int, ddf: Tensor) -> tuple[Tensor, Tensor]:
-    """Level left before each step and time that it takes away, ``(K, B)`` each; on the device before the loop."""
+    """The remaining level before each step and the integration time of the step, ``(K, B)`` each, on the device."""
     left = [[level * (1 - k / steps) for level in levels] for k in range(steps + 1)]
     times = [integration_times(row, ddf.shape[1]) for row in left]
     share = [[a - b for a, b in zip(*rows)] for rows in pairwise(times)]
@@ -113,7 +113,9 @@ def recovery_step(
     time: Tensor,
     anchor: Tensor | None = None,
 ) -> Tensor:
-    """Smooth what the image does not show, then go a part of the way that the network says. The host waits for nothing.
+    """One step: smooth the field in flat regions, then compose it with the flow of the predicted velocity.
+
+    Nothing is read back from the device, so the host does not wait for it.
 
     Args:
         predict: velocities ``(B, D, *H)`` from images and levels.
@@ -122,7 +124,7 @@ def recovery_step(
         ddf: ``(B, D, *H)`` voxels of the half grid.
         level: ``(B,)`` level of each field.
         time: ``(B,)`` integration time of the step.
-        anchor: ``(B, D, *H)`` what the network says of the original image, to be taken off; None: nothing.
+        anchor: ``(B, D, *H)`` the prediction for the original image, which is subtracted; None: nothing is.
 
     Returns:
         ``(B, D, *H)`` voxels of the half grid.
@@ -138,7 +140,7 @@ def recovery_step(
 
 
 def flatness(image: Tensor, shape: Sequence[int]) -> Tensor:
-    """Where an image shows nothing that a deformation could be seen by: 1 in flat regions, near 0 at edges.
+    """Where an image has no structure from which a deformation could be recognised: 1 in flat regions, near 0 at edges.
 
     Args:
         image: ``(B, C, *S)`` in [0, 1].

@@ -1,4 +1,4 @@
-"""Deformation levels, time steps and how far they deform.
+"""Deformation levels, time steps, and how strongly they deform.
 
 A deformation level is the paper's T'/T, a number in (0, 1]; T = 80.
 """
@@ -10,8 +10,8 @@ from numbers import Real
 
 from monai_drdm.networks.recresacnet import TIME_STEPS
 
-# Integration time of isotropic_velocity at levels 0.1, 0.2, ..., 1.0 for which the mean displacement is the published
-# one: that of the released field at 256² in 2D and at 128³ in 3D. Written by tools/calibrate_levels.py.
+# Integration times of isotropic_velocity at levels 0.1, 0.2, ..., 1.0 that give the mean displacement of the released
+# process at 256² in 2D and at 128³ in 3D. Written by tools/calibrate_levels.py.
 _INTEGRATION_TIME = {
     2: (1.38, 3.67, 6.31, 9.34, 12.61, 16.32, 20.18, 24.52, 29.19, 33.41),
     3: (0.7, 1.84, 3.11, 4.5, 5.94, 7.48, 9.02, 10.66, 12.32, 13.76),
@@ -30,7 +30,7 @@ def check_level(level: float, function: str) -> float:
 
 
 def check_recovery(recovery: float) -> float:
-    """A factor on recovery steps.
+    """Return a factor on recovery steps as a float.
 
     Raises:
         ValueError: not a number in [0, 1].
@@ -41,7 +41,7 @@ def check_recovery(recovery: float) -> float:
 
 
 def check_precision(precision: str) -> str:
-    """The type in which convolutions are computed.
+    """Return the dtype in which convolutions are computed, as text.
 
     Raises:
         ValueError: neither ``float32`` nor ``bfloat16``.
@@ -52,7 +52,7 @@ def check_precision(precision: str) -> str:
 
 
 def levels_of_batch(level: float | Sequence[float], batch: int, function: str) -> list[float]:
-    """One checked level per sample, from one number or one per sample; tensors and arrays may hold them too.
+    """Return one checked level per sample, given one number or one per sample, also as a tensor or array.
 
     Raises:
         ValueError: a wrong number of levels, or one outside (0, 1].
@@ -70,7 +70,7 @@ def time_step(level: float) -> int:
 
 
 def composition_counts(t: int) -> tuple[int, int]:
-    """How often the published process composes its small fields at time step ``t`` (release of the paper's Eq. 6).
+    """How many times the released process composes its small fields at time step ``t`` (paper, Eq. 6).
 
     Args:
         t: time step, 0 to 79.
@@ -104,5 +104,5 @@ def integration_time(level: float, spatial_dims: int) -> float:
 
 
 def integration_times(levels: Sequence[float], spatial_dims: int) -> list[float]:
-    """``integration_time`` of each level; 0, where nothing is left, takes none."""
+    """``integration_time`` of each level; that of level 0 is 0."""
     return [integration_time(level, spatial_dims) if level > 0 else 0.0 for level in levels]

@@ -1,4 +1,4 @@
-"""The network's own grid: how an image of any shape, spacing and intensity gets there, and how its field comes back."""
+"""The grid that a network works on, and resampling of images to it and of fields from it."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from torch import Tensor
 from monai_drdm.fields import resize_ddf, resize_image
 
 _PERCENTILES = (0.005, 0.995)
-_QUANTILE_SAMPLES = 1 << 20  # torch.quantile refuses more than 2^24 values; this many fix a percentile well enough
+_QUANTILE_SAMPLES = 1 << 20  # enough for a percentile; torch.quantile takes at most 2^24 values
 
 
 @dataclass(frozen=True)
 class WorkingGrid:
-    """A grid whose longest physical side has the network's size and whose other sides keep their proportion.
+    """A grid over the extent of an image, whose longest physical side has the working size of the network.
 
-    An axis of 2 voxels or more keeps at least 2, so that displacements along it have a scale.
+    The other sides keep their proportion. An axis of 2 voxels or more keeps at least 2, because displacements along an
+    axis of one voxel would have no scale.
     """
 
     full_shape: tuple[int, ...]
@@ -36,7 +37,7 @@ class WorkingGrid:
             shape: spatial shape of the image.
             spacing: mm per voxel along each axis.
             working_size: voxels along the longest physical side.
-            odd: make all sizes odd, for networks that halve the grid with both ends in place.
+            odd: make all sizes odd, for networks that use the half grid, which keeps both ends.
 
         Raises:
             ValueError: shape and spacing do not fit, or are not positive.
@@ -46,7 +47,7 @@ class WorkingGrid:
             raise ValueError(f"shape must be 2 or 3 sizes of 1 or more, got {shape}.")
         if len(spacing) != len(shape) or not all(0 < s < math.inf for s in spacing):
             raise ValueError(f"spacing must be {len(shape)} positive numbers in mm, got {spacing}.")
-        # from centre to centre, as fields and images are mapped, so that working voxels are isotropic on thin axes too
+        # the extent is from centre to centre of the outer voxels, so that working voxels are isotropic on thin axes too
         extent = [(n - 1) * s for n, s in zip(shape, spacing)]
         step = max(extent) / max(working_size - 1, 1)
         every = 2 if odd else 1
@@ -55,10 +56,10 @@ class WorkingGrid:
         return cls(shape, work, work_spacing)
 
     def image_to_working(self, image: Tensor, input_range: tuple[float, float]) -> Tensor:
-        """Bring ``(B, C, *full)`` intensities to the working grid and the network's range; float32 ``(B, C, *S)``.
+        """Resample images ``(B, C, *full)`` to the working grid and scale them to the network's intensity range.
 
-        Each sample's 0.5th to 99.5th percentile maps to the range, what lies outside is clipped. A constant image
-        maps to the lower end.
+        The 0.5th and 99.5th percentiles of each sample are mapped to the ends of the range and intensities outside are
+        clipped. A constant image is mapped to the lower end. Returns float32 ``(B, C, *S)``.
         """
         image = image.to(torch.float32)
         low, high = _robust_range(image)
@@ -68,24 +69,29 @@ class WorkingGrid:
         return unit * (input_range[1] - input_range[0]) + input_range[0]
 
     def ddf_to_full(self, ddf: Tensor) -> Tensor:
-        """Bring a field ``(B, D, *G)`` over the same extent, in its voxels, to the image's grid, in its voxels."""
+        """Resize a field ``(B, D, *G)`` over the same extent to the grid of the image, in voxels of that grid."""
         return self._resized(ddf, self.full_shape)
 
     def ddf_to_compact(self, ddf: Tensor) -> Tensor:
-        """Bring a field ``(B, D, *G)`` in its voxels to the coarser of its grid and the image's, axis by axis."""
+        """Resize a field ``(B, D, *G)`` to the coarser of its own grid and the grid of the image, axis by axis."""
         return self._resized(ddf, [min(sizes) for sizes in zip(ddf.shape[2:], self.full_shape)])
 
     def _resized(self, ddf: Tensor, shape: Sequence[int]) -> Tensor:
-        """The field on another grid; along an axis of one voxel nothing can move, so nothing does."""
+        """Resize a field; along axes where the image has one voxel the displacement is set to 0."""
         moves = torch.tensor([n > 1 for n in self.full_shape], device=ddf.device)
         return resize_ddf(ddf, shape) * moves.view(1, -1, *(1,) * len(shape))
 
 
 def _robust_range(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Percentiles of each sample, ``(B, 1, …)``; the full range where they coincide, as in a mostly empty image."""
+    """Percentiles of each sample, ``(B, 1, …)``.
+
+    Where both are equal, as in an image that is mostly empty, minimum and maximum are taken instead.
+    """
     flat = image.flatten(1)
     stride = max(1, flat.shape[1] // _QUANTILE_SAMPLES)
-    while any(math.gcd(stride, n) > 1 for n in image.shape[2:]):  # else it would visit some slices only
+    while any(
+        math.gcd(stride, n) > 1 for n in image.shape[2:]
+    ):  # a common divisor would select voxels of some slices only
         stride += 1
     strided = flat[:, ::stride]
     low, high = -_upper_quantile(-strided, 1 - _PERCENTILES[0]), _upper_quantile(strided, _PERCENTILES[1])

@@ -3,8 +3,10 @@
 One convention holds everywhere in this package:
 
 * A displacement field ``ddf`` is a floating tensor ``(B, D, *S)`` with ``D = len(S)`` in {2, 3}.
-* Its components are voxels of its own grid, in array axis order (component ``d`` moves along ``S[d]``).
-* Voxel centres lie at integers (``align_corners=True``); an axis of length 1 holds its only value everywhere.
+* Its components are displacements in voxels of its own grid, in array axis order: component ``d`` moves along
+  ``S[d]``.
+* Voxel centres lie at integers (``align_corners=True``). Along an axis of length 1 every coordinate reads the
+  only voxel.
 * Warping pulls back: ``warp(image, ddf)(x) = image(x + ddf(x))``, as in ``monai.networks.blocks.Warp``.
 
 A stationary velocity field (SVF) has the same form. Coordinates are never computed below float32.
@@ -13,13 +15,12 @@ A stationary velocity field (SVF) has the same form. Coordinates are never compu
 from monai_drdm.fields.compose import compose, exp_svf, power
 from monai_drdm.fields.grid import identity_grid
 from monai_drdm.fields.guard import mend_folds, shrink_to_fold_limit
-from monai_drdm.fields.invert import Inverse, invert
+from monai_drdm.fields.invert import Inverse, invert, warp_points
 from monai_drdm.fields.jacobian import fold_fraction, jacobian_determinant
-from monai_drdm.fields.labels import warp_labels
-from monai_drdm.fields.random import control_grid_velocity, isotropic_velocity
+from monai_drdm.fields.random_velocity import control_grid_velocity, isotropic_velocity
 from monai_drdm.fields.resize import crop, gaussian_smooth, resize_ddf, resize_image
 from monai_drdm.fields.units import fractions_to_voxels, mm_to_voxels, voxels_to_fractions, voxels_to_mm
-from monai_drdm.fields.warp import sample, warp, warp_points
+from monai_drdm.fields.warp import sample, warp, warp_labels
 
 __all__ = [
     "Inverse",

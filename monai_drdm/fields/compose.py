@@ -6,10 +6,11 @@ import torch
 from torch import Tensor
 
 from monai_drdm.fields.grid import check_ddf, check_same_grid, field_dtype
-from monai_drdm.fields.warp import PaddingMode, warp
+from monai_drdm.fields.sampling import PaddingMode
+from monai_drdm.fields.warp import warp
 
-# with a first step of at most this many voxels, the first-order start of scaling and squaring costs a few hundredths
-# of a voxel on fields that move by tens of them
+# Scaling and squaring starts with a first-order step. If it is at most this long, the error is a few hundredths of a
+# voxel, even for fields that move by tens of voxels.
 _FIRST_STEP_VOX = 0.125
 
 
@@ -21,7 +22,7 @@ def compose(first: Tensor, second: Tensor, padding_mode: PaddingMode = "border")
     Args:
         first: ``(B, D, *S)`` voxels.
         second: ``(B, D, *S)`` voxels.
-        padding_mode: what ``first`` is outside the grid.
+        padding_mode: how ``first`` continues beyond the grid.
 
     Returns:
         ``(B, D, *S)`` voxels, float32 or float64.
@@ -42,7 +43,7 @@ def power(ddf: Tensor, n: int | Tensor) -> Tensor:
 
     Args:
         ddf: ``(B, D, *S)`` voxels.
-        n: how often, 0 or more (0 gives the identity): one number, or one per sample ``(B,)`` on the CPU.
+        n: 0 or more; 0 gives the identity. One number, or one per sample ``(B,)`` on the CPU.
 
     Returns:
         ``(B, D, *S)`` voxels.
@@ -83,9 +84,9 @@ def exp_svf(svf: Tensor, squarings: int | None = None, *, at_most: int | None = 
     Args:
         svf: ``(B, D, *S)`` voxels per unit time.
         squarings: ``n``. None chooses it for each sample from its largest velocity, so that the first step is at most
-            1/8 voxel; that reads one number a sample back from the device.
-        at_most: limit of an ``n`` that is chosen. With it nothing is read back from an accelerator, so nothing waits
-            for it, and velocities are not checked.
+            1/8 voxel. For that, one number per sample is read back from the device.
+        at_most: largest ``n`` that may be chosen. With this limit nothing is read back from an accelerator, so the host
+            does not wait for it, and velocities are not checked.
 
     Returns:
         ``(B, D, *S)`` displacement in voxels, float32 or float64.
@@ -106,7 +107,7 @@ def exp_svf(svf: Tensor, squarings: int | None = None, *, at_most: int | None = 
     largest = ddf.detach().abs().flatten(1).amax(dim=1)
     if at_most is None and not bool(torch.isfinite(largest).all()):
         raise ValueError("exp_svf: svf must be finite, got NaN or infinity. Check the network or the draw.")
-    # smallest n with largest / 2^n <= _FIRST_STEP_VOX, for each sample, whatever else is in the batch
+    # the smallest n with largest / 2^n <= _FIRST_STEP_VOX, for each sample on its own
     mantissa, exponent = torch.frexp(largest / _FIRST_STEP_VOX)
     each = (exponent - (mantissa == 0.5).to(exponent.dtype)).clamp(min=0, max=at_most)
     each = each.view(-1, *(1,) * (svf.ndim - 1))

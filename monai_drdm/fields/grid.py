@@ -1,4 +1,4 @@
-"""Grids, argument checks, and the one place where array order meets ``grid_sample`` order."""
+"""Coordinate grids and checks of arguments. Only this module converts to the axis order of ``grid_sample``."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def identity_grid(
 
 
 def to_grid_sample(coordinates: Tensor, shape: Sequence[int]) -> Tensor:
-    """Turn voxel coordinates into the layout of ``torch.nn.functional.grid_sample`` with ``align_corners=True``.
+    """Convert voxel coordinates to the layout of ``torch.nn.functional.grid_sample`` with ``align_corners=True``.
 
     Args:
         coordinates: ``(B, D, *T)`` voxel coordinates in a grid of shape ``shape``.
@@ -43,7 +43,9 @@ def to_grid_sample(coordinates: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def sampling_grid(ddf: Tensor) -> Tensor:
-    """Where ``warp`` samples, ``x + ddf(x)``, in the layout of ``grid_sample``, without an identity grid in between.
+    """Where ``warp`` samples, ``x + ddf(x)``, in the layout of ``grid_sample``.
+
+    The result is that of ``to_grid_sample``, but no identity grid is built on the way, which saves memory and time.
 
     Args:
         ddf: ``(B, D, *S)`` voxels, floating.
@@ -52,7 +54,7 @@ def sampling_grid(ddf: Tensor) -> Tensor:
         ``(B, *S, D)`` coordinates in [-1, 1], last array axis first, in the type of ``ddf``.
     """
     batch, dims, *shape = ddf.shape
-    axes = [_axis(size, dims - 1 - d, ddf) for d, size in enumerate(shape)]
+    axes = [_axis_coordinates(size, dims - 1 - d, ddf) for d, size in enumerate(shape)]
     scales = [2.0 / (size - 1) if size > 1 else 0.0 for size in shape]
     if torch.is_grad_enabled() and ddf.requires_grad:
         parts = [torch.add(axis, ddf[:, d], alpha=scale) for d, (axis, scale) in enumerate(zip(axes, scales))]
@@ -63,15 +65,15 @@ def sampling_grid(ddf: Tensor) -> Tensor:
     return grid
 
 
-def _axis(size: int, behind: int, like: Tensor) -> Tensor:
-    """Coordinates in [-1, 1] along an axis that has ``behind`` more after it; 0 along one of length 1."""
+def _axis_coordinates(size: int, axes_after: int, ddf: Tensor) -> Tensor:
+    """Coordinates in [-1, 1] along an axis that ``axes_after`` more axes follow; 0 along an axis of length 1."""
     if size == 1:
-        return like.new_zeros((1,) * (behind + 1))
-    return torch.linspace(-1.0, 1.0, size, device=like.device, dtype=like.dtype).view(-1, *(1,) * behind)
+        return ddf.new_zeros((1,) * (axes_after + 1))
+    return torch.linspace(-1.0, 1.0, size, device=ddf.device, dtype=ddf.dtype).view(-1, *(1,) * axes_after)
 
 
 def field_dtype(*tensors: Tensor) -> torch.dtype:
-    """The type in which coordinates are computed: float64 if any floating input is, else float32."""
+    """The dtype in which coordinates are computed: float64 if any of the tensors is float64, else float32."""
     return torch.float64 if any(t.dtype == torch.float64 for t in tensors) else torch.float32
 
 
@@ -98,7 +100,7 @@ def check_same_grid(first: Tensor, second: Tensor, function: str, names: tuple[s
     """Check that two batched tensors share their spatial shape and have batch sizes that match or are 1.
 
     Raises:
-        ValueError: naming both shapes.
+        ValueError: they do not; the message names both shapes.
     """
     if first.shape[2:] != second.shape[2:]:
         raise ValueError(

@@ -16,9 +16,10 @@ Scheme = Literal["corners", "central"]
 def jacobian_determinant(ddf: Tensor, scheme: Scheme = "corners") -> Tensor:
     """Determinant of the Jacobian of ``x + ddf(x)``.
 
-    ``corners``: for each cell of the grid the minimum over its 2^D corners, each by the edges that meet there. That
-    covers every combination of forward and backward differences, so fields that alternate from voxel to voxel are
-    seen. ``central``: central differences, one-sided at the border, as the literature reports; blind to such fields.
+    ``corners``: for each cell of the grid, the minimum over its 2^D corners of the determinant of the edges that meet
+    there. This covers every combination of forward and backward differences, so it detects fields that alternate from
+    voxel to voxel. ``central``: central differences, one-sided at the border, as reported in the literature; they do
+    not detect such fields.
 
     Args:
         ddf: ``(B, D, *S)`` voxels.
@@ -57,12 +58,12 @@ def fold_fraction(ddf: Tensor, scheme: Scheme = "corners") -> Tensor:
     Returns:
         ``(B,)`` in [0, 1].
     """
-    unfolded = jacobian_determinant(ddf, scheme) > 0  # NaN is no evidence of an unfolded field
+    unfolded = jacobian_determinant(ddf, scheme) > 0  # so NaN counts as folded
     return (~unfolded).flatten(1).float().mean(dim=1)
 
 
 def _edges(field: Tensor, axis: int) -> Tensor:
-    """Forward differences of ``x + ddf`` along one axis; an axis of length 1 has the identity's."""
+    """Forward differences of ``x + ddf`` along one axis; along an axis of length 1 they are those of the identity."""
     if field.shape[axis + 2] == 1:
         edge = torch.zeros_like(field)
     else:

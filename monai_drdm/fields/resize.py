@@ -16,7 +16,7 @@ _LINEAR = {2: "bilinear", 3: "trilinear"}
 
 
 def resize_ddf(ddf: Tensor, shape: Sequence[int]) -> Tensor:
-    """Resample a field to another grid over the same extent; vectors scale per axis, so they stay voxels.
+    """Resample a field to another grid over the same extent; its vectors are scaled to voxels of the new grid.
 
     Args:
         ddf: ``(B, D, *S)`` voxels of its grid.
@@ -39,7 +39,7 @@ def resize_ddf(ddf: Tensor, shape: Sequence[int]) -> Tensor:
 
 
 def resize_image(image: Tensor, shape: Sequence[int]) -> Tensor:
-    """Linear resampling over the same extent, with a Gaussian pre-filter along axes that shrink.
+    """Resample an image linearly to another grid over the same extent; axes that become shorter are smoothed first.
 
     Args:
         image: ``(B, C, *S)`` floating.
@@ -70,7 +70,7 @@ def crop(tensor: Tensor, shape: Sequence[int], *, centre: bool = False) -> Tenso
 
 
 def gaussian_smooth(tensor: Tensor, sigma: float | Sequence[float]) -> Tensor:
-    """Separable Gaussian smoothing, the border value continued outside.
+    """Separable Gaussian smoothing; beyond the border the border value continues.
 
     Args:
         tensor: ``(B, C, *S)`` floating.
@@ -94,7 +94,7 @@ def gaussian_smooth(tensor: Tensor, sigma: float | Sequence[float]) -> Tensor:
 
 @lru_cache(maxsize=64)
 def _constants(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """Numbers on a device, sent there once: every sending makes the host wait for it."""
+    """Constants on a device. They are cached, because copying them to a device makes the host wait for it."""
     with torch.inference_mode(False):
         return torch.tensor(values, device=device, dtype=dtype)
 

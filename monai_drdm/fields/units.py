@@ -1,8 +1,8 @@
-"""Voxels, millimetres and the published fractions of image size.
+"""Conversions between voxels, millimetres and the published fractions of the image size.
 
-Voxels are what the rest of the package computes in. Millimetres appear at the public knobs only, fractions only at the
-boundary of the published network: a fraction of 1 is the length in voxels of the longest side, along every axis, so
-that shapes keep their proportions on grids that are not square.
+The package computes in voxels. Millimetres occur only in public arguments, and fractions only in the inputs and outputs
+of the published networks. A fraction of 1 is the length of the longest side in voxels, along every axis, so that shapes
+keep their proportions on grids that are not square.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Files: images in the format they came in, displacement fields as NIfTI and ITK."""
+"""Reading and writing files: images in their own format, displacement fields as NIfTI and ITK, datalists."""
 
 from monai_drdm.io.datalists import Case, find_cases, read_cases
-from monai_drdm.io.fields import load_ddf, save_ddf
+from monai_drdm.io.ddf import load_ddf, save_ddf
 from monai_drdm.io.files import stem_of
 from monai_drdm.io.images import IMAGE_SUFFIXES, ImageFile, load_image
 from monai_drdm.io.nifti import save_image

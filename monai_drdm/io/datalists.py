@@ -1,4 +1,4 @@
-"""Which images there are: folders of them, and MONAI datalists."""
+"""Finding images and labels: in folders and in MONAI datalists."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from monai_drdm.io.images import IMAGE_SUFFIXES
 
 
 class Case(NamedTuple):
-    """One image to augment, and its label map if it has one."""
+    """An image file, and the file of its label map if there is one."""
 
     name: str
     image: Path
@@ -23,7 +23,7 @@ class Case(NamedTuple):
 
 
 def find_cases(images: str | os.PathLike[str], labels: str | os.PathLike[str] | None = None) -> list[Case]:
-    """Images of a folder, each with the label map of the same file name in another.
+    """Find the images of a folder, each with the label map of the same file name in another folder.
 
     Raises:
         FileNotFoundError: a folder is missing, or holds no image of a known format.
@@ -39,7 +39,9 @@ def find_cases(images: str | os.PathLike[str], labels: str | os.PathLike[str] | 
 
 
 def read_cases(datalist: str | os.PathLike[str], section: str = "training") -> list[Case]:
-    """Cases of a MONAI datalist: a JSON file with a list of ``{"image": …, "label": …}`` under a section's name.
+    """Read the cases of a MONAI datalist.
+
+    It is a JSON file with a list of ``{"image": …, "label": …}`` under the name of a section.
 
     Raises:
         FileNotFoundError: no such file.
@@ -66,9 +68,10 @@ def read_cases(datalist: str | os.PathLike[str], section: str = "training") -> l
 
 
 def _named(pairs: Sequence[tuple[Path, Path | None]]) -> list[Case]:
-    """Cases by file name; where file names repeat, by their path below the common folder.
+    """Name each case by its file; if file names repeat, by the path below the common folder.
 
-    An image that several labels belong to, such as those of several raters, gives a case for each, named by both.
+    An image with several labels, such as those of several raters, gives one case for each label. It is named by both
+    files.
     """
     names = [stem_of(image) for image, _ in pairs]
     if len(set(names)) < len(names):

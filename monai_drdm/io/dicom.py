@@ -1,4 +1,4 @@
-"""Reading what ITK reads and nobody writes back: DICOM series, MetaImage headers, TIFF."""
+"""Reading images through ITK that are never written back, such as DICOM series, MetaImage and TIFF."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import SimpleITK
 import torch
 from monai.data import MetaTensor
 
-from monai_drdm.io.fields import itk_affine
+from monai_drdm.io.ddf import itk_affine
 
 DICOM_SUFFIXES = (".dcm", ".ima")
-_MAX_STRETCH = 0.15  # one damaged slice of a dozen costs no scan
+_MAX_STRETCH = 0.15  # so that one missing slice of a dozen is accepted
 
 
 def find_series(folder: str | os.PathLike[str]) -> tuple[list[tuple[str, ...]], list[str]]:
-    """The DICOM series in a folder, each as its files in the order of their positions, and files that are in none.
+    """Find the DICOM series in a folder, each as its files in the order of their positions, and files of no series.
 
-    Series are told apart by their UID, sequence, slice thickness and matrix, so a scout is not stacked on a scan.
+    Series are distinguished by UID, sequence, slice thickness and matrix, so that a scout is not stacked on a scan.
     """
     name = os.fspath(folder)
     reader = SimpleITK.ImageSeriesReader
@@ -31,10 +31,10 @@ def find_series(folder: str | os.PathLike[str]) -> tuple[list[tuple[str, ...]], 
 
 
 def _check_steps(files: Sequence[str]) -> None:
-    """Several time points are no volume, and neither is a series with large gaps: ITK stacks both at even steps.
+    """Refuse series that are not one volume: several time points, or large gaps, which ITK would stack evenly.
 
     Raises:
-        ValueError: slices at one place, or so many missing that what is there would be stretched much.
+        ValueError: several slices at one place, or so many missing that the volume would be stretched.
     """
     places = [_place_along_normal(file) for file in files]
     if len(places) < 2 or None in places:
@@ -48,7 +48,7 @@ def _check_steps(files: Sequence[str]) -> None:
 
 
 def _place_along_normal(file: str) -> float | None:
-    """Where a DICOM slice lies across its plane in mm; None if it does not say."""
+    """Position of a DICOM slice along the normal of its plane, in mm; None if the header does not have it."""
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(file)
     try:
@@ -62,7 +62,7 @@ def _place_along_normal(file: str) -> float | None:
 
 
 def load_with_itk(files: Sequence[str]) -> MetaTensor:
-    """One image ``(C, *S)`` float32 from one file, or from the slices of a DICOM series.
+    """Read one image ``(C, *S)`` as float32 from one file, or from the slices of a DICOM series.
 
     Raises:
         ValueError: it cannot be read, or the slices of a series do not lie at even steps.

@@ -1,4 +1,4 @@
-"""Names of files, and writing them whole or not at all."""
+"""File names, and writing files completely or not at all."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 PART = ".part-"
-"""What the names of unfinished files begin with."""
+"""Prefix of the names of unfinished files."""
 
 _TAIL = 16
-"""Of a name, kept in its unfinished file's: the suffix, but nothing that makes it too long."""
+"""Number of last characters of a file name that the name of its unfinished file keeps; the suffix is among them."""
 _UNFINISHED = re.compile(re.escape(PART) + "[0-9a-f]{32}-")
 
 ITK_FORMATS = {".mha": "MetaImageIO", ".nrrd": "NrrdImageIO", ".png": "PNGImageIO"}
-"""ITK's readers and writers by suffix; left to itself, ITK does not know some suffixes in capitals."""
+"""ITK's reader and writer for each suffix. ITK does not recognise some suffixes in capitals, so they are named."""
 
 
 def suffix_of(path: str | os.PathLike[str], known: Sequence[str], function: str) -> str:
-    """The suffix of a file name in lower case, ``.nii.gz`` being one.
+    """The suffix of a file name in lower case; ``.nii.gz`` counts as one suffix.
 
     Raises:
-        ValueError: none of the known ones.
+        ValueError: not one of the known suffixes.
     """
     name = Path(path).name.lower()
     for suffix in sorted(known, key=len, reverse=True):
@@ -34,20 +34,20 @@ def suffix_of(path: str | os.PathLike[str], known: Sequence[str], function: str)
 
 
 def stem_of(path: str | os.PathLike[str]) -> str:
-    """The file name without its suffix, ``.nii.gz`` being one."""
+    """The file name without its suffix; ``.nii.gz`` counts as one suffix."""
     path = Path(path)
     return path.name[: -len(".nii.gz")] if path.name.lower().endswith(".nii.gz") else path.stem
 
 
 def atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
-    """Let ``write`` make a file beside ``path`` and move it there when it is whole.
+    """Write a file under another name in the same folder, and rename it to ``path`` when it is complete.
 
     Args:
-        path: where the file goes; what is there is replaced.
-        write: makes a file of the name it is given, which has the suffix of ``path``.
+        path: the file to write; an existing one is replaced.
+        write: is called with a file name that has the suffix of ``path``, and writes that file.
 
     Raises:
-        OSError: what writing raised; nothing is left behind, and what was at ``path`` stays.
+        OSError: the file cannot be written. No unfinished file is left, and an existing file at ``path`` stays.
     """
     path = Path(path)
     part = path.with_name(f"{PART}{uuid.uuid4().hex}-{path.name[-_TAIL:]}".lower())
@@ -56,27 +56,27 @@ def atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> 
         os.replace(part, path)
     except OSError as error:
         raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
-    except RuntimeError as error:  # SimpleITK's word for a failed write
+    except RuntimeError as error:  # raised by SimpleITK when writing fails
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[-1]}") from error
     finally:
         part.unlink(missing_ok=True)
 
 
 def is_taken(path: Path) -> bool:
-    """Whether there is a file at a path, or a folder that holds something other than what ``atomically`` writes at."""
+    """Whether a path is a file, or a folder that holds anything except unfinished files of ``atomically``."""
     return path.exists() and (not path.is_dir() or not all(_UNFINISHED.match(one.name) for one in path.iterdir()))
 
 
 @contextmanager
 def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Keep other runs out of a folder; the system lets go when the process ends, however it ends.
+    """Keep other runs out of a folder. The operating system releases the lock when the process ends, also by a kill.
 
     Args:
-        folder: to be locked.
-        shared: let others in that share it, but none that wants it alone.
+        folder: the folder to lock.
+        shared: admit other runs that lock the folder with ``shared=True``, but no run that locks it alone.
 
     Raises:
-        FileExistsError: another run is at it.
+        FileExistsError: another run holds the lock.
     """
     try:
         import fcntl

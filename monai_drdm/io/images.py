@@ -1,4 +1,4 @@
-"""Images in the formats they came in: what is written back keeps affine, orientation and data type."""
+"""Images that are written back in their own format, with the affine, orientation and data type of the file."""
 
 from __future__ import annotations
 
@@ -16,35 +16,38 @@ from monai.data import MetaTensor
 from numpy.typing import NDArray
 from torch import Tensor
 
-from monai_drdm.io.fields import itk_affine
+from monai_drdm.io.ddf import itk_affine
 from monai_drdm.io.files import atomically, ITK_FORMATS, suffix_of
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd", ".png")
 """Formats that can be read and written back."""
 
-_ITK_OWN_KEYS = ("ITK_", "NRRD_")  # ITK writes them itself, but for this one:
+_ITK_OWN_KEYS = ("ITK_", "NRRD_")  # ITK writes them itself, except this one:
 _NRRD_CONTENT = "NRRD_content"
 
 
 @dataclass(frozen=True)
 class ImageFile:
-    """An image, and all that is needed to write another one like it."""
+    """An image, and what is needed to write another one in the same format."""
 
     data: MetaTensor
-    """``(C, *S)`` with the affine of the file, voxel to RAS millimetres; the identity, as in MONAI, if it has none."""
+    """``(C, *S)`` with the affine of the file, voxel to RAS millimetres; a file without one has the identity."""
     itk_affine: NDArray[Any] | None
-    """Voxel to RAS millimetres ``(4, 4)`` of where ITK places the image, which with some headers is elsewhere: it
-    prefers the qform and heeds micrometres. None: ITK does not read it."""
+    """Voxel to RAS millimetres ``(4, 4)`` as ITK reads the header; None if ITK cannot read the file.
+
+    It may differ from the affine of ``data``, because ITK prefers the qform and converts micrometres."""
     itk_dims: int
-    """Spatial axes that ITK sees: 3 for a volume of one slice, though ``data`` may be 2D."""
+    """Number of spatial axes in ITK: 3 for a volume of one slice, although ``data`` may be 2D."""
     suffix: str
     _write: Callable[[NDArray[Any], str], object]
 
     def save_like(self, data: Tensor, path: str | os.PathLike[str]) -> None:
-        """Write ``(C, *S)`` of the same shape with this file's header and data type; integers are rounded.
+        """Write an image ``(C, *S)`` of the same shape with the header and data type of this file.
+
+        Values are rounded if the data type is an integer.
 
         Raises:
-            OSError: the file cannot be written; nothing is left behind.
+            OSError: the file cannot be written; no unfinished file is left.
             ValueError: another shape or suffix, or values that the data type cannot hold: NaN or infinity in a file of
                 integers, integers beyond its range.
         """
@@ -60,8 +63,8 @@ def load_image(path: str | os.PathLike[str], *, keep_slice: bool = False) -> Ima
     """Read an image.
 
     Args:
-        path: a file that ends in one of ``IMAGE_SUFFIXES``. Trailing axes of NIfTI, and components, are channels.
-        keep_slice: leave a volume of one slice 3D instead of making it a 2D image.
+        path: a file that ends in one of ``IMAGE_SUFFIXES``. NIfTI axes after the third, and components, are channels.
+        keep_slice: return a volume of one slice as 3D instead of 2D.
 
     Raises:
         FileNotFoundError: no such file.
@@ -74,14 +77,14 @@ def load_image(path: str | os.PathLike[str], *, keep_slice: bool = False) -> Ima
 
 
 def check_plain(path: Path) -> None:
-    """Refuse what would be read as something else.
+    """Refuse files whose numbers or place in space would be misread.
 
     Raises:
-        ValueError: a picture whose numbers are those of a palette, or a volume without a place in space.
+        ValueError: a palette image, whose numbers are not intensities, or a volume whose affine is not finite.
     """
     name = path.name.lower()
     if name.endswith((".png", ".bmp")):
-        from PIL import Image  # an extra: training only
+        from PIL import Image  # an extra that only training needs
 
         with Image.open(path) as picture:
             if picture.mode == "P":
@@ -96,7 +99,7 @@ def _load_nifti(path: str, suffix: str, keep_slice: bool) -> ImageFile:
     try:
         file: Any = nib.load(path)
         values = np.asanyarray(file.dataobj)
-    except Exception as error:  # a damaged file makes nibabel raise whatever its bytes lead to
+    except Exception as error:  # on damaged files nibabel raises exceptions of any type
         raise ValueError(f"{path} cannot be read as NIfTI: {error}") from None
     if not issubclass(type(file), nib.nifti1.Nifti1Pair):  # CIFTI ends in .nii too
         raise ValueError(f"{path} cannot be read as a NIfTI image: it is a {type(file).__name__}.")
@@ -104,7 +107,7 @@ def _load_nifti(path: str, suffix: str, keep_slice: bool) -> ImageFile:
         raise ValueError(f"{path} must hold real numbers in 2 to 5 axes, got {values.dtype} of shape {values.shape}.")
     shape = values.shape
     spatial = shape[:3] if len(shape) > 2 and (keep_slice or shape[2] > 1) else shape[:2]
-    channels = values.reshape(*spatial, -1, order="F")  # the axes after the spatial ones, or a single slice
+    channels = values.reshape(*spatial, -1, order="F")  # all axes after the spatial ones become channels
     slope, inter = file.dataobj.slope, file.dataobj.inter
 
     def write(output: NDArray[Any], part: str) -> None:
@@ -121,11 +124,11 @@ def _load_nifti(path: str, suffix: str, keep_slice: bool) -> ImageFile:
             raise ValueError(f"{path}: its header cannot be written again: {error}") from error
 
     data = np.ascontiguousarray(np.moveaxis(channels, -1, 0))
-    return _image_file(data, np.asarray(file.affine, dtype=float), _itk_place(path), suffix, write)
+    return _image_file(data, np.asarray(file.affine, dtype=float), _itk_geometry(path), suffix, write)
 
 
-def _itk_place(path: str) -> tuple[NDArray[Any] | None, int]:
-    """Where ITK places a NIfTI image, and how many spatial axes it has there."""
+def _itk_geometry(path: str) -> tuple[NDArray[Any] | None, int]:
+    """The affine of a NIfTI image as ITK reads it, and its number of spatial axes in ITK."""
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(path)
     reader.SetImageIO("NiftiImageIO")
@@ -175,7 +178,7 @@ def _load_itk(path: str, suffix: str, keep_slice: bool) -> ImageFile:
 
 
 def _check_png(head: bytes, path: str) -> None:
-    """Refuse what ITK would widen on reading: class numbers would not survive."""
+    """Refuse PNG files whose values, and so class numbers, ITK changes on reading: palettes and fewer than 8 bits."""
     depth, colour = head[24:25], head[25:26]
     if head[12:16] == b"IHDR" and (colour not in (b"\0", b"\2", b"\6") or depth not in (b"\x08", b"\x10")):
         raise ValueError(
@@ -196,7 +199,7 @@ def _image_file(
 
 
 def _as_dtype(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
-    """Values as a data type: what was interpolated is rounded and kept within the range of integers."""
+    """Convert values to a data type. For integers, floating values are rounded and clipped to the range of the type."""
     if dtype.kind not in "iu":
         return values.astype(dtype)
     limits = np.iinfo(dtype)
@@ -204,7 +207,7 @@ def _as_dtype(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:
         if not np.isfinite(values).all():
             raise ValueError(f"save_like: a file of {dtype} cannot hold NaN or infinity.")
         top = float(limits.max)
-        top = top if top <= limits.max else np.nextafter(top, 0)  # 2⁶³ - 1 is no double
+        top = top if top <= limits.max else np.nextafter(top, 0)  # 2⁶³ - 1 is not representable as float64
         values = np.clip(np.round(values.astype(np.float64)), limits.min, top)
     elif values.size and values.dtype.kind in "iu" and (values.min() < limits.min or values.max() > limits.max):
         raise ValueError(f"save_like: a file of {dtype} cannot hold {values.min()} to {values.max()}.")

@@ -14,16 +14,16 @@ from monai_drdm.io.files import atomically, suffix_of
 
 
 def save_image(image: Tensor, affine: ArrayLike, path: str | os.PathLike[str]) -> None:
-    """Write one channel as NIfTI with a given affine.
+    """Write an image of one channel as NIfTI with a given affine.
 
     Args:
-        image: ``(*S)`` with 2 or 3 axes; 64-bit integers become 32-bit where they fit, bools 8-bit,
-            half precision single.
+        image: ``(*S)`` with 2 or 3 axes. 64-bit integers are written as 32-bit, bools as 8-bit integers and half
+            precision as single.
         affine: ``(4, 4)`` voxel to RAS millimetres.
         path: a ``.nii`` or ``.nii.gz`` file.
 
     Raises:
-        ValueError: another number of axes or suffix, or integers beyond 32 bits, which most readers do not know.
+        ValueError: another number of axes or suffix, or integers beyond 32 bits, which most programs cannot read.
     """
     if image.ndim not in (2, 3):
         raise ValueError(f"save_image: image must have 2 or 3 axes, got {tuple(image.shape)}.")

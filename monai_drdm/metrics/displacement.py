@@ -1,4 +1,4 @@
-"""How far a field moves, with and without its affine part, and how unevenly it stretches."""
+"""Measures of displacement, of its non-affine part, and of local volume change."""
 
 from __future__ import annotations
 
@@ -17,10 +17,9 @@ def mean_displacement(ddf: Tensor) -> Tensor:
 
 
 def remove_affine(ddf: Tensor) -> Tensor:
-    """What is left of each field after its best affine fit (least squares over all voxels).
+    """Subtract from each field its best affine fit (least squares over all voxels).
 
-    A shift, rotation or scaling of the whole image is no deformation; this part is what an affine augmentation could
-    not have made.
+    What is left is the part of the deformation that an affine augmentation cannot produce.
 
     Args:
         ddf: ``(B, D, *S)`` voxels.
@@ -44,7 +43,7 @@ def log_jacobian(ddf: Tensor, floor: float = 1e-3) -> Tensor:
 
     Args:
         ddf: ``(B, D, *S)`` voxels.
-        floor: determinants are clamped to at least this, so that folds count as extreme compression.
+        floor: smaller determinants are set to this, so that folds count as extreme compression.
     """
     return jacobian_determinant(ddf).clamp(min=floor).log()
 

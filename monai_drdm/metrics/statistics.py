@@ -1,4 +1,4 @@
-"""A short account of one field."""
+"""Summary statistics of one field."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from monai_drdm.metrics.displacement import log_jacobian
 
 @dataclass(frozen=True)
 class FieldStatistics:
-    """What a field does, in numbers."""
+    """Summary statistics of one field."""
 
     mean_displacement_vox: float
     max_displacement_vox: float
     mean_displacement_mm: float
     max_displacement_mm: float
     fold_fraction: float
-    """Of grid cells, by the corner measure."""
+    """Fraction of grid cells that fold, by ``fields.fold_fraction``."""
     log_jacobian_min: float
-    """Of the logarithm of the corner determinant, which is clamped at 0.001 so that folds count as compression."""
+    """Smallest logarithm of the corner determinant; determinants below 0.001, as in folds, count as 0.001."""
     log_jacobian_mean: float
     log_jacobian_std: float
 
@@ -33,14 +33,14 @@ class FieldStatistics:
 
 
 def field_statistics(ddf: Tensor, spacing: Sequence[float]) -> FieldStatistics:
-    """Statistics of one field.
+    """Compute the statistics of one field.
 
     Args:
         ddf: ``(1, D, *S)`` voxels.
         spacing: mm per voxel along each axis.
 
     Returns:
-        The statistics, read back from the device at once.
+        The statistics; they are read back from the device in one transfer.
 
     Raises:
         ValueError: more than one field, or a spacing that does not fit.

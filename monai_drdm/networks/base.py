@@ -1,4 +1,4 @@
-"""What every recovery network has in common."""
+"""The base class of recovery networks."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from monai_drdm.networks.card import NetworkCard
 
 
 class RecoveryNetwork(nn.Module):
-    """A network that sees a deformed image and says how to make it realistic again.
+    """A network that predicts from a deformed image the displacement that makes it realistic again.
 
     Args:
-        card: what it is and expects.
+        card: describes the network and the images that it expects.
 
     Raises:
-        ValueError: a card that makes no sense.
+        ValueError: a card with invalid entries.
     """
 
     def __init__(self, card: NetworkCard) -> None:

@@ -1,4 +1,4 @@
-"""What is known about a network: where it comes from, what it expects, how it samples by default."""
+"""The card of a network: where it comes from, what it expects, and the default settings of its sampler."""
 
 from __future__ import annotations
 
@@ -11,7 +11,10 @@ from typing import Any
 
 @dataclass(frozen=True)
 class NetworkCard:
-    """A network's card. It travels inside the weights file as JSON and, for known networks, in the registry."""
+    """A description of a network.
+
+    It is stored as JSON inside the weights file. The registry holds one for each known name.
+    """
 
     name: str
     """Registry name, or a name of the user's own."""
@@ -23,7 +26,7 @@ class NetworkCard:
     """Voxels along the longest side of the grid the network was trained on."""
     in_channels: int = 1
     channels: tuple[int, ...] = ()
-    """Features on each grid, of architectures that leave the choice."""
+    """Number of features on each grid, for architectures where it can be chosen."""
     input_range: tuple[float, float] = (0.0, 1.0)
     """Intensity range the network expects."""
     sampler: str = "fast"
@@ -33,15 +36,18 @@ class NetworkCard:
     level: tuple[float, float] = (0.3, 0.8)
     """Deformation levels the network is meant for."""
     sha256: str = ""
-    """Of the safetensors file; empty for a network that never was one."""
+    """Hash of the safetensors file; empty for a network that was not read from a file."""
     source: str = ""
     licence: str = ""
     training_data: str = ""
     gates: Mapping[str, float] = field(default_factory=dict)
-    """Measured figures; empty until measured."""
+    """Measured results of the network by name."""
 
     def to_json(self) -> str:
-        """The card as JSON with sorted keys, without empty entries and its hash, which a file cannot hold of itself."""
+        """The card as JSON with sorted keys, without empty entries.
+
+        The hash is left out, because the file that has this hash contains the JSON.
+        """
         values = {k: v for k, v in asdict(self).items() if k != "sha256" and v}
         return json.dumps(values, sort_keys=True, separators=(",", ":"))
 
@@ -50,7 +56,7 @@ class NetworkCard:
         """Read what ``to_json`` wrote.
 
         Raises:
-            ValueError: not a card.
+            ValueError: not the JSON of a valid card.
         """
         try:
             values: dict[str, Any] = json.loads(text)
@@ -72,7 +78,7 @@ class NetworkCard:
         return card
 
     def check(self) -> None:
-        """Raise ``ValueError`` unless every entry has its type and the numbers make sense."""
+        """Raise ``ValueError`` unless every entry has the right type and numbers are in range."""
         for name in ("name", "kind", "sampler", "source", "licence", "training_data"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"NetworkCard: {name} must be text, got {getattr(self, name)!r}.")

@@ -1,6 +1,6 @@
 """RecResACNet, the recovery network of the published DRDM (paper §3.4; Zheng et al., 2026).
 
-Written to load the authors' published state dicts: the names and shapes of parameters are theirs.
+The names and shapes of parameters are those of the authors' published state dicts, so that these can be loaded.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ WORKING_SIZE = {2: 256, 3: 128}
 class AtrousBlock(nn.Module):
     """Convolution, optional instance norm, then a residual pair of convolutions with dilations 1 and 3."""
 
-    exact = False
-    """Autocast leaves the first convolution alone."""
+    first_in_float32 = False
+    """Compute the first convolution and norm without autocast."""
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, normalize: bool) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class AtrousBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, in, *S)`` to ``(B, out, *S)``."""
-        with _exact(x.device) if self.exact else nullcontext():
+        with _without_autocast(x.device) if self.first_in_float32 else nullcontext():
             x = self.ln(self.conv0(x))
         out = x
         for conv in self.convs:
@@ -51,10 +51,10 @@ class AtrousBlock(nn.Module):
 
 
 class RecResACNet(RecoveryNetwork):
-    """Recursive residual atrous-convolution U-Net: from an image and a time step to a small recovering displacement.
+    """Recursive residual atrous-convolution U-Net, which predicts a displacement from an image and a time step.
 
-    Displacements in and out are in the published units: fractions of the image size, which on non-square images means
-    fractions of the longest side along every axis.
+    Displacements are in the published unit, fractions of the image size. If the sides differ, they are fractions of the
+    longest side along every axis.
 
     Args:
         spatial_dims: 2 or 3.
@@ -85,7 +85,7 @@ class RecResACNet(RecoveryNetwork):
         self.b1 = self._level(in_channels, 10, 10, 10)
         first = self.b1[0]
         assert isinstance(first, AtrousBlock)
-        first.exact = True
+        first.first_in_float32 = True
         self.down1 = conv(10, 10, 4, 2, 1)
         self.te2 = _time_mlp(10)
         self.b2 = self._level(10, 20, 20, 20)
@@ -107,12 +107,12 @@ class RecResACNet(RecoveryNetwork):
         self.conv_out = conv(10, spatial_dims, 3, padding=1)
 
     def forward(self, x: Tensor, t: Tensor, recursions: int = 2) -> Tensor:
-        """Predict the displacement that undoes part of what looks unrealistic.
+        """Predict the displacement that makes the image a little more realistic.
 
         Args:
             x: ``(B, in_channels, *S)`` image in [0, 1], any size.
             t: ``(B,)`` or ``(1,)`` time steps, integers in [0, 80).
-            recursions: how often the network runs; after the first it sees its input warped by the field so far.
+            recursions: how often the network runs. From the second time on its input is warped by the field so far.
 
         Returns:
             ``(B, D, *S)`` displacement in fractions of the longest side.
@@ -135,25 +135,25 @@ class RecResACNet(RecoveryNetwork):
         return ddf
 
     def _predict(self, image: Tensor, embedding: Tensor) -> Tensor:
-        """One pass of the U-Net, the image zero-padded to what three halvings need and the result cropped back."""
+        """One pass of the U-Net, on the image padded with zeros to a size that can be halved three times."""
         shape = image.shape[2:]
-        # instance norm at the bottleneck needs more than one element
+        # at least two voxels at the bottleneck, because instance norm needs more than one element
         padded = [max(-(-n // _MULTIPLE) * _MULTIPLE, 2 * _MULTIPLE) for n in shape]
         image = F.pad(image, [p for n, m in zip(shape[::-1], padded[::-1]) for p in (0, m - n)])
 
-        def at(mlp: nn.Module) -> Tensor:
-            """What a level's MLP makes of the time step, shaped to be added to its features."""
-            added: Tensor = mlp(embedding)
-            return added.reshape(*added.shape, *(1,) * self.spatial_dims)
+        def time_features(mlp: nn.Module) -> Tensor:
+            """The features of the time step for one level of the U-Net, shaped to be added to those of the image."""
+            features: Tensor = mlp(embedding)
+            return features.reshape(*features.shape, *(1,) * self.spatial_dims)
 
-        out1 = self.b1(image + at(self.te1))
-        out2 = self.b2(self.down1(out1) + at(self.te2))
-        out3 = self.b3(self.down2(out2) + at(self.te3))
-        bottom = self.b_mid(self.down3(out3) * at(self.te_mid))
-        up = self.b4(torch.cat((out3, self.up1(bottom)), dim=1) + at(self.te4))
-        up = self.b5(torch.cat((out2, self.up2(up)), dim=1) + at(self.te5))
-        up = self.b_out(torch.cat((out1, self.up3(up)), dim=1) + at(self.te_out))
-        with _exact(image.device):
+        out1 = self.b1(image + time_features(self.te1))
+        out2 = self.b2(self.down1(out1) + time_features(self.te2))
+        out3 = self.b3(self.down2(out2) + time_features(self.te3))
+        bottom = self.b_mid(self.down3(out3) * time_features(self.te_mid))
+        up = self.b4(torch.cat((out3, self.up1(bottom)), dim=1) + time_features(self.te4))
+        up = self.b5(torch.cat((out2, self.up2(up)), dim=1) + time_features(self.te5))
+        up = self.b_out(torch.cat((out1, self.up3(up)), dim=1) + time_features(self.te_out))
+        with _without_autocast(image.device):
             return crop(self.conv_out(up.to(image.dtype)), shape)
 
     def _level(self, *channels: int, normalize: bool = True) -> nn.Sequential:
@@ -176,12 +176,12 @@ class RecResACNet(RecoveryNetwork):
             raise ValueError(f"RecResACNet: recursions must be 1 or more, got {recursions}.")
 
 
-def _exact(device: torch.device) -> torch.autocast:
-    """No autocast, whatever is around.
+def _without_autocast(device: torch.device) -> torch.autocast:
+    """A context without autocast, also inside an autocast of the caller.
 
-    In bfloat16 the first convolution alone changes what the published network says by a third: instance norm stretches
-    what rounding leaves of the contrast between neighbours. All others together change it by 2 to 3 %. The last one is
-    exact as well, because rounded displacements are rough.
+    In bfloat16 the first convolution alone changes the prediction of the published network by a third, because instance
+    norm amplifies the rounding of small contrasts. All other convolutions together change it by 2 to 3 %. The last one
+    is computed in float32 too, because rounded displacements would be rough.
     """
     return torch.autocast(device.type, enabled=False)
 

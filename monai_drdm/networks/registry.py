@@ -1,7 +1,11 @@
-"""The networks known by name."""
+"""The networks that are known by name, and where their weights are.
+
+This module needs no torch, so that commands which only look up names start fast.
+"""
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,12 +18,13 @@ _SOURCE = "Zheng et al., Medical Image Analysis 110, 2026, 103987; github.com/ji
 
 @dataclass(frozen=True)
 class PublishedFile:
-    """Where the authors publish a ``.pth`` and how it is recognised."""
+    """Where the authors publish a ``.pth`` file, and the hash by which it is recognised."""
 
     url: str
     sha256: str = ""
-    """Empty while nobody has verified one; then the file can be recognised by its git blob id only."""
+    """Empty as long as no hash has been verified; the file is then recognised by its git blob id."""
     git_blob: str = ""
+    """The id under which git stores the file, as the authors' repository lists it."""
 
 
 _OPEN_SCANS = (
@@ -120,7 +125,7 @@ _SHIPPED = Path(__file__).parent / "shipped"
 
 
 def list_networks() -> tuple[str, ...]:
-    """Names that ``load_network`` and the transforms know, in alphabetical order."""
+    """Names that ``load_network`` and the transforms accept, in alphabetical order."""
     return tuple(sorted(_CARDS))
 
 
@@ -128,7 +133,7 @@ def network_card(name: str) -> NetworkCard:
     """The card of a known network.
 
     Raises:
-        ValueError: unknown name; lists the known ones.
+        ValueError: unknown name; the message lists the known ones.
     """
     if name not in _CARDS:
         raise ValueError(
@@ -155,13 +160,35 @@ def published_file(name: str) -> PublishedFile:
 
 
 def shipped_file(name: str) -> Path | None:
-    """The weights of a known network inside this package; None for those that are published elsewhere."""
+    """The weights file of a known network inside this package; None for a network that is published elsewhere."""
     network_card(name)
     return None if name in _PUBLISHED else _SHIPPED / f"{name}.safetensors"
 
 
+def weights_folder() -> Path:
+    """The folder of converted and downloaded weights.
+
+    ``MONAI_DRDM_WEIGHTS`` names it; without that variable it is ``monai_drdm`` in the user's cache folder.
+    """
+    chosen = os.environ.get("MONAI_DRDM_WEIGHTS")
+    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    return Path(chosen) if chosen else Path(cache) / "monai_drdm"
+
+
+def known_file(name: str) -> Path:
+    """Where the weights of a known network are, or will be once they are downloaded.
+
+    A file in ``weights_folder()`` has precedence over the one in this package.
+
+    Raises:
+        ValueError: unknown name.
+    """
+    path, shipped = weights_folder() / f"{name}.safetensors", shipped_file(name)
+    return path if shipped is None or path.is_file() else shipped
+
+
 def auto_network(spatial_dims: int) -> str:
-    """Name of the default network for images of a dimension.
+    """Name of the default network for 2D or 3D images.
 
     Raises:
         ValueError: not 2 or 3.

@@ -1,9 +1,8 @@
-"""VelocityUNet: from a deformed image and its deformation level to the stationary velocity that undoes it.
+"""VelocityUNet: predicts from a deformed image and its deformation level the stationary velocity that undoes it.
 
-Convolutions at half the image's resolution and below. What it predicts is a velocity, so whatever it says, the step
-made of it is a small diffeomorphism (as far as its discretisation goes). Every grid is centred where the next finer one
-has a voxel: sizes of 2n + 1 halve to n + 1 with both ends in place, which is how fields change their grid
-(``fields.resize_ddf``).
+Convolutions run at half the resolution of the image and below. The network predicts a velocity, so every recovery step
+is a small diffeomorphism, up to discretisation. Each coarser grid consists of every second voxel of the finer one: a
+size of 2n + 1 becomes n + 1, and both ends stay in place, as in ``fields.resize_ddf``.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ _GROUPS = 8
 
 
 class ResidualBlock(nn.Module):
-    """Convolution, group norm, shift and scale by the level, SiLU, dilated convolution, added to the input."""
+    """Convolution, group norm, scale and shift by the level, SiLU and dilated convolution, added to the input."""
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, dilation: int) -> None:
         super().__init__()
@@ -55,7 +54,7 @@ class VelocityUNet(RecoveryNetwork):
     Args:
         spatial_dims: 2 or 3.
         in_channels: channels of the image.
-        channels: features on each grid, the first one the half grid.
+        channels: number of features on each grid, from the half grid to the coarsest.
 
     Raises:
         ValueError: other numbers of dimensions or channels.
@@ -113,9 +112,9 @@ class VelocityUNet(RecoveryNetwork):
         multiple = 2 ** len(self.downs)
         padded = [2 * (-(-(h - 1) // multiple) * multiple) + 1 for h in half]
         x = F.pad(x, [p for n, m in zip(x.shape[:1:-1], padded[::-1]) for p in (0, m - n)])
-        embedding = self.embed(_waves(level)).expand(x.shape[0], -1)
+        embedding = self.embed(_level_features(level)).expand(x.shape[0], -1)
         features = self.stem(x)
-        if self.spatial_dims == 2:  # faster on CPUs; all that follow keep it
+        if self.spatial_dims == 2:  # faster on CPUs; the following layers keep this memory format
             features = features.contiguous(memory_format=torch.channels_last)
         kept = []
         for block, down in zip(self.down_blocks, [*self.downs, None]):
@@ -141,18 +140,21 @@ class VelocityUNet(RecoveryNetwork):
 
 
 def half_shape(shape: Sequence[int]) -> tuple[int, ...]:
-    """The grid that has a voxel at every second one of a grid of odd sizes, both ends included."""
+    """The half grid of a grid of odd sizes: every second voxel, both ends included."""
     return tuple((n + 1) // 2 for n in shape)
 
 
 def _groups(channels: int) -> int:
-    """Groups of two features or more: one alone has no spread on a grid of one voxel."""
+    """Number of groups such that each has at least two features.
+
+    On a grid of one voxel a single feature has no variance, and group norm would erase it.
+    """
     groups = math.gcd(_GROUPS, channels)
     return groups if channels >= 2 * groups else max(groups // 2, 1)
 
 
-def _waves(level: Tensor) -> Tensor:
-    """``(B,)`` levels as sines and cosines of octaves: ``(B, 2 * 8)``."""
+def _level_features(level: Tensor) -> Tensor:
+    """Sines and cosines ``(B, 16)`` of the levels ``(B,)``, at frequencies that double from one to the next."""
     octaves = 2.0 ** torch.arange(_FREQUENCIES, device=level.device, dtype=torch.float32) * (math.pi / 2)
     angle = level.float()[:, None] * octaves
     return torch.cat((angle.sin(), angle.cos()), dim=1)

@@ -1,4 +1,4 @@
-"""Reading and writing weights: safetensors only, hashed before they are parsed."""
+"""Weights files: safetensors only, and hashed before they are parsed."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ from safetensors.torch import save as to_safetensors
 from monai_drdm.networks.base import RecoveryNetwork
 from monai_drdm.networks.card import NetworkCard
 from monai_drdm.networks.recresacnet import RecResACNet
-from monai_drdm.networks.registry import list_networks, network_card, shipped_file
 from monai_drdm.networks.velocity_unet import VelocityUNet
 
 _METADATA_KEY = "monai_drdm"
@@ -28,42 +27,15 @@ _KINDS: dict[str, Callable[[NetworkCard], RecoveryNetwork]] = {
 }
 
 
-def weights_folder() -> Path:
-    """The folder of converted and pulled weights: ``MONAI_DRDM_WEIGHTS``, or ``monai_drdm`` in the user cache."""
-    chosen = os.environ.get("MONAI_DRDM_WEIGHTS")
-    cache = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(chosen) if chosen else Path(cache) / "monai_drdm"
-
-
-def load_network(name: str | os.PathLike[str], device: torch.device | str | None = None) -> RecoveryNetwork:
-    """Load a network for inference by registry name or from a safetensors file.
-
-    A name is looked up in ``weights_folder()``, then in this package; a published one that is not there is pulled from
-    the authors' repository, hash checked, and kept. Its hash must be the registry's. A file of one's own is checked for
-    names, shapes, dtypes and finite values.
+def read_network(path: Path, sha256: str | None = None) -> RecoveryNetwork:
+    """Read a safetensors file of weights.
 
     Args:
-        name: one of ``list_networks()`` or a path.
-        device: where to put it; None is the CPU.
+        path: the file.
+        sha256: the hash that the file must have; it is compared before anything is parsed. None accepts any hash.
 
     Returns:
-        The network in evaluation mode, without gradients, its card at ``.card``. Its hash identifies it in records: do
-        not change its weights; save a changed network under a name of its own.
-
-    Raises:
-        ValueError: unknown name, or a file that is not intact weights of a known network.
-        FileNotFoundError: the weights are neither here nor reachable; says what to do.
-    """
-    path = Path(name)
-    if os.fspath(name) not in list_networks() and (path.suffix == ".safetensors" or path.is_file()):
-        network = read_network(path)
-    else:
-        network = _load_known(network_card(os.fspath(name)))
-    return network.to(device) if device is not None else network
-
-
-def read_network(path: Path, sha256: str | None = None) -> RecoveryNetwork:
-    """Read a safetensors file; ``sha256``, if given, must match before anything is parsed.
+        The network in evaluation mode, without gradients; its card holds the hash of the file.
 
     Raises:
         FileNotFoundError: no such file.
@@ -76,7 +48,7 @@ def read_network(path: Path, sha256: str | None = None) -> RecoveryNetwork:
             f"load_network: {path} has sha256 {digest}, expected {sha256}. The file is damaged or not the one of "
             "that name. Delete it, then convert or pull published weights again; reinstall monai_drdm for its own."
         )
-    # a safetensors file opens with the length of its header, then the header's brace
+    # a safetensors file starts with the length of its header in 8 bytes, followed by the brace that opens the header
     if data[8:9] != b"{" and (data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[1] <= _PICKLE_PROTOCOL)):
         raise ValueError(
             f"load_network: {path} is a pickle, expected safetensors. Published .pth files are read by "
@@ -99,14 +71,14 @@ def read_network(path: Path, sha256: str | None = None) -> RecoveryNetwork:
 
 
 def build_network(card: NetworkCard) -> RecoveryNetwork:
-    """An untrained network of a card's kind.
+    """An untrained network of the architecture that a card names.
 
     Raises:
         ValueError: unknown kind.
     """
     if card.kind not in _KINDS:
         raise ValueError(f"network card {card.name!r}: kind must be one of {sorted(_KINDS)}, got {card.kind!r}.")
-    network = _KINDS[card.kind](card).float()  # whatever the default dtype
+    network = _KINDS[card.kind](card).float()  # torch's default dtype may be another
     network.card = card
     return network
 
@@ -119,7 +91,7 @@ def save_network(network: RecoveryNetwork, path: str | os.PathLike[str]) -> str:
         path: a new ``.safetensors`` file.
 
     Returns:
-        The file's sha256. The same weights and card always give the same.
+        The file's sha256. The same weights and card always give the same hash.
 
     Raises:
         ValueError: another suffix, or weights of another data type than ``load_network`` reads.
@@ -138,7 +110,11 @@ def save_network(network: RecoveryNetwork, path: str | os.PathLike[str]) -> str:
 
 
 def network_sha256(network: RecoveryNetwork) -> str:
-    """What identifies a network in a record: the hash of its file or, for one in memory, of its safetensors form."""
+    """The hash by which records identify a network.
+
+    It is the hash of the file that the network was read from. For a network that was never in a file, it is the hash of
+    the file that ``save_network`` would write.
+    """
     if network.card.sha256:
         return network.card.sha256
     tensors = {k: v.detach().cpu().contiguous() for k, v in network.state_dict().items()}
@@ -146,10 +122,10 @@ def network_sha256(network: RecoveryNetwork) -> str:
 
 
 def write_once(path: Path, data: bytes) -> None:
-    """Write a new file whole or not at all; an existing one must already hold the same bytes.
+    """Write a new file completely or not at all. If the file exists with the same content, nothing is done.
 
     Raises:
-        FileExistsError: it holds others.
+        FileExistsError: the file exists with other content.
     """
     if path.exists():
         if path.read_bytes() == data:
@@ -164,32 +140,6 @@ def write_once(path: Path, data: bytes) -> None:
         partial.unlink(missing_ok=True)
 
 
-def _load_known(card: NetworkCard) -> RecoveryNetwork:
-    from monai_drdm.networks.published import pull_network
-
-    path = known_file(card.name)
-    if not card.sha256:
-        raise ValueError(
-            f"load_network: no verified hash of {card.name!r} is known yet, so it cannot be loaded by name. Convert "
-            "your copy with 'monai-drdm weights convert FILE.pth' and pass the path of the result."
-        )
-    if not path.is_file():
-        path = pull_network(card.name)
-    network = read_network(path, card.sha256)
-    network.card = card
-    return network
-
-
-def known_file(name: str) -> Path:
-    """Where the weights of a known network are, or would be: ``weights_folder()`` goes before this package.
-
-    Raises:
-        ValueError: unknown name.
-    """
-    path, shipped = weights_folder() / f"{name}.safetensors", shipped_file(name)
-    return path if shipped is None or path.is_file() else shipped
-
-
 def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
         raise FileNotFoundError(f"load_network: no file {path}.")
@@ -200,7 +150,16 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def fill_network(network: RecoveryNetwork, tensors: dict[str, torch.Tensor], origin: str) -> None:
-    """Load tensors into a network after checking names, shapes, dtypes and values."""
+    """Load tensors into a network after checking their names, shapes, dtypes and values.
+
+    Args:
+        network: receives the tensors.
+        tensors: the state dict.
+        origin: where the tensors come from, for error messages.
+
+    Raises:
+        ValueError: tensors that are missing, unknown, of another shape or dtype, or not finite.
+    """
     expected = network.state_dict()
     missing, foreign = sorted(set(expected) - set(tensors)), sorted(set(tensors) - set(expected))
     if missing or foreign:

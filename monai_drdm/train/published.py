@@ -16,7 +16,7 @@ from monai_drdm.diffusion.diffuse import EXTRA_NOISE
 from monai_drdm.diffusion.recover import image_mode
 from monai_drdm.diffusion.schedule import composition_counts
 from monai_drdm.fields import compose, control_grid_velocity, crop, fractions_to_voxels, power, warp
-from monai_drdm.fields.random import CONTROL_SIZE, NODE_STD
+from monai_drdm.fields.random_velocity import CONTROL_SIZE, NODE_STD
 from monai_drdm.networks import RecoveryNetwork, RecResACNet
 from monai_drdm.networks.recresacnet import TIME_STEPS
 from monai_drdm.train.augmentation import change_appearance, random_pose, sample_posed

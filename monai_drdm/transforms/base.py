@@ -20,7 +20,7 @@ from torch import Tensor
 
 from monai_drdm.deformation import Deformation, stable_hash, StoredField
 from monai_drdm.deformation.warping import FieldWarper, is_interpolated, unmoved
-from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
+from monai_drdm.fields.sampling import check_modes, Mode, PaddingMode
 from monai_drdm.samples import (
     apply_pending,
     as_tensor,

@@ -11,7 +11,7 @@ from typing_extensions import Unpack
 
 from monai_drdm.deformation import Deformation, DeformationParams, FieldDrawer
 from monai_drdm.deformation.options import choose, DrawOptions, NetworkLike, with_options
-from monai_drdm.fields.warp import check_modes, Mode, PaddingMode
+from monai_drdm.fields.sampling import check_modes, Mode, PaddingMode
 from monai_drdm.samples import (
     apply_pending,
     as_tensor,

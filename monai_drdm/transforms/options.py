@@ -17,7 +17,7 @@ from monai_drdm.deformation.options import (
     PrecisionOptions,
     SharedDrawOptions,
 )
-from monai_drdm.fields.warp import Mode, PaddingMode
+from monai_drdm.fields.sampling import Mode, PaddingMode
 from monai_drdm.transforms.points import PointSpace
 
 

@@ -3,7 +3,7 @@
 from matplotlib.figure import Figure
 
 from monai_drdm.viz.curves import separability_figure
-from monai_drdm.viz.figures import deformation_figure, draw_jacobian, draw_warped_grid
+from monai_drdm.viz.figures import deformation_figure, plot_jacobian, plot_warped_grid
 from monai_drdm.viz.sheets import contact_sheet, middle_plane, SheetEntry
 
 __all__ = [
@@ -11,8 +11,8 @@ __all__ = [
     "SheetEntry",
     "contact_sheet",
     "deformation_figure",
-    "draw_jacobian",
-    "draw_warped_grid",
     "middle_plane",
+    "plot_jacobian",
+    "plot_warped_grid",
     "separability_figure",
 ]

@@ -1,4 +1,4 @@
-"""Curves of motion separability, and the staircases that bound it."""
+"""Curves of motion separability, and the bounds of registration networks on it."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ def separability_figure(
     """Largest difference of displacement against the distance of points.
 
     Args:
-        distances: those of the curves; bounds are drawn up to the largest.
-        curves: for each name values ``(B, len(distances))`` of ``registration.motion_separability``; several fields are
-            drawn as their mean in a band from smallest to largest.
+        distances: distances at which the curves are given; bounds are plotted up to the largest.
+        curves: for each name values ``(B, len(distances))`` of ``registration.motion_separability``. Several fields are
+            plotted as their mean, in a band from the smallest to the largest.
         bounds: for each name the ``starts`` and ``plateaus`` of ``registration.separability_bound``.
         unit: of both axes.
 
     Raises:
-        ValueError: nothing to draw, or values that do not fit the distances.
+        ValueError: neither curves nor bounds, or values that do not fit the distances.
     """
     if not distances or not (curves or bounds):
-        raise ValueError("separability_figure: give distances, and curves or bounds to draw over them.")
+        raise ValueError("separability_figure: give distances, and curves or bounds to plot over them.")
     figure = Figure(figsize=(6.4, 4.2), layout="constrained", facecolor="white")
     axis = figure.subplots()
     for name, values in (curves or {}).items():

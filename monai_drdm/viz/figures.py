@@ -1,4 +1,4 @@
-"""One deformation in one picture."""
+"""A figure of one deformation, and the panels it consists of."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def deformation_figure(
     spacing: Sequence[float] = (1.0, 1.0),
     title: str = "",
 ) -> Figure:
-    """Original, diffused and recovered image, label overlay, warped grid and Jacobian map.
+    """Show the original, diffused and recovered image, label outlines, the warped grid and the Jacobian map.
 
     Args:
         original: ``(H, W)`` image.
@@ -55,32 +55,32 @@ def deformation_figure(
         ("Recovered", recovered),
     )
     for axis, (name, image) in zip(axes, panels):
-        show(axis, image, spacing, name, cmap="gray", vmin=low, vmax=high)
-    show(axes[3], recovered, spacing, "Labels: before and after", cmap="gray", vmin=low, vmax=high)
-    for one, colour, name in ((label, LABEL_BEFORE, "before"), (recovered_label, LABEL_AFTER, "after")):
-        if one is not None:
-            outline(axes[3], one, colour)
+        show_image(axis, image, spacing, name, cmap="gray", vmin=low, vmax=high)
+    show_image(axes[3], recovered, spacing, "Labels: before and after", cmap="gray", vmin=low, vmax=high)
+    for label_map, colour, name in ((label, LABEL_BEFORE, "before"), (recovered_label, LABEL_AFTER, "after")):
+        if label_map is not None:
+            plot_outlines(axes[3], label_map, colour)
             axes[3].plot([], [], color=colour, label=name)
     if label is not None:
         axes[3].legend(loc="lower right", fontsize=9, framealpha=0.85)
-    draw_warped_grid(axes[4], ddf, spacing)
-    mappable = draw_jacobian(axes[5], ddf, spacing)
+    plot_warped_grid(axes[4], ddf, spacing)
+    mappable = plot_jacobian(axes[5], ddf, spacing)
     figure.colorbar(mappable, ax=axes[5], shrink=0.8)
     figure.suptitle(title, fontsize=12, color=_INK)
     return figure
 
 
 def grey_range(image: Tensor) -> tuple[float, float]:
-    """Values that are shown black and white: the smallest and the 99.8th percentile."""
-    values = image.detach().cpu().to(torch.float32).numpy()  # of any type and size, unlike in torch
+    """The values shown as black and as white: the smallest and the 99.8th percentile."""
+    values = image.detach().cpu().to(torch.float32).numpy()  # torch.quantile takes neither every dtype nor every size
     low, high = float(values.min()), float(np.percentile(values, 99.8))
     return low, max(high, low + 1e-6)
 
 
-def draw_warped_grid(axis: Axes, ddf: Tensor, spacing: Sequence[float] = (1.0, 1.0), lines: int = 32) -> None:
-    """Draw where a regular grid on the original ends up in the warped image.
+def plot_warped_grid(axis: Axes, ddf: Tensor, spacing: Sequence[float] = (1.0, 1.0), lines: int = 32) -> None:
+    """Plot where the lines of a regular grid on the original lie in the warped image.
 
-    The lines are the level sets of ``x + ddf(x)``: exact, without inverting the field.
+    The lines are level sets of ``x + ddf(x)``, so they are exact although the field is not inverted.
 
     Args:
         axis: a matplotlib axis.
@@ -99,10 +99,10 @@ def draw_warped_grid(axis: Axes, ddf: Tensor, spacing: Sequence[float] = (1.0, 1
         axis.contour(position[d].T, levels=levels, colors=_INK, linewidths=0.6)
 
 
-def draw_jacobian(axis: Axes, ddf: Tensor, spacing: Sequence[float] = (1.0, 1.0)) -> AxesImage:
-    """Draw the map of corner Jacobian determinants: red where anatomy grows, blue where it shrinks, black folds.
+def plot_jacobian(axis: Axes, ddf: Tensor, spacing: Sequence[float] = (1.0, 1.0)) -> AxesImage:
+    """Plot the corner Jacobian determinants: red where anatomy grows, blue where it shrinks, black where it folds.
 
-    The determinant is that of the pull-back map, so it is below 1 where the warped image shows things larger.
+    The determinant is that of the pull-back map, so it is below 1 where the warped image shows anatomy enlarged.
 
     Args:
         axis: a matplotlib axis.
@@ -110,7 +110,7 @@ def draw_jacobian(axis: Axes, ddf: Tensor, spacing: Sequence[float] = (1.0, 1.0)
         spacing: mm per voxel along both axes.
 
     Returns:
-        The mappable, for a colour bar.
+        The image, from which matplotlib makes a colour bar.
     """
     field = ddf.detach().cpu()[None]
     determinant = jacobian_determinant(field)[0].numpy()
@@ -126,8 +126,8 @@ def draw_jacobian(axis: Axes, ddf: Tensor, spacing: Sequence[float] = (1.0, 1.0)
     return mappable
 
 
-def show(axis: Axes, image: Tensor, spacing: Sequence[float], name: str, **style: Any) -> None:
-    """Show an image ``(H, W)`` in its proportions, the first axis to the right."""
+def show_image(axis: Axes, image: Tensor, spacing: Sequence[float], name: str, **style: Any) -> None:
+    """Show an image ``(H, W)`` in its physical proportions, with the first axis to the right."""
     array = image.detach().cpu().float().numpy()
     _frame(axis, array.shape, spacing, name)
     axis.imshow(array.T, origin="lower", **style)
@@ -143,10 +143,10 @@ def _frame(axis: Axes, shape: Sequence[int], spacing: Sequence[float], name: str
     axis.set_aspect(spacing[1] / spacing[0])
 
 
-def outline(axis: Axes, label: Tensor, colour: str) -> None:
-    """Draw the outline of every class of a label map ``(H, W)``."""
+def plot_outlines(axis: Axes, label: Tensor, colour: str) -> None:
+    """Plot the outline of every class of a label map ``(H, W)``."""
     array = label.detach().cpu().numpy()
-    if min(array.shape) < 2:  # a line has no outline
+    if min(array.shape) < 2:  # matplotlib needs two rows and two columns
         return
     for value in np.unique(array):
         if value != 0:

@@ -1,4 +1,4 @@
-"""Many deformations in one picture."""
+"""Contact sheets: many deformations in one figure."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from typing import NamedTuple
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from monai_drdm.viz.figures import grey_range, LABEL_AFTER, LABEL_BEFORE, outline, show
+from monai_drdm.viz.figures import grey_range, LABEL_AFTER, LABEL_BEFORE, plot_outlines, show_image
 
 _MAX_COLUMNS = 6
 
 
 class SheetEntry(NamedTuple):
-    """An image before and after, ``(H, W)`` each, with labels ``(H, W)`` or None."""
+    """An image ``(H, W)`` before and after a deformation, each with a label map ``(H, W)`` or None."""
 
     name: str
     before: Tensor
@@ -26,7 +26,7 @@ class SheetEntry(NamedTuple):
 
 
 def contact_sheet(entries: Sequence[SheetEntry]) -> Figure:
-    """Originals above what they became, side by side, with label outlines.
+    """Show each original above its deformed image, with label outlines; the entries stand side by side.
 
     Raises:
         ValueError: no entries.
@@ -49,14 +49,14 @@ def contact_sheet(entries: Sequence[SheetEntry]) -> Figure:
         for row, (image, label, colour, title) in enumerate(shown):
             axis = axes[2 * block + row, column]
             axis.set_axis_on()
-            show(axis, image, entry.spacing, title, cmap="gray", vmin=low, vmax=high)
+            show_image(axis, image, entry.spacing, title, cmap="gray", vmin=low, vmax=high)
             axis.title.set_fontsize(8)
             if label is not None:
-                outline(axis, label, colour)
+                plot_outlines(axis, label, colour)
     return figure
 
 
 def middle_plane(image: Tensor) -> Tensor:
-    """The first channel ``(H, W)`` of an image ``(C, *S)``, of a volume its middle slice across the last axis."""
+    """The first channel ``(H, W)`` of an image ``(C, *S)``; for a volume, its middle slice across the last axis."""
     first = image[0].detach().cpu()
     return first if first.ndim == 2 else first[..., first.shape[-1] // 2]

@@ -8,7 +8,7 @@ from monai_drdm.fields import fold_fraction, identity_grid, warp
 
 matplotlib_figure = pytest.importorskip("matplotlib.figure")
 
-from monai_drdm.viz import deformation_figure, draw_jacobian, draw_warped_grid  # noqa: E402  needs matplotlib
+from monai_drdm.viz import deformation_figure, plot_jacobian, plot_warped_grid  # noqa: E402  needs matplotlib
 from monai_drdm.viz.figures import grey_range  # noqa: E402
 
 
@@ -104,7 +104,7 @@ def test_first_array_axis_points_right():
 
 def test_folds_are_drawn(axis):
     ddf = folded_field(20, 24)
-    mappable = draw_jacobian(axis, ddf)
+    mappable = plot_jacobian(axis, ddf)
     folded = np.ma.getmaskarray(mappable.get_array())
     assert folded.shape == (23, 19)  # cells, second array axis upwards
     assert folded.mean() == pytest.approx(float(fold_fraction(ddf[None])[0]))
@@ -115,14 +115,14 @@ def test_folds_are_drawn(axis):
 
 
 def test_no_folds_no_black(axis):
-    mappable = draw_jacobian(axis, gentle_field(20, 24))
+    mappable = plot_jacobian(axis, gentle_field(20, 24))
     assert not np.ma.getmaskarray(mappable.get_array()).any()
     assert "folds 0.00%" in axis.get_title()
 
 
 def test_jacobian_map_holds_the_determinant(axis):
     ddf = torch.stack([0.5 * identity_grid((12, 10))[0], torch.zeros(12, 10)])
-    shown = draw_jacobian(axis, ddf).get_array()
+    shown = plot_jacobian(axis, ddf).get_array()
     np.testing.assert_allclose(shown, 1.5, atol=1e-5)
 
 
@@ -130,7 +130,7 @@ def test_grid_lines_are_where_the_original_grid_ends_up(axis):
     """Under a constant shift the line ``x = k`` of the original appears at ``x = k - shift``."""
     ddf = torch.zeros(2, 32, 32)
     ddf[0], ddf[1] = 2.5, -0.75
-    draw_warped_grid(axis, ddf, lines=8)
+    plot_warped_grid(axis, ddf, lines=8)
     for collection, across, shift in zip(axis.collections, (0, 1), (2.5, -0.75)):
         lines = [path.vertices[:, across] for path in collection.get_paths() if len(path.vertices)]
         for line in lines:
@@ -141,7 +141,7 @@ def test_grid_lines_are_where_the_original_grid_ends_up(axis):
 
 
 def test_grid_spacing_is_physical(axis):
-    draw_warped_grid(axis, torch.zeros(2, 40, 20), spacing=(1.0, 2.0), lines=10)
+    plot_warped_grid(axis, torch.zeros(2, 40, 20), spacing=(1.0, 2.0), lines=10)
     along = [len([path for path in collection.get_paths() if len(path.vertices)]) for collection in axis.collections]
     assert along[0] == pytest.approx(along[1], abs=1)
 
@@ -149,6 +149,6 @@ def test_grid_spacing_is_physical(axis):
 def test_field_is_not_modified(axis):
     ddf = folded_field(16, 20).requires_grad_(True)
     before = ddf.detach().clone()
-    draw_warped_grid(axis, ddf)
-    draw_jacobian(axis, ddf)
+    plot_warped_grid(axis, ddf)
+    plot_jacobian(axis, ddf)
     assert torch.equal(ddf, before)

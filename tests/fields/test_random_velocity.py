@@ -4,7 +4,7 @@ import torch
 from scipy import ndimage
 
 from monai_drdm.fields import control_grid_velocity, isotropic_velocity
-from monai_drdm.fields.random import draw_normal, NODE_STD
+from monai_drdm.fields.random_velocity import draw_normal, NODE_STD
 
 
 def generators(*seeds):

@@ -1,4 +1,4 @@
-"""The demonstration: one scan and its label through a MONAI pipeline, deformed by one field, saved and drawn."""
+"""What ``monai-drdm demo`` runs: deform one scan and its label by one field, and save and plot the result."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ def run_demo(
 ) -> list[Path]:
     """Deform a scan and its label and write both, the field, the record and a figure.
 
-    A 3D scan is deformed by a 2D network through one in-plane field, drawn on the middle slice across its coarsest
-    axis and applied to the whole stack.
+    If the network is 2D and the scan 3D, one in-plane field deforms the whole stack of slices. It is drawn for the
+    middle slice across the axis with the largest spacing.
 
     Args:
         image: NIfTI image; None is the MR volume in nibabel's test data.
-        label: NIfTI label map; None is what is brighter than a quarter of the scan's 99th percentile.
+        label: NIfTI label map; None marks voxels brighter than a quarter of the scan's 99th percentile.
         out: a folder that is new or empty.
         network: registry name or safetensors file; ``auto`` is the default 2D network.
         level: deformation level in (0, 1].
@@ -51,9 +51,9 @@ def run_demo(
         The files written.
 
     Raises:
-        ValueError: anything that does not fit.
-        FileNotFoundError: a file or the weights are not there.
-        FileExistsError: the folder holds something already.
+        ValueError: a file that cannot be read, or one that does not suit the network.
+        FileNotFoundError: a file or the weights do not exist.
+        FileExistsError: the folder is not empty.
     """
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
@@ -79,12 +79,13 @@ def run_demo(
     deformation = transform.last
     assert deformation is not None
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:  # all files, or none
-        made = _write(Path(partial), deformed, deformation, scan.affine.cpu().numpy())
-        made.append(Path(partial) / "figure.png")
-        _draw(_tensors(scans), deformed, deformation, loaded, made[-1])
+    # files are moved into place at the end, so that an error leaves none of them behind
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
+        written = _write(Path(partial), deformed, deformation, scan.affine.cpu().numpy())
+        written.append(Path(partial) / "figure.png")
+        _plot(_tensors(scans), deformed, deformation, loaded, written[-1])
         folder.mkdir(exist_ok=True)
-        return [path.replace(folder / path.name) for path in made]
+        return [path.replace(folder / path.name) for path in written]
 
 
 def _write(folder: Path, sample: Mapping[str, Tensor], deformation: Deformation, affine: ArrayLike) -> list[Path]:
@@ -100,7 +101,12 @@ def _write(folder: Path, sample: Mapping[str, Tensor], deformation: Deformation,
 
 
 def _load(path: Path, dtype: type | None) -> MetaTensor:
-    """The first channel or volume of a series, ``(1, *S)``; one slice becomes 2D. None keeps the file's dtype."""
+    """Read the first channel, or the first volume of a series, ``(1, *S)``; a volume of one slice becomes 2D.
+
+    Args:
+        path: the file.
+        dtype: of the result; None keeps the dtype of the file.
+    """
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}. Pass a NIfTI file with --image or --label.")
     try:
@@ -108,41 +114,43 @@ def _load(path: Path, dtype: type | None) -> MetaTensor:
     except RuntimeError as error:
         raise ValueError(f"{path} cannot be read as an image: {error.__cause__ or error}") from None
     scan = loaded["image"][:1]
-    return _meta(scan[..., 0] if scan.ndim == 4 and scan.shape[-1] == 1 else scan)
+    return _as_meta_tensor(scan[..., 0] if scan.ndim == 4 and scan.shape[-1] == 1 else scan)
 
 
 def _foreground(scan: MetaTensor) -> MetaTensor:
+    """A label map of what is bright in a scan."""
     bright = float(np.percentile(scan.numpy(), 99))
-    return _meta((scan > _FOREGROUND * bright).to(torch.uint8))
+    return _as_meta_tensor((scan > _FOREGROUND * bright).to(torch.uint8))
 
 
-def _draw(
+def _plot(
     before: Mapping[str, Tensor],
     after: Mapping[str, Tensor],
     deformation: Deformation,
     network: RecoveryNetwork,
     path: Path,
 ) -> None:
-    from monai_drdm.viz import deformation_figure  # matplotlib is an extra
+    """Save the figure of a deformation; of a volume it shows one slice."""
+    from monai_drdm.viz import deformation_figure  # needs matplotlib, which is an extra
 
     record, numbers = deformation.params, deformation.statistics
     assert record is not None
     planar = record.slice_axis is not None
-    across = record.slice_axis if planar else 2 if deformation.ddf.shape[0] == 3 else None
-    in_plane = [d for d in range(deformation.ddf.shape[0]) if d != across]
+    hidden_axis = record.slice_axis if planar else 2 if deformation.ddf.shape[0] == 3 else None
+    in_plane = [d for d in range(deformation.ddf.shape[0]) if d != hidden_axis]
     spacing = [deformation.spacing[d] for d in in_plane]
 
     def plane(volume: Tensor) -> Tensor:
         """The middle slice across the axis that the figure leaves out."""
-        return volume if across is None else volume.select(across + 1, volume.shape[across + 1] // 2)
+        return volume if hidden_axis is None else volume.select(hidden_axis + 1, volume.shape[hidden_axis + 1] // 2)
 
     image = before["image"].float()
-    seen = plane(image) if planar else image
+    network_input = plane(image) if planar else image
     model = DRDM(network, record.sampler, record.steps)
-    start = model.diffuse(
-        seen.shape[1:], record.deformation_level, [record.seed], spacing if planar else deformation.spacing
+    random_field = model.diffuse(
+        network_input.shape[1:], record.deformation_level, [record.seed], spacing if planar else deformation.spacing
     )
-    diffused = warp(seen[None], start)[0]
+    diffused = warp(network_input[None], random_field)[0]
     title = (
         f"{record.network}, sampler {record.sampler}, level {record.deformation_level:.2f}: mean displacement "
         f"{numbers.mean_displacement_mm:.1f} mm, largest {numbers.max_displacement_mm:.1f} mm"
@@ -161,10 +169,11 @@ def _draw(
 
 
 def _tensors(sample: Mapping[Any, object]) -> dict[Any, Tensor]:
-    """Plain tensors of a dictionary of them."""
+    """The image and label of a sample as plain tensors."""
     return {key: value.as_tensor() for key, value in sample.items() if isinstance(value, MetaTensor)}
 
 
-def _meta(tensor: Tensor) -> MetaTensor:
+def _as_meta_tensor(tensor: Tensor) -> MetaTensor:
+    """The same tensor, for mypy, which does not know that operations on a ``MetaTensor`` return one."""
     assert isinstance(tensor, MetaTensor)
     return tensor

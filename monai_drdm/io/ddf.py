@@ -1,4 +1,4 @@
-"""Displacement fields as files: NIfTI with RAS components, ITK formats with LPS components."""
+"""Reading and writing displacement fields: NIfTI with RAS components, ITK formats with LPS components."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from monai_drdm.io.files import atomically, ITK_FORMATS, suffix_of
 
 Convention = Literal["nifti", "itk"]
 
-_DISPLACEMENT_INTENT = 1006  # components in the file's own world, RAS
-_VECTOR_INTENT = 1007  # what ITK and ANTs write: LPS components
+_DISPLACEMENT_INTENT = 1006  # RAS components
+_VECTOR_INTENT = 1007  # written by ITK and ANTs: LPS components
 _LPS = np.diag([-1.0, -1.0, 1.0])
 _PLANAR = "ddf 2D"
-_KIND = "monai_drdm"  # of ITK files: their key for what NIfTI calls the intent's name
-_POSITIONS = ("Mapping", "NREG_TRANS")  # intents' names of SPM and NiftyReg, whose vectors are no displacements
+_KIND = "monai_drdm"  # key in the header of ITK files for what NIfTI has as the name of the intent
+_POSITIONS = ("Mapping", "NREG_TRANS")  # names that SPM and NiftyReg give to fields of positions
 _ITK_SUFFIXES = (".mha", ".nrrd")
 
 
@@ -37,18 +37,18 @@ def save_ddf(
 ) -> None:
     """Write a displacement field as a vector image of millimetres.
 
-    A field in world terms is ``A[:3, :3] · u_vox``. ``.nii`` and ``.nii.gz`` hold it as RAS components with intent 1006
-    (which SimpleITK turns into its own LPS on reading), or, as ``itk``, as LPS components with intent 1007 (which
-    SimpleITK and ANTs take as they are). ``.mha`` and ``.nrrd`` hold LPS components. ITK does not take a 2D field from
-    NIfTI, whatever its components: write ``.mha`` for it.
+    World vectors are ``A[:3, :3] · u_vox``. ``.nii`` and ``.nii.gz`` hold them as RAS components with intent 1006,
+    which SimpleITK converts to LPS on reading, or, with ``convention="itk"``, as LPS components with intent 1007, which
+    SimpleITK and ANTs use unchanged. ``.mha`` and ``.nrrd`` hold LPS components. ITK cannot read a 2D field from NIfTI;
+    write ``.mha`` for it.
 
     Args:
         ddf: ``(D, *S)`` voxels. In NIfTI a 2D field becomes one slice of 3 components.
         affine: ``(4, 4)`` voxel to RAS millimetres.
-        path: a ``.nii``, ``.nii.gz``, ``.mha`` or ``.nrrd`` file. A file that is there is replaced.
-        convention: ``nifti`` (RAS) or ``itk`` (LPS); None: the format's own.
-        one_slice: write a 2D field to ``.mha`` or ``.nrrd`` as a volume of one slice, for images that are one in ITK;
-            ``load_ddf`` makes it 2D again.
+        path: a ``.nii``, ``.nii.gz``, ``.mha`` or ``.nrrd`` file. An existing file is replaced.
+        convention: ``nifti`` (RAS) or ``itk`` (LPS); None: the usual one of the format.
+        one_slice: write a 2D field to ``.mha`` or ``.nrrd`` as a volume of one slice, for images that ITK reads as a
+            volume of one slice. ``load_ddf`` returns it as 2D.
 
     Raises:
         ValueError: not a field of 2 or 3 dimensions, another suffix or convention, an affine that is not ``(4, 4)``, or
@@ -103,17 +103,17 @@ def load_ddf(path: str | os.PathLike[str]) -> MetaTensor:
         raise ValueError(f"load_ddf: {name} holds NaN or infinity.")
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :dims]) < dims:
         raise ValueError(f"load_ddf: {name} must have an affine that can be inverted, got {affine.tolist()}.")
-    to_voxels = np.linalg.pinv(affine[:3, :dims])  # the inverse in 3D; in 2D, what lies in the plane
+    to_voxels = np.linalg.pinv(affine[:3, :dims])  # in 3D the inverse; in 2D it projects vectors onto the plane
     ddf = np.moveaxis(world @ to_voxels.T, -1, 0)
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(ddf, dtype=np.float32)), affine=torch.from_numpy(affine))
 
 
 def _read_nifti(path: str) -> tuple[NDArray[Any], NDArray[Any], int]:
-    """World vectors ``(*S, 3)`` in RAS mm, affine and dimensions."""
+    """Return world vectors ``(*S, 3)`` in RAS mm, the affine and the number of dimensions."""
     try:
         file: Any = nib.load(path)
         vectors = np.asarray(file.dataobj, dtype=np.float64)
-    except Exception as error:  # a damaged file makes nibabel raise whatever its bytes lead to
+    except Exception as error:  # on damaged files nibabel raises exceptions of any type
         raise ValueError(f"load_ddf: {path} cannot be read as NIfTI: {error}") from None
     intent = int(file.header["intent_code"])
     if intent not in (_DISPLACEMENT_INTENT, _VECTOR_INTENT):
@@ -140,7 +140,7 @@ def _read_nifti(path: str) -> tuple[NDArray[Any], NDArray[Any], int]:
 
 
 def _read_itk(path: str, reader: str) -> tuple[NDArray[Any], NDArray[Any], int]:
-    """World vectors ``(*S, 3)`` in RAS mm, affine and dimensions."""
+    """Return world vectors ``(*S, 3)`` in RAS mm, the affine and the number of dimensions."""
     try:
         image = SimpleITK.ReadImage(path, imageIO=reader)
     except RuntimeError as error:

@@ -1,4 +1,4 @@
-"""The authors' published ``.pth`` files: recognised by hash, read once, rewritten as safetensors."""
+"""The networks that the paper's authors released: their ``.pth`` files are downloaded and converted to safetensors."""
 
 from __future__ import annotations
 
@@ -13,8 +13,14 @@ from pathlib import Path
 import torch
 
 from monai_drdm.networks.card import NetworkCard
-from monai_drdm.networks.registry import list_published, network_card, published_file, PublishedFile
-from monai_drdm.networks.weights import build_network, fill_network, save_network, weights_folder
+from monai_drdm.networks.registry import (
+    list_published,
+    network_card,
+    published_file,
+    PublishedFile,
+    weights_folder,
+)
+from monai_drdm.networks.weights import build_network, fill_network, save_network
 
 _MAX_BYTES = 64 << 20
 _TIMEOUT_S = 30
@@ -30,7 +36,7 @@ def convert_published(path: str | os.PathLike[str], folder: str | os.PathLike[st
         folder: where to write; None is ``weights_folder()``.
 
     Returns:
-        The safetensors file. One that is there already with the same content is left as it is.
+        The safetensors file. If it exists already with the same content, it is left as it is.
 
     Raises:
         FileNotFoundError: no such file.
@@ -49,14 +55,14 @@ def pull_network(name: str, folder: str | os.PathLike[str] | None = None, *, url
     Args:
         name: registry name.
         folder: where to write; None is ``weights_folder()``.
-        url: a mirror to use instead of the authors' repository; the hash is checked all the same.
+        url: address to download from instead of the authors' repository; the hash is checked in any case.
 
     Returns:
         The safetensors file.
 
     Raises:
         ValueError: unknown name, no verified hash, or a download whose hash differs.
-        FileNotFoundError: the repository cannot be reached; says what to do.
+        FileNotFoundError: the repository cannot be reached; the message says what to do.
     """
     published = published_file(name)
     if not published.sha256:
@@ -80,6 +86,7 @@ def pull_network(name: str, folder: str | os.PathLike[str] | None = None, *, url
 
 
 def _convert(data: bytes, origin: str, folder: str | os.PathLike[str] | None) -> Path:
+    """Convert the content of a ``.pth`` file that came from ``origin``, a path or an address."""
     name = _recognise(data)
     if name is None:
         raise ValueError(
@@ -98,18 +105,23 @@ def _convert(data: bytes, origin: str, folder: str | os.PathLike[str] | None) ->
 
 
 def _file_card(card: NetworkCard) -> NetworkCard:
-    """What the converted file says of itself: structure only, so that its hash outlives changes of the registry."""
+    """The card inside the converted file.
+
+    It holds only what is needed to build the network, so that the hash of the file does not change when texts of the
+    registry do.
+    """
     return NetworkCard(
         card.name, card.kind, card.spatial_dims, card.working_size, sampler="fast", steps=12, level=(0.3, 0.8)
     )
 
 
 def _recognise(data: bytes) -> str | None:
+    """Name of the published network whose file has this content; None if there is none."""
     return next((name for name in list_published() if _is_published(data, published_file(name))), None)
 
 
 def _is_published(data: bytes, published: PublishedFile) -> bool:
     if published.sha256:
         return hashlib.sha256(data).hexdigest() == published.sha256
-    blob = hashlib.sha1(b"blob %d\x00" % len(data) + data, usedforsecurity=False)  # git's own identity of a file
+    blob = hashlib.sha1(b"blob %d\x00" % len(data) + data, usedforsecurity=False)  # how git computes the id of a file
     return blob.hexdigest() == published.git_blob

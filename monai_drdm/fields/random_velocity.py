@@ -1,8 +1,9 @@
 """Random multi-scale velocity fields (paper §3.2).
 
-Gaussian noise on lattices of doubling spacing, coarse ones stronger in proportion, interpolated linearly and summed.
-All numbers are drawn from the given generators, one per sample, where these are: on the CPU, so that a sample's field
-depends on its own seed only and never on the device, or in training on the device that needs them.
+Gaussian noise is drawn on lattices whose spacing doubles from one to the next, with a strength in proportion to the
+spacing. The lattices are interpolated linearly and summed. Numbers are drawn on the device of the given generators, one
+generator per sample. With CPU generators the field of a sample depends on its seed only, not on the device or the rest
+of the batch; training uses generators on its own device, which is faster.
 """
 
 from __future__ import annotations
@@ -51,7 +52,7 @@ def isotropic_velocity(
     finest_node: float = 1 / 32,
     scales: int = SCALES,
 ) -> Tensor:
-    """The same spectrum on nodes that are isotropic in millimetres, for any shape and spacing.
+    """The spectrum of ``control_grid_velocity`` on nodes that are isotropic in millimetres, for any shape and spacing.
 
     Args:
         generators: one per sample; the field is made on their device.
@@ -62,8 +63,8 @@ def isotropic_velocity(
         scales: number of lattices.
 
     Returns:
-        ``(B, D, *S)`` velocities in voxels, of unit physical strength: the finest lattice has a node standard
-        deviation of 1/1000 of the longest physical side.
+        ``(B, D, *S)`` velocities in voxels. Their strength is fixed: at the nodes of the finest lattice the standard
+        deviation is 1/1000 of the longest physical side.
 
     Raises:
         ValueError: shape and spacing do not fit, or sizes are not positive.
@@ -99,8 +100,8 @@ def draw_normal(shape: tuple[int, ...], generators: Sequence[torch.Generator]) -
 
 def _interpolation_matrix(size: int, nodes_per_voxel: float) -> Tensor:
     """``(size, N)``: linear interpolation from N lattice nodes, centred on the axis, to ``size`` voxel centres."""
-    # counted from the extent, so that finer grids of one extent get the same lattice; even, so that the centre lies
-    # between two nodes as in the published control grid
+    # The number of nodes follows from the physical extent, so a finer grid of the same extent has the same lattice. It
+    # is even, so that the centre lies between two nodes as in the published control grid.
     nodes = 2 * math.ceil(size / 2 * nodes_per_voxel - 1e-6) + 2
     position = (torch.arange(size, dtype=torch.float64) - (size - 1) / 2) * nodes_per_voxel + (nodes - 1) / 2
     weights = 1 - (position[:, None] - torch.arange(nodes, dtype=torch.float64)[None]).abs()

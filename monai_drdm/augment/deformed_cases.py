@@ -1,0 +1,77 @@
+"""Deformed copies of the images and labels of a data set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from monai_drdm._version import __version__
+from monai_drdm.augment.dataset_settings import DatasetSettings, Draw, DrawResult, sample_of
+from monai_drdm.io import ImageFile, save_ddf
+from monai_drdm.transforms import RandDRDMDeformd
+
+
+@dataclass(frozen=True)
+class AugmentSettings(DatasetSettings):
+    """Everything that fixes deformed cases, given the images; see ``RandDRDMDeformd`` for the settings of a draw.
+
+    Raises:
+        ValueError: no levels or draws, or a level twice.
+    """
+
+    folders: ClassVar[tuple[str, ...]] = ("images", "labels", "fields")
+    not_in_datalist: ClassVar[tuple[str, ...]] = ("field",)
+
+    levels: tuple[float, ...] = (0.3, 0.5, 0.8)
+    """Deformation levels; each is drawn ``draws`` times."""
+    draws: int = 1
+    seed: int = 0
+    version: str = __version__
+
+    def __post_init__(self) -> None:
+        if not self.levels or len({f"{level:g}" for level in self.levels}) != len(self.levels):
+            raise ValueError(f"levels must be one or more numbers that differ in six digits, got {self.levels}.")
+        if self.draws < 1:
+            raise ValueError(f"draws must be 1 or more, got {self.draws}.")
+        for level in self.levels:
+            self.transform(level, ["image"])  # wrong arguments fail before the first file is read
+
+    def transform(self, level: float, keys: Sequence[str], device: str | None = None) -> RandDRDMDeformd:
+        """The transform of one level; its field depends on the value of ``seed`` in the sample only."""
+        return RandDRDMDeformd(**self.transform_options(keys, device), prob=1.0, deformation_level=level)
+
+    @property
+    def draws_per_case(self) -> int:
+        """Number of draws from every case."""
+        return len(self.levels) * self.draws
+
+    def draws_of(self, case: str) -> list[Draw]:
+        """The draws from a case, in order."""
+        return [
+            Draw(f"{case}_level{level:g}_draw{k}", f"{self.seed}/{case}/{level:g}/{k}", level)
+            for level in self.levels
+            for k in range(self.draws)
+        ]
+
+    def file_names(self, files: Mapping[str, ImageFile], draw: Draw) -> dict[str, str]:
+        """The deformed image, label and the field."""
+        names = {key: f"{key}s/{draw.name}{file.suffix}" for key, file in files.items()}
+        return names | {"field": f"fields/{draw.name}.nii.gz"}
+
+    def make(self, files: Mapping[str, ImageFile], draw: Draw, device: str | None) -> DrawResult:
+        """Draw a field and deform image and label."""
+        assert draw.level is not None
+        transform = self.transform(draw.level, list(files), device)
+        deformed = transform(sample_of(files, draw))
+        deformation = transform.last
+        assert deformation is not None
+        assert deformation.params is not None
+        affine = files["image"].data.affine.numpy()
+        savers: dict[str, Callable[[Path], None]] = {"field": partial(save_ddf, deformation.ddf, affine)}
+        savers |= {key: partial(file.save_like, torch.as_tensor(deformed[key])) for key, file in files.items()}
+        return DrawResult(savers, asdict(deformation.params), asdict(deformation.statistics))

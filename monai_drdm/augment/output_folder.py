@@ -1,0 +1,195 @@
+"""The folder that a run over a data set fills: every file is written completely or not at all, and a run can continue.
+
+A draw is finished when its record, which is written last, is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from monai_drdm.augment.dataset_settings import DatasetSettings, Draw
+from monai_drdm.io import Case, ImageFile, load_image
+from monai_drdm.io.files import atomically, is_taken, locked, PART
+
+_SETTINGS = "settings.json"
+_DATALIST = "datalist.json"
+
+
+class BadCaseError(Exception):
+    """A case that cannot be used; the others can."""
+
+
+class OutputFolder:
+    """The folder of one run.
+
+    Args:
+        folder: where it is; it need not exist.
+        settings: fix the files, given the images.
+        device: where the network runs; None: the CPU.
+    """
+
+    def __init__(self, folder: Path, settings: DatasetSettings, device: str | None) -> None:
+        self.folder, self.settings, self.device = folder, settings, device
+        self.settings_json = settings.to_json()
+        self.settings_sha256 = hashlib.sha256(self.settings_json.encode()).hexdigest()
+
+    @contextmanager
+    def open(self, force: bool, *, shared: bool) -> Iterator[None]:
+        """Create the folder, or check that an earlier run with equal settings began it, and lock it.
+
+        Args:
+            force: take any folder.
+            shared: let other runs that share it work in the folder at the same time: the shards of one run.
+
+        Raises:
+            FileExistsError: the folder holds something else, or another run is writing to it.
+        """
+        there = self.folder / _SETTINGS
+        if not force and is_taken(self.folder):
+            if not there.is_file():
+                raise FileExistsError(f"{self.folder} holds something else. Choose another folder, or use --force.")
+            if there.read_text(encoding="utf-8") != self.settings_json:
+                raise FileExistsError(
+                    f"{self.folder} was made with other settings ({there}). Choose another folder, repeat those "
+                    "settings to go on, or use --force to draw everything again."
+                )
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with locked(self.folder, shared=shared):
+            _write_text(there, self.settings_json)
+            for name in (".", "records", *self.settings.folders):
+                (self.folder / name).mkdir(exist_ok=True)
+                for part in () if shared else (self.folder / name).glob(f"{PART}*"):
+                    part.unlink()  # left behind by a run that was killed
+            yield
+
+    def forget(self, cases: Sequence[Case]) -> None:
+        """Remove the records of all draws from these cases, so that they are drawn again, now or by a later run."""
+        for draw in (draw for case in cases for draw in self.settings.draws_of(case.name)):
+            if os.path.lexists(path := self._record_path(draw.name)):
+                path.unlink()
+
+    def unfinished(self, case: Case, inputs: Mapping[str, str]) -> list[Draw]:
+        """Draws from a case that were not finished with these settings, or whose files are no longer there.
+
+        Args:
+            case: the case.
+            inputs: ``hash_inputs`` of the case.
+
+        Raises:
+            FileExistsError: a draw was made from other files.
+        """
+        todo = []
+        for draw in self.settings.draws_of(case.name):
+            record = self._read_record(self._record_path(draw.name))
+            if record is None or not all((self.folder / file).is_file() for file in record["files"].values()):
+                todo.append(draw)
+            elif record["inputs_sha256"] != inputs:
+                raise FileExistsError(
+                    f"{draw.name} in {self.folder} was made from other files than {case.image} and its label. Choose "
+                    "another folder, or use --force to draw everything again."
+                )
+        return todo
+
+    def load(self, case: Case) -> dict[str, ImageFile]:
+        """Read image and label of a case.
+
+        Raises:
+            BadCaseError: a file cannot be read.
+        """
+        try:
+            keep_slice = self.settings.slice_axis is not None
+            return {key: load_image(path, keep_slice=keep_slice) for key, path in input_paths(case).items()}
+        except (OSError, TypeError, ValueError) as error:
+            raise BadCaseError(str(error)) from error
+
+    def write(self, case: Case, inputs: Mapping[str, str], files: Mapping[str, ImageFile], draw: Draw) -> None:
+        """Make one draw and write its files, the record last.
+
+        Raises:
+            BadCaseError: the images do not suit the network, or the result cannot be stored in their formats.
+            OSError: a file cannot be written.
+        """
+        names = self.settings.file_names(files, draw)
+        try:
+            result = self.settings.make(files, draw, self.device)
+            for key, save in result.savers.items():
+                save(self.folder / names[key])
+        except (TypeError, ValueError) as error:
+            for name in names.values():
+                (self.folder / name).unlink(missing_ok=True)  # without a record nothing says what they are
+            raise BadCaseError(str(error)) from error
+        record = {
+            "name": draw.name,
+            "source": {key: str(path.absolute()) for key, path in input_paths(case).items()},
+            "inputs_sha256": inputs,
+            "files": names,
+            "params": result.params,
+            "statistics": result.statistics,
+            "settings_sha256": self.settings_sha256,
+        }
+        _write_text(self._record_path(draw.name), json.dumps(record, indent=2) + "\n")
+
+    def write_datalist(self, cases: Sequence[Case]) -> Path:
+        """Write a MONAI datalist of all draws in the folder that were finished with these settings.
+
+        Its paths are relative to the folder. Draws that an earlier run made from these cases under other names are left
+        out.
+        """
+        path, entries = self.folder / _DATALIST, None
+        names = {draw.name for case in cases for draw in self.settings.draws_of(case.name)}
+        sources = {str(case.image.absolute()) for case in cases}
+        while entries != (found := self._entries(names, sources)):  # another shard may have finished meanwhile
+            entries = found
+            _write_text(path, json.dumps({"training": entries}, indent=2) + "\n")
+        return path
+
+    def _entries(self, names: set[str], sources: set[str]) -> list[dict[str, str]]:
+        """Entries of the datalist: draws with one of the names, and draws from other images than the sources."""
+        records = [self._read_record(path) for path in sorted((self.folder / "records").glob("*.json"))]
+        left_out = self.settings.not_in_datalist
+        return [
+            {key: name for key, name in record["files"].items() if key not in left_out}
+            for record in records
+            if record and (record["name"] in names or record["source"]["image"] not in sources)
+        ]
+
+    def _record_path(self, name: str) -> Path:
+        return self.folder / "records" / f"{name}.json"
+
+    def _read_record(self, path: Path) -> dict[str, Any] | None:
+        """The record of a draw; None if it is not there or was made with other settings."""
+        try:
+            record = json.loads(path.read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError):
+            return None
+        equal = isinstance(record, dict) and record.get("settings_sha256") == self.settings_sha256
+        return record if equal else None
+
+
+def input_paths(case: Case) -> dict[str, Path]:
+    """The files of a case by kind: ``image`` and, if it has one, ``label``."""
+    return {"image": case.image} | ({} if case.label is None else {"label": case.label})
+
+
+def hash_inputs(case: Case) -> dict[str, str]:
+    """The sha256 of each file of a case, by kind.
+
+    Raises:
+        BadCaseError: a file cannot be read.
+    """
+    try:
+        return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in input_paths(case).items()}
+    except FileNotFoundError as error:
+        raise BadCaseError(f"no file {error.filename}.") from error
+    except OSError as error:
+        raise BadCaseError(str(error)) from error
+
+
+def _write_text(path: Path, text: str) -> None:
+    atomically(path, lambda part: Path(part).write_text(text, encoding="utf-8"))

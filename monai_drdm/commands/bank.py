@@ -1,0 +1,86 @@
+"""``monai-drdm bank``: draw the fields of images ahead of training, and show what a bank holds."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import asdict
+from pathlib import Path
+
+from monai_drdm.commands.arguments import (
+    add_cases,
+    add_draw_options,
+    add_parallel_work,
+    Commands,
+    draw_options,
+    EXIT_CODES,
+    SKIPPED,
+)
+
+_DESCRIPTION = (
+    "Draw fields for every image ahead of training, as RandDRDMBankd takes them. Images are known by their file names "
+    "without suffix or, where those repeat, by their paths below the common folder, joined by '_': give RandDRDMBankd "
+    "the same as id_key, and apply it to images as they are on disk, before anything changes their grid or their "
+    "values. A volume of one slice is a 2D image here, unless --slice-axis is given: drop its axis in the pipeline too "
+    "(SqueezeDimd). An interrupted build goes on when it is called again."
+)
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command, its actions and their arguments."""
+    parser = commands.add_parser("bank", help="draw fields ahead of training")
+    actions = parser.add_subparsers(dest="action", required=True)
+    build = actions.add_parser(
+        "build", help="draw the fields of a folder or datalist", description=_DESCRIPTION, epilog=EXIT_CODES
+    )
+    add_cases(build)
+    build.add_argument("--fields", type=int, default=16, help="fields for each image (default: 16)")
+    build.add_argument(
+        "--level", type=float, nargs=2, default=(0.3, 0.8), metavar=("LOW", "HIGH"), help="range of deformation levels"
+    )
+    add_draw_options(build)
+    build.add_argument("--max-bytes", type=int, help="stop with an error before the bank grows larger")
+    add_parallel_work(build)
+    build.set_defaults(run=run_build)
+    info = actions.add_parser("info", help="what a bank holds")
+    info.add_argument("folder", type=Path)
+    info.set_defaults(run=run_info)
+
+
+def run_build(options: argparse.Namespace) -> int:
+    """Build the bank of the images that the options name."""
+    from monai_drdm.bank import DeformationBank
+    from monai_drdm.bank.files import CaseImages
+    from monai_drdm.executors import worker_processes
+    from monai_drdm.io import find_cases, read_cases
+
+    cases = read_cases(options.datalist, options.section) if options.datalist else find_cases(options.images)
+    with worker_processes(options.workers) as executor:
+        bank = DeformationBank.build(
+            CaseImages(cases, keep_slice=options.slice_axis is not None),
+            id_key="name",
+            path=options.out,
+            executor=executor,
+            shard=options.shard,
+            skip_failed=True,
+            fields_per_image=options.fields,
+            deformation_level=tuple(options.level),
+            device=options.device,
+            max_bytes=options.max_bytes,
+            **draw_options(options),
+        )
+    for name, why in bank.failed.items():
+        print(f"skipped {name}: {why}", file=sys.stderr)
+    print(f"{len(bank)} images, {len(bank.failed)} skipped, {bank.nbytes / 1e6:.1f} MB in {options.out}")
+    return SKIPPED if bank.failed else 0
+
+
+def run_info(options: argparse.Namespace) -> int:
+    """Print the size and the settings of a bank."""
+    from monai_drdm.bank import DeformationBank
+
+    bank = DeformationBank(options.folder)
+    assert bank.settings is not None
+    print(f"{len(bank)} images, {bank.nbytes / 1e6:.1f} MB")
+    print("\n".join(f"{name}: {value}" for name, value in asdict(bank.settings).items()))
+    return 0

@@ -1,0 +1,72 @@
+"""``monai-drdm weights``: list, pull, convert and verify network weights."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+from pathlib import Path
+
+from monai_drdm.commands.arguments import Commands
+from monai_drdm.networks.registry import known_file, list_networks, list_published, network_card, weights_folder
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command, its actions and their arguments."""
+    parser = commands.add_parser("weights", help="list, pull, convert and verify network weights")
+    actions = parser.add_subparsers(dest="action", required=True)
+    actions.add_parser("list", help="known networks and where their weights are").set_defaults(run=run_list)
+    pull = actions.add_parser("pull", help="download published weights at a pinned commit, hash checked")
+    pull.add_argument("name", choices=list_published())
+    pull.set_defaults(run=run_pull)
+    convert = actions.add_parser("convert", help="convert a published .pth, recognised by its hash")
+    convert.add_argument("file", type=Path)
+    convert.set_defaults(run=run_convert)
+    for action in (pull, convert):
+        action.add_argument(
+            "--folder", type=Path, help="where to write (default: MONAI_DRDM_WEIGHTS or the user cache)"
+        )
+    verify = actions.add_parser("verify", help="check hash and content of weights")
+    verify.add_argument("network", nargs="+", help="network name or .safetensors file")
+    verify.set_defaults(run=run_verify)
+
+
+def run_list(_: argparse.Namespace) -> int:
+    """Print every known network and where its weights are."""
+    folder = weights_folder()
+    print(f"weights folder: {folder}")
+    for name in list_networks():
+        card = network_card(name)
+        path = known_file(name)
+        state = "not here" if not path.is_file() else "here" if path.parent == folder else "in the package"
+        print(f"{name}  {card.spatial_dims}D  {card.kind}  working size {card.working_size}  {card.licence}  [{state}]")
+    return 0
+
+
+def run_pull(options: argparse.Namespace) -> int:
+    """Download and convert a published network."""
+    from monai_drdm.networks import pull_network
+
+    print(pull_network(options.name, options.folder))
+    return 0
+
+
+def run_convert(options: argparse.Namespace) -> int:
+    """Convert a published file that is on disk."""
+    from monai_drdm.networks import convert_published
+
+    path = convert_published(options.file, options.folder)
+    print(f"{path}  sha256 {hashlib.sha256(path.read_bytes()).hexdigest()}")
+    return 0
+
+
+def run_verify(options: argparse.Namespace) -> int:
+    """Read networks completely; the hash of a known one must be the one in the registry."""
+    from monai_drdm.networks.weights import read_network
+
+    for name in options.network:
+        known = name in list_networks()
+        path = known_file(name) if known else Path(name)
+        expected = network_card(name).sha256 if known else ""
+        card = read_network(path, expected or None).card
+        print(f"{name}  ok  {card.kind} {card.spatial_dims}D  sha256 {card.sha256}")
+    return 0
