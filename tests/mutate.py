@@ -45,7 +45,7 @@ TARGETS = (
     "monai_drdm/transforms/base.py",
     "monai_drdm/transforms/points.py",
     "monai_drdm/transforms/tracing.py",
-    "monai_drdm/io/fields.py",
+    "monai_drdm/io/ddf.py",
 )
 TESTS = {
     "fields": ("tests/fields", "tests/diffusion", "tests/metrics"),
