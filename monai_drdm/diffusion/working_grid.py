@@ -89,9 +89,8 @@ def _robust_range(image: Tensor) -> tuple[Tensor, Tensor]:
     """
     flat = image.flatten(1)
     stride = max(1, flat.shape[1] // _QUANTILE_SAMPLES)
-    while any(
-        math.gcd(stride, n) > 1 for n in image.shape[2:]
-    ):  # a common divisor would select voxels of some slices only
+    # a stride with a common divisor would select voxels of some slices only
+    while any(math.gcd(stride, n) > 1 for n in image.shape[2:]):
         stride += 1
     strided = flat[:, ::stride]
     low, high = -_upper_quantile(-strided, 1 - _PERCENTILES[0]), _upper_quantile(strided, _PERCENTILES[1])
