@@ -5,6 +5,8 @@ import json
 import math
 import os
 import shutil
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,14 +15,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torch.distributed.run import main as torchrun
 
 from monai_drdm import load_network, RandDRDMDeformd
 from monai_drdm.networks import save_network, VelocityUNet
 from monai_drdm.train import build_config, fit
 from monai_drdm.train.__main__ import main
 
-SMALL = ["channels=[8, 16]", "working_size=33", "batch_size=2", "epoch_length=3", "max_epochs=3", "warmup_steps=2"]
+SMALL = ["channels=[8, 16]", "working_size=33", "batch_size=2", "epoch_length=3", "max_epochs=2", "warmup_steps=2"]
 
 
 def small(*more, **known):
@@ -74,7 +75,7 @@ def test_a_run_leaves_a_network_that_deforms(tmp_path, scans, spatial_dims):
     network = load_network(weights)
     assert (network.spatial_dims, network.card.working_size, network.card.name) == (spatial_dims, 25, "run")
     steps = [row for row in rows(tmp_path / "run") if "loss" in row]
-    assert [row["step"] for row in steps] == list(range(1, 10))
+    assert [row["step"] for row in steps] == list(range(1, 7))
     assert all(math.isfinite(row["loss"]) for row in steps)
     assert json.loads((tmp_path / "run" / "config.json").read_text())["data"] == str(scans)
     transform = RandDRDMDeformd(["image", "label"], network=weights, prob=1.0, mode=["bilinear", "nearest"])
@@ -128,17 +129,15 @@ def test_a_finished_run_stays_as_it_is(tmp_path, whole):
 
 def test_time_is_a_limit(tmp_path, monkeypatch):
     """A step takes a second here: seven and a half are spent with the eighth, an interruption not counted."""
-    config, seconds = small("max_epochs=100000", "max_minutes=0.125"), iter(range(1, 100))
+    config, clock = small("max_epochs=100000", "max_minutes=0.125"), [0]
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
 
-    def step(stop=None):
-        now = next(seconds)
-        monkeypatch.setattr(time, "monotonic", lambda: now)
-        return now == stop
+    def step(last=None):
+        clock[0] += 1
+        return clock[0] == last
 
-    step()
-    assert fit(config, tmp_path / "run", should_stop=lambda: step(stop=4)) is None
-    for _ in range(30):
-        step()
+    assert fit(config, tmp_path / "run", should_stop=lambda: step(last=3)) is None
+    clock[0] += 30
     assert fit(config, tmp_path / "run", resume=True, should_stop=step).exists()
     assert rows(tmp_path / "run")[-1]["step"] == 8
     assert stays_as_it_is(config, tmp_path / "run")
@@ -160,19 +159,19 @@ def test_another_seed_is_another_run(tmp_path):
 
 
 def test_a_torn_checkpoint_costs_one_interval(tmp_path, whole, capsys):
-    fit(small(), tmp_path / "run", should_stop=stop_after(8))
-    torn = tmp_path / "run" / "checkpoints" / "checkpoint_8.pt"
+    fit(small(), tmp_path / "run", should_stop=stop_after(5))
+    torn = tmp_path / "run" / "checkpoints" / "checkpoint_5.pt"
     torn.write_bytes(torn.read_bytes()[:1000])
     fit(small(), tmp_path / "run", resume=True)
-    assert "checkpoint_8.pt is damaged" in capsys.readouterr().err
+    assert "checkpoint_5.pt is damaged" in capsys.readouterr().err
     assert rows(tmp_path / "run") == rows(whole)
     assert same_weights(tmp_path / "run", whole)
 
 
 def test_patience(tmp_path):
-    config = small("epoch_length=1", "max_epochs=50", "patience=3", "learning_rate=0", "weight_decay=0")
+    config = small("epoch_length=1", "max_epochs=50", "patience=2", "learning_rate=0", "weight_decay=0")
     fit(config, tmp_path / "run")
-    assert rows(tmp_path / "run")[-1]["step"] <= 6
+    assert rows(tmp_path / "run")[-1]["step"] <= 5
 
 
 def test_a_loss_that_is_not_finite_names_its_batch(tmp_path):
@@ -200,7 +199,7 @@ def test_a_run_goes_on_with_the_same_data_only(tmp_path, scans):
 def test_a_run_among_its_scans(tmp_path, scans, monkeypatch):
     """``--data . --out run``: its pictures are no scans, and it goes on; its card knows the folder's name."""
     monkeypatch.chdir(scans)
-    config = small("max_epochs=2", data=".")
+    config = small(data=".")
     assert fit(config, "run", should_stop=stop_after(4)) is None
     assert list((scans / "run" / "sheets").iterdir())
     assert load_network(fit(config, "run", resume=True)).card.training_data == "scans"
@@ -271,16 +270,35 @@ runpy.run_module('monai_drdm.train', run_name='__main__')
 """
 
 
-def test_two_processes_train_one_network(tmp_path, fork):
+def test_two_processes_train_one_network(tmp_path):
     """Both see data of their own: the gradients are those of twice the batch, and the run is the same every time."""
-    (tmp_path / "script.py").write_text(TWICE)
-    script = [str(tmp_path / "script.py"), str(tmp_path), *SMALL, "max_epochs=2", "device=cpu"]
-    launcher = fork(lambda: torchrun(["--standalone", "--nproc_per_node=2", *script]))
-    _, said = launcher.communicate()
-    assert launcher.returncode == 0, said
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    settings = [*SMALL, "max_epochs=1"]
+    script = tmp_path / "script.py"
+    script.write_text(
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from monai_drdm.train import build_config, fit\n"
+        "def note(when):\n"
+        "    names = [path.read_text() for path in Path('/proc/self/task').glob('*/comm')]\n"
+        "    Path(sys.argv[1], when + os.environ['RANK']).write_text(''.join(names))\n"
+        "config = build_config(settings=sys.argv[2:], data='synthetic')\n"
+        "fit(config, Path(sys.argv[1], 'first'), should_stop=lambda: bool(note('during')))\n"
+        "note('after')\n"
+    )
+    command = ["-m", "monai_drdm.train", "--data", "synthetic", "--out", str(tmp_path / "second")]
+    for arguments in (
+        [str(script), str(tmp_path), *settings],
+        [*command, *(part for one in settings for part in ("--set", one))],
+    ):
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(
+            [*launch, *arguments], env=environment, capture_output=True, text=True, encoding="utf-8", check=False
+        )
+        assert done.returncode == 0, done.stderr
     assert rows(tmp_path / "first") == rows(tmp_path / "second")
-    assert [row["step"] for row in rows(tmp_path / "first") if "loss" in row] == list(range(1, 7))
-    fit(small("max_epochs=2", "device=cpu"), tmp_path / "alone")
+    assert [row["step"] for row in rows(tmp_path / "first") if "loss" in row] == list(range(1, 4))
+    fit(small("max_epochs=1"), tmp_path / "alone")
     alone, together = (load_network(tmp_path / name / "network.safetensors") for name in ("alone", "first"))
     assert not torch.equal(alone.stem.weight, together.stem.weight)
     # a thread that lives on while the interpreter ends aborts the process, once in some dozens of runs
