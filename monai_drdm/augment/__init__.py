@@ -5,4 +5,14 @@ from monai_drdm.augment.overview import plot_overview
 from monai_drdm.augment.registration_pairs import PairSettings
 from monai_drdm.augment.run import augment, AugmentReport, make_pairs
 
-__all__ = ["AugmentReport", "AugmentSettings", "PairSettings", "augment", "make_pairs", "plot_overview"]
+draw_overview = plot_overview  # the name of before, which goes on working
+
+__all__ = [
+    "AugmentReport",
+    "AugmentSettings",
+    "PairSettings",
+    "augment",
+    "draw_overview",
+    "make_pairs",
+    "plot_overview",
+]
