@@ -103,7 +103,7 @@ def train(
         optimiser.step()
         averaged.update_parameters(network)
         if iteration % protocol.every == 0:
-            curve.append(float(np.mean(list(_mean_by_case(protocol, averaged.module, "validation").values()))))
+            curve.append(float(np.mean(list(mean_dice(protocol, averaged.module, "validation").values()))))
             if curve[-1] > best:
                 best, best_weights = curve[-1], copy.deepcopy(averaged.module)
             if curve[-1] > at + RISE:
@@ -125,14 +125,14 @@ def train(
     return best_weights, story
 
 
-def _cases(protocol: Protocol, split: str) -> Iterator[Case]:
+def cases_of(protocol: Protocol, split: str) -> Iterator[Case]:
     for found in subjects(protocol, split).values():
         yield from found
 
 
-def _mean_by_case(protocol: Protocol, segmenter: nn.Module, split: str) -> dict[str, float]:
+def mean_dice(protocol: Protocol, segmenter: nn.Module, split: str) -> dict[str, float]:
     means = {}
-    for case in _cases(protocol, split):
+    for case in cases_of(protocol, split):
         known = [d for d in dice(predict(segmenter, case), case.label, len(protocol.structures)) if d is not None]
         means[case.name] = float(np.mean(known))
     return means
@@ -140,12 +140,12 @@ def _mean_by_case(protocol: Protocol, segmenter: nn.Module, split: str) -> dict[
 
 def judge(protocol: Protocol, segmenter: nn.Module) -> dict[str, Any]:
     """Compute Dice and HD95 of every structure in every test volume."""
-    dice, hd95 = {}, {}
-    for case in tqdm(list(_cases(protocol, "test")), desc="test", leave=False):
+    found: dict[str, Any] = {"dice": {}, "hd95": {}}
+    for case in tqdm(list(cases_of(protocol, "test")), desc="test", leave=False):
         predicted = predict(segmenter, case)
-        dice[case.name] = dice(predicted, case.label, len(protocol.structures))
-        hd95[case.name] = hd95_of(protocol, predicted, case.label)
-    return {"dice": dice, "hd95": hd95}
+        found["dice"][case.name] = dice(predicted, case.label, len(protocol.structures))
+        found["hd95"][case.name] = hd95_of(protocol, predicted, case.label)
+    return found
 
 
 def trials(protocol: Protocol, arm: str, count: int, fields: Fields) -> list[Setting]:
