@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from monai_drdm.networks import list_networks, load_network
     from monai_drdm.transforms import (
         ApplyDDFd,
+        BatchRandDRDMBankd,
         BatchRandDRDMDeformd,
         RandDRDMBankd,
         RandDRDMDeform,
@@ -31,6 +32,7 @@ _FROM = {"DeformationBank": "bank", "list_networks": "networks", "load_network":
 
 __all__ = [
     "ApplyDDFd",
+    "BatchRandDRDMBankd",
     "BatchRandDRDMDeformd",
     "DeformationBank",
     "RandDRDMBankd",

@@ -45,6 +45,9 @@ ROWS = Path(__file__).parent / "consistency.jsonl"
 SEARCH_SEEDS = (100, 101)
 """Draws of labelled subjects on which settings are chosen; tests are run with others."""
 
+STRONG = Appearance(gamma=0.7, contrast=0.5, bias=0.3, blur_vox=1.0, noise=0.05)
+"""Change of intensities of strong views."""
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -68,7 +71,7 @@ class Recipe:
     """Iterations over which the weight rises from 0."""
     cutmix: float = 0.5
     """Probability that a part of a strong view comes from another."""
-    strong: Appearance = Appearance(gamma=0.7, contrast=0.5, bias=0.3, blur_vox=1.0, noise=0.05)
+    strong: Appearance = STRONG
 
     def digest(self) -> str:
         """Identify the recipe; results of different recipes are not compared."""
@@ -324,7 +327,8 @@ def displacement(protocol: Protocol, arm: str, fields: Fields) -> Iterator[tuple
         banks = [fields.bank(arm, setting, replace(protocol, bank=2), one) for one in cases]
         ddf = torch.cat([_there(bank).flatten(0, 1).float() for bank in banks])
         middle = [slice(n // 4, n - n // 4) for n in protocol.grid]
-        yield low, high, float(ddf[:, :, *middle].square().sum(1).flatten(1).mean(1).sqrt().mean())
+        moved = ddf[(slice(None), slice(None), *middle)].square().sum(1).flatten(1)
+        yield low, high, float(moved.mean(1).sqrt().mean())
 
 
 def main() -> None:

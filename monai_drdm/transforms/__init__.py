@@ -10,6 +10,7 @@ from monai_drdm.deformation import (
 from monai_drdm.transforms.apply import ApplyDDFD, ApplyDDFd, ApplyDDFDict
 from monai_drdm.transforms.banked import RandDRDMBankD, RandDRDMBankd, RandDRDMBankDict
 from monai_drdm.transforms.batch import BatchRandDRDMDeformD, BatchRandDRDMDeformd, BatchRandDRDMDeformDict
+from monai_drdm.transforms.batch_banked import BatchRandDRDMBankD, BatchRandDRDMBankd, BatchRandDRDMBankDict
 from monai_drdm.transforms.deform import RandDRDMDeform, RandDRDMDeformD, RandDRDMDeformd, RandDRDMDeformDict
 from monai_drdm.transforms.pairs import DeformedPair, RandDRDMPairD, RandDRDMPaird, RandDRDMPairDict
 
@@ -18,6 +19,9 @@ __all__ = [
     "ApplyDDFDict",
     "ApplyDDFd",
     "BankedParams",
+    "BatchRandDRDMBankD",
+    "BatchRandDRDMBankDict",
+    "BatchRandDRDMBankd",
     "BatchRandDRDMDeformD",
     "BatchRandDRDMDeformDict",
     "BatchRandDRDMDeformd",

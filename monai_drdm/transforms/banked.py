@@ -27,23 +27,169 @@ from monai_drdm.fields import shrink_to_fold_limit
 from monai_drdm.samples import spacing_of
 from monai_drdm.transforms.base import KeyedDeformation, ValidData
 from monai_drdm.transforms.options import ApplyOptions, BankedOptions
-from monai_drdm.transforms.randomness import checked_prob
+from monai_drdm.transforms.randomness import check_replay, checked_prob
 from monai_drdm.transforms.tracing import in_plain_mode
-
-Range = float | Sequence[float] | Sequence[Sequence[float]]
 
 
 class _Choice(NamedTuple):
-    """What is random about one call."""
+    """What is random about one sample."""
 
     fires: bool
     which: float  # in [0, 1): the field
     scale: float
     pose: RandAffineGrid
+    flips: tuple[bool, ...]  # of the first, second and third axis
+
+
+class KnownImage(NamedTuple):
+    """One sample: what its image is called, the image, its fields, and the device of the image."""
+
+    identity: str
+    image: NdarrayOrTensor
+    entry: BankEntry | EntryFile
+    device: torch.device
+
+
+class BankedDeformation(RandomizableTransform, KeyedDeformation):
+    """What transforms have in common whose fields come from a bank.
+
+    Args:
+        keys: keys to deform.
+        bank: the fields.
+        id_key: key of what the image is called; None: the file name in its metadata.
+        prob: chance of every sample to be deformed.
+        options: those of ``BankedOptions``, but for boxes of batches.
+    """
+
+    backend = [TransformBackends.TORCH]  # noqa: RUF012  # MONAI declares it so
+
+    def __init__(
+        self,
+        keys: KeysCollection,
+        bank: DeformationBank,
+        id_key: Hashable | None,
+        prob: float,
+        options: Mapping[str, Any],
+    ) -> None:
+        KeyedDeformation.__init__(self, keys, choose(ApplyOptions, options))
+        if not isinstance(bank, DeformationBank):
+            raise TypeError(f"bank must be a DeformationBank, got {type(bank).__name__}.")
+        RandomizableTransform.__init__(self, checked_prob(prob))
+        self.bank = bank
+        self.id_key = id_key
+        self.image_key = self.keys[0] if options["image_key"] is None else options["image_key"]
+        self.seed_key = options["seed_key"]
+        self.displacement_scale = _scale_range(options["displacement_scale"])
+        self.flip_prob = checked_prob(options["flip_prob"], "flip_prob")
+        ranges = [options[name] for name in ("rotate_range", "shear_range", "translate_range", "scale_range")]
+        self.poses = self.flip_prob > 0 or any(one is not None for one in ranges)
+        self._pose = RandAffineGrid(*ranges)  # MONAI checks them where it draws
+        self._choices: list[_Choice] = []
+
+    def randomize(self, data: object = None) -> None:
+        """Draw whether to fire, which field, its factor, the affine map and flips, whether or not it fires.
+
+        Args:
+            data: a value whose hash takes the place of the random state; None: the state alone.
+
+        Raises:
+            TypeError: a value that has no hash that is the same in every process.
+        """
+        choice = self._choose(self.R)
+        self._choices = [choice if data is None else self._choose(np.random.RandomState(stable_hash(data)))]
+        self._do_transform = self._choices[0].fires
+
+    def _choose(self, state: np.random.RandomState) -> _Choice:
+        fires, which = bool(state.rand() < self.prob), float(state.random_sample())
+        low, high = self.displacement_scale
+        scale = float(low + (high - low) * state.random_sample())
+        pose = copy.copy(self._pose)
+        pose.R = state
+        pose.randomize()
+        flips = tuple(state.random_sample(3) < self.flip_prob) if self.flip_prob else (False,) * 3
+        return _Choice(fires, which, scale, pose, flips)
+
+    def _chosen(self, values: Sequence[object], randomize: bool) -> list[_Choice]:
+        """What is random about every sample of this call, given the value that decides in place of the state, or None.
+
+        Raises:
+            ValueError: nothing to repeat, or choices of another number of samples.
+        """
+        if randomize:
+            choices = []
+            for value in values:
+                self.randomize(value)
+                # threads may share this transform, and with it ``_choices``
+                choices.append(
+                    self._choices[0] if value is None else self._choose(np.random.RandomState(stable_hash(value)))
+                )
+            self._choices = choices
+            return choices
+        check_replay(len(self._choices), len(values))
+        return self._choices
+
+    def _deform(self, known: KnownImage, choice: _Choice) -> Deformation:
+        """A field of the image's own, with its factor and affine map."""
+        index = int(choice.which * len(known.entry))
+        scale, stored = self._scaled(known.entry.field(index), choice.scale, known.device)
+        stored = replace(stored, matrix=self._matrix(choice, stored))
+        entry = known.entry
+        record = BankedParams(
+            known.identity, index, scale, stored.matrix, entry.settings, entry.params[index], __version__
+        )
+        return self._banked(known, stored, record)
+
+    def _replay(self, known: KnownImage, params: BankedParams) -> Deformation:
+        """The field of a record, which must be of this image and of this bank."""
+        identity, entry = known.identity, known.entry
+        if params.bank != entry.settings or params.identity != identity or not 0 <= params.index < len(entry):
+            raise ValueError(
+                f"params were recorded for image {params.identity!r}, field {params.index} of bank "
+                f"{params.bank[:12]}…; this is {identity!r}, {len(entry)} fields of bank {entry.settings[:12]}…."
+            )
+        stored = entry.field(params.index)
+        stored = replace(stored, step=stored.step * params.scale, matrix=params.matrix)
+        return self._banked(known, stored, params)
+
+    def _known(self, item: Mapping[Any, Any], image: NdarrayOrTensor, device: torch.device) -> KnownImage:
+        """What the bank knows of one sample, given its image and what says how it is called."""
+        identity = item_identity(item, image, self.id_key)
+        return KnownImage(identity, image, self.bank.entry(identity, image), device)
+
+    def _banked(self, known: KnownImage, stored: StoredField, params: BankedParams) -> Deformation:
+        pixdim = None if self.bank.settings is None else self.bank.settings.pixdim
+        spacing, record = spacing_of(known.image, pixdim, repr(self.image_key)), _parsed(params.field)
+        return Deformation(stored.ddf(known.device), spacing, record, stored=stored, banked=params)
+
+    def _scaled(self, stored: StoredField, scale: float, device: torch.device) -> tuple[float, StoredField]:
+        """A field with less displacement, and no more folds than the bank allows."""
+        if scale >= 1.0:
+            return 1.0, stored
+        settings = self.bank.settings
+        scaled = replace(stored, step=stored.step * scale)
+        if settings is not None and settings.on_fold != "keep" and scale > 0.0:
+            factor = float(shrink_to_fold_limit(scaled.planar(device)[None], settings.max_fold_fraction)[1][0])
+            scale *= factor
+            scaled = replace(stored, step=stored.step * scale)
+        return scale, scaled
+
+    def _matrix(self, choice: _Choice, stored: StoredField) -> tuple[tuple[float, ...], ...] | None:
+        if not self.poses:
+            return None
+        dims = len(stored.shape) - (stored.slice_axis is not None)
+        choice.pose(spatial_size=(1,) * dims, randomize=False)
+        matrix: Tensor = torch.as_tensor(choice.pose.get_transformation_matrix())
+        signs = [-1.0 if flip else 1.0 for flip in choice.flips[:dims]]
+        return tuple(tuple(float(v) for v in row) for row in matrix * torch.tensor([*signs, 1.0], dtype=matrix.dtype))
+
+    def __getstate__(self) -> dict[str, object]:
+        """Everything but the last field, which may be large."""
+        state: dict[str, object] = super().__getstate__()  # type: ignore[no-untyped-call]  # MONAI leaves it without types
+        return {**state, "last": [] if self.batched else None}
 
 
 @with_options(BankedOptions)
-class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
+class RandDRDMBankd(BankedDeformation):
     """Deform every key by one of the fields that a bank holds for the image: no network runs.
 
     Optionally its displacement is scaled down, and a random affine map goes with it, so that images and labels are
@@ -55,12 +201,6 @@ class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
         bank: the fields.
         id_key: key of what the image is called, as when the bank was built; None: the file name in its metadata.
         prob: chance that the transform fires.
-        displacement_scale: range in [0, 1] of a factor on the displacement. Below 1 folds are counted again, and the
-            factor is lowered until they are within the bank's limit.
-        rotate_range: radians, as in MONAI's ``RandAffine``.
-        shear_range: as in MONAI's ``RandAffine``.
-        translate_range: voxels, as in MONAI's ``RandAffine``.
-        scale_range: as in MONAI's ``RandAffine``. Of a bank with ``slice_axis`` all four are those of the plane.
         options: those of ``BankedOptions``; ``image_key`` is that of the image that the fields were drawn on.
 
     ``.last`` holds the latest deformation.
@@ -70,8 +210,6 @@ class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
         ValueError: arguments out of range, or a number of modes that is neither 1 nor the number of keys.
     """
 
-    backend = [TransformBackends.TORCH]  # noqa: RUF012  # MONAI declares it so
-
     def __init__(
         self,
         keys: KeysCollection,
@@ -79,50 +217,10 @@ class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
         bank: DeformationBank,
         id_key: Hashable | None = None,
         prob: float = 0.1,
-        displacement_scale: float | Sequence[float] = (1.0, 1.0),
-        rotate_range: Range | None = None,
-        shear_range: Range | None = None,
-        translate_range: Range | None = None,
-        scale_range: Range | None = None,
         **options: Unpack[BankedOptions],
     ) -> None:
-        KeyedDeformation.__init__(self, keys, choose(ApplyOptions, options))
-        if not isinstance(bank, DeformationBank):
-            raise TypeError(f"bank must be a DeformationBank, got {type(bank).__name__}.")
-        RandomizableTransform.__init__(self, checked_prob(prob))
-        self.bank = bank
-        self.id_key = id_key
-        self.image_key = self.keys[0] if options["image_key"] is None else options["image_key"]
-        self.seed_key = options["seed_key"]
-        self.displacement_scale = _scale_range(displacement_scale)
-        ranges = (rotate_range, shear_range, translate_range, scale_range)
-        self.poses = any(one is not None for one in ranges)
-        self._pose = RandAffineGrid(*ranges)  # type: ignore[arg-type]  # MONAI checks them where it draws
+        super().__init__(keys, bank, id_key, prob, options)
         self.last: Deformation | None = None
-        self._choice: _Choice | None = None
-
-    def randomize(self, data: object = None) -> None:
-        """Draw whether to fire, which field, its factor and the affine map, whether or not it fires.
-
-        Args:
-            data: a value whose hash takes the place of the random state; None: the state alone.
-
-        Raises:
-            TypeError: a value that has no hash that is the same in every process.
-        """
-        self._choice = self._choose(self.R)
-        if data is not None:
-            self._choice = self._choose(np.random.RandomState(stable_hash(data)))
-        self._do_transform = self._choice.fires
-
-    def _choose(self, state: np.random.RandomState) -> _Choice:
-        fires, which = bool(state.rand() < self.prob), float(state.random_sample())
-        low, high = self.displacement_scale
-        scale = float(low + (high - low) * state.random_sample())
-        pose = copy.copy(self._pose)
-        pose.R = state
-        pose.randomize()
-        return _Choice(fires, which, scale, pose)
 
     @in_plain_mode
     def __call__(
@@ -149,82 +247,19 @@ class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
                 bank, a record of another one.
         """
         valid = self.validate(data)
+        deformation: Deformation | None = None
         if params is not None:
             check_record(params, BankedParams)
-            deformation: Deformation | None = self._replayed(valid, params)
+            deformation = self._replay(self._sample(valid), params)
         else:
-            choice = self._chosen(valid.data, randomize)
-            deformation = self._deformation(valid, choice) if choice.fires else None
+            (choice,) = self._chosen([None if self.seed_key is None else valid.data[self.seed_key]], randomize)
+            if choice.fires:
+                deformation = self._deform(self._sample(valid), choice)
         self.last = deformation
         return self.apply(valid, [deformation])
 
-    def _chosen(self, data: Mapping[Any, Any], randomize: bool) -> _Choice:
-        """What is random about this call."""
-        value = None if self.seed_key is None else data[self.seed_key]
-        if randomize:
-            self.randomize(value)
-            if value is not None:  # threads may share this transform, and with it ``_choice``
-                return self._choose(np.random.RandomState(stable_hash(value)))
-        if self._choice is None:
-            raise ValueError("randomize=False replays the last draw, and there is none yet.")
-        return self._choice
-
-    def _deformation(self, valid: ValidData, choice: _Choice) -> Deformation:
-        """A field of the image's own, with its factor and affine map."""
-        identity, entry, device = self._entry(valid)
-        index = int(choice.which * len(entry))
-        scale, stored = self._scaled(entry.field(index), choice.scale, device)
-        stored = replace(stored, matrix=self._matrix(choice.pose, stored))
-        record = BankedParams(identity, index, scale, stored.matrix, entry.settings, entry.params[index], __version__)
-        return self._banked(valid, stored, record, device)
-
-    def _replayed(self, valid: ValidData, params: BankedParams) -> Deformation:
-        """The field of a record, which must be of this image and of this bank."""
-        identity, entry, device = self._entry(valid)
-        if params.bank != entry.settings or params.identity != identity or not 0 <= params.index < len(entry):
-            raise ValueError(
-                f"params were recorded for image {params.identity!r}, field {params.index} of bank "
-                f"{params.bank[:12]}…; this is {identity!r}, {len(entry)} fields of bank {entry.settings[:12]}…."
-            )
-        stored = entry.field(params.index)
-        stored = replace(stored, step=stored.step * params.scale, matrix=params.matrix)
-        return self._banked(valid, stored, params, device)
-
-    def _entry(self, valid: ValidData) -> tuple[str, BankEntry | EntryFile, torch.device]:
-        """The image's name, its fields, and its device."""
-        image = valid.data[self.image_key]
-        identity = item_identity(valid.data, image, self.id_key)
-        return identity, self.bank.entry(identity, image), valid.images.device
-
-    def _banked(self, valid: ValidData, stored: StoredField, params: BankedParams, device: torch.device) -> Deformation:
-        pixdim = None if self.bank.settings is None else self.bank.settings.pixdim
-        spacing, record = spacing_of(valid.data[self.image_key], pixdim, valid.name), _parsed(params.field)
-        return Deformation(stored.ddf(device), spacing, record, stored=stored, banked=params)
-
-    def _scaled(self, stored: StoredField, scale: float, device: torch.device) -> tuple[float, StoredField]:
-        """A field with less displacement, and no more folds than the bank allows."""
-        if scale >= 1.0:
-            return 1.0, stored
-        settings = self.bank.settings
-        scaled = replace(stored, step=stored.step * scale)
-        if settings is not None and settings.on_fold != "keep" and scale > 0.0:
-            factor = float(shrink_to_fold_limit(scaled.planar(device)[None], settings.max_fold_fraction)[1][0])
-            scale *= factor
-            scaled = replace(stored, step=stored.step * scale)
-        return scale, scaled
-
-    def _matrix(self, pose: RandAffineGrid, stored: StoredField) -> tuple[tuple[float, ...], ...] | None:
-        if not self.poses:
-            return None
-        dims = len(stored.shape) - (stored.slice_axis is not None)
-        pose(spatial_size=(1,) * dims, randomize=False)
-        matrix: Tensor = torch.as_tensor(pose.get_transformation_matrix())
-        return tuple(tuple(float(v) for v in row) for row in matrix)
-
-    def __getstate__(self) -> dict[str, object]:
-        """Everything but the last field."""
-        state: dict[str, object] = super().__getstate__()  # type: ignore[no-untyped-call]  # MONAI leaves it without types
-        return {**state, "last": None}
+    def _sample(self, valid: ValidData) -> KnownImage:
+        return self._known(valid.data, valid.data[self.image_key], valid.images.device)
 
 
 _parsed = lru_cache(maxsize=1024)(DeformationParams.from_json)  # a bank's fields are used again and again

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -126,7 +126,11 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
     ) -> list[Deformation | None]:
         images, spacings, count = list(valid.images), valid.spacings, len(valid.images)
         if params is None:
-            values = [None] * count if self.seed_key is None else _values(valid.data[self.seed_key], count)
+            values = (
+                [None] * count
+                if self.seed_key is None
+                else values_of_samples(valid.data[self.seed_key], count, "seed_key")
+            )
             return self.draw_deformations(images, spacings, self.decide(values, randomize))
         if not isinstance(params, Sequence):
             raise TypeError(f"params must be one record or None per sample, got {type(params).__name__}.")
@@ -135,11 +139,26 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         return self.replay_deformations(images, spacings, params)
 
 
-def _values(data: Any, count: int) -> list[object]:
-    """One value per sample."""
+def seed_values(data: Mapping[Any, Any], key: Hashable | None, count: int) -> Sequence[object]:
+    """For each sample of a batch the value that decides in place of the random state; None without a key."""
+    return [None] * count if key is None else values_of_samples(data[key], count, "seed_key")
+
+
+def values_of_samples(data: Any, count: int, name: str) -> list[object]:
+    """One value per sample, of a collated entry.
+
+    Args:
+        data: the entry.
+        count: how many samples there are.
+        name: the argument that names the entry, for errors.
+
+    Raises:
+        TypeError: a value that has no hash that is the same in every process.
+        ValueError: another number of values.
+    """
     values = list(data) if isinstance(data, (Sequence, np.ndarray, Tensor)) and not isinstance(data, str) else [data]
     if len(values) != count:
-        raise ValueError(f"seed_key must hold one value per sample: {count}, got {len(values)}.")
+        raise ValueError(f"{name} must hold one value per sample: {count}, got {len(values)}.")
     for value in values:
         stable_hash(value)  # refuses None, which would mean the random state
     return [convert_to_tensor(v, track_meta=False) if isinstance(v, Tensor) else v for v in values]

@@ -20,6 +20,9 @@ from monai_drdm.deformation.options import (
 from monai_drdm.fields.sampling import Mode, PaddingMode
 from monai_drdm.transforms.points import PointSpace
 
+Range = float | Sequence[float] | Sequence[Sequence[float]]
+"""A range of MONAI's affine transforms."""
+
 
 class MoveOptions(TypedDict, total=False):
     """How the keys of a sample are moved."""
@@ -93,8 +96,36 @@ class PairOptions(SharedDrawOptions, MoveOptions, SourceOptions, PixdimOptions, 
     """Settings of ``RandDRDMPaird``, whose two fields have a level each."""
 
 
-class BankedOptions(MoveOptions, BoxOptions, SourceOptions, total=False):
+class PoseOptions(TypedDict, total=False):
+    """A random affine map that goes with a field, in the same resampling."""
+
+    displacement_scale: Annotated[
+        float | Sequence[float],
+        Option(
+            (1.0, 1.0),
+            "range in [0, 1] of a factor on the displacement. Below 1 folds are counted again, and the factor is "
+            "lowered until they are within the bank's limit.",
+        ),
+    ]
+    rotate_range: Annotated[Range | None, Option(None, "radians, as in MONAI's ``RandAffine``.")]
+    shear_range: Annotated[Range | None, Option(None, "as in MONAI's ``RandAffine``.")]
+    translate_range: Annotated[Range | None, Option(None, "voxels, as in MONAI's ``RandAffine``.")]
+    scale_range: Annotated[
+        Range | None,
+        Option(
+            None,
+            "as in MONAI's ``RandAffine``. Of a bank with ``slice_axis`` all ranges and flips are those of the plane.",
+        ),
+    ]
+    flip_prob: Annotated[float, Option(0.0, "chance of a flip along each spatial axis.")]
+
+
+class BankedOptions(PoseOptions, MoveOptions, BoxOptions, SourceOptions, total=False):
     """Settings of ``RandDRDMBankd``, whose fields are drawn already."""
+
+
+class BatchBankedOptions(PoseOptions, MoveOptions, SourceOptions, total=False):
+    """Settings of ``BatchRandDRDMBankd``."""
 
 
 class ApplyOptions(MoveOptions, BoxOptions, total=False):

@@ -74,15 +74,8 @@ class DRDMRandomness(RandomizableTransform, TracedTransform):
                 self.randomize(value)
                 decisions.append(self._decisions[-1] if value is None else self._decided_by(value))
             self._decisions = decisions
-        elif not decisions:
-            raise ValueError(
-                "randomize=False replays the last draw, and there is none yet. Call once with randomize=True."
-            )
-        elif len(decisions) != len(seed_values):
-            raise ValueError(
-                f"randomize=False replays the last draw, of a batch of {len(decisions)}; this one is of "
-                f"{len(seed_values)}."
-            )
+        else:
+            check_replay(len(decisions), len(seed_values))
         return [seed if fires else None for fires, seed in decisions]
 
     def draw_deformations(
@@ -131,7 +124,19 @@ def _spread(fields: Sequence[Deformation], chosen: Sequence[int], count: int) ->
     return found
 
 
-def checked_prob(prob: object) -> float:
+def check_replay(drawn: int, count: int) -> None:
+    """That a draw for so many samples can be repeated for this many.
+
+    Raises:
+        ValueError: there was no draw, or one of another number of samples.
+    """
+    if not drawn:
+        raise ValueError("randomize=False replays the last draw, and there is none yet. Call once with randomize=True.")
+    if drawn != count:
+        raise ValueError(f"randomize=False replays the last draw, of a batch of {drawn}; this one is of {count}.")
+
+
+def checked_prob(prob: object, name: str = "prob") -> float:
     """A number in [0, 1].
 
     Raises:
@@ -139,5 +144,5 @@ def checked_prob(prob: object) -> float:
     """
     number = float(prob) if isinstance(prob, Real) else np.nan
     if not 0.0 <= number <= 1.0:
-        raise ValueError(f"prob must be in [0, 1], got {prob!r}.")
+        raise ValueError(f"{name} must be in [0, 1], got {prob!r}.")
     return number
