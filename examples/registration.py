@@ -17,11 +17,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import few_shot_segmentation
+import drawn_hearts
 import nibabel as nib
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from pictures import show
 
 from monai_drdm.augment import make_pairs, PairSettings, plot_overview
 from monai_drdm.fields import warp
@@ -42,7 +43,7 @@ Registered = dict[str, Any]
 
 def draw_scans(folder: Path, count: int, size: int) -> None:
     """Hearts and their labels as NIfTI files."""
-    few_shot_segmentation.draw_data(folder, count, size)
+    drawn_hearts.draw_data(folder, count, size)
 
 
 def link_split(data: Path, folder: Path, judged: int) -> None:
@@ -150,9 +151,7 @@ def draw_registered(found: Sequence[Registered], count: int = 4) -> Figure:
     for column, one in zip(axes.T, shown):
         for axis, key in zip(column, ("moving", "warped", "fixed")):
             label = one["fixed_label"]  # the same outlines in all three: what is to fit
-            few_shot_segmentation.show(
-                axis, middle_plane(one[key][0])[None], torch.zeros(1, 1) if label is None else middle_plane(label[0])
-            )
+            show(axis, middle_plane(one[key][0])[None], torch.zeros(1, 1) if label is None else middle_plane(label[0]))
         ddf = one["ddf"][0]
         plot_warped_grid(column[3], ddf if len(ddf) == 2 else ddf[:2, ..., ddf.shape[-1] // 2])
         for axis, name in zip(column, names):

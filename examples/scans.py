@@ -1,0 +1,57 @@
+"""From files of scans to images of one size, and from labels of that size back to files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from monai.transforms import Resize, ScaleIntensityRangePercentiles
+from monai.utils import convert_to_tensor
+from torch import nn, Tensor
+from tqdm import tqdm
+
+from monai_drdm.io import load_image, save_image
+from monai_drdm.io.datalists import Case, find_cases
+
+
+def load_case(case: Case, size: Sequence[int]) -> list[dict[str, Any]]:
+    """The slices of a scan, or the whole of it, at one size and in [0, 1], with their labels if there are any."""
+    found: list[dict[str, Any]] = []
+    volume = load_image(case.image).data.as_tensor()[:1]
+    images = _pieces(ScaleIntensityRangePercentiles(0.5, 99.5, 0, 1, clip=True)(volume), len(size))
+    labels = [None] * len(images)
+    if case.label is not None:
+        labels = _pieces(load_image(case.label).data.as_tensor().float(), len(size))
+    for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+        one = {"name": f"{case.name}/{number}", "image": _resized(image, size, _linear(size))}
+        found.append(one if label is None else {**one, "label": _resized(label, size, "nearest-exact").byte()})
+    return found
+
+
+def _resized(image: Tensor, size: Sequence[int], mode: str) -> Tensor:
+    return convert_to_tensor(Resize(size, mode=mode)(image), track_meta=False)
+
+
+def _pieces(volume: Tensor, dims: int) -> list[Tensor]:
+    """The slices of a volume ``(C, *S)`` if the network is two-dimensional, else the volume."""
+    return [volume] if volume.ndim == dims + 1 else list(volume.unbind(-1))
+
+
+def _linear(size: Sequence[int]) -> str:
+    return "bilinear" if len(size) == 2 else "trilinear"
+
+
+@torch.no_grad()
+def label_folder(network: nn.Module, size: Sequence[int], images: Path, out: Path) -> None:
+    """Write what a network finds in all images of a folder, on their own grids and with their affines."""
+    network.eval()
+    out.mkdir(parents=True, exist_ok=True)
+    for case in tqdm(find_cases(images), desc="predicting"):
+        volume = load_image(case.image).data
+        sliced = volume.ndim > len(size) + 1
+        shape = volume.shape[1:-1] if sliced else volume.shape[1:]
+        logits = [network(one["image"][None])[0] for one in load_case(case, size)]
+        labels = [_resized(one, shape, _linear(size)).argmax(0).byte() for one in logits]
+        save_image(torch.stack(labels, -1) if sliced else labels[0], volume.affine, out / f"{case.name}.nii.gz")
