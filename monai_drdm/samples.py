@@ -36,7 +36,7 @@ def as_tensor(data: NdarrayOrTensor, name: str) -> Tensor:
     if tensor.ndim not in (3, 4) or 0 in tensor.shape:
         raise ValueError(
             f"{name} must have shape (C, *S) with 2 or 3 non-empty spatial axes, got {tuple(tensor.shape)}. "
-            "Use EnsureChannelFirst to add the channel axis."
+            "Use EnsureChannelFirst to add the channel axis; BatchRandDRDMDeformd deforms batches."
         )
     return tensor
 

@@ -30,6 +30,7 @@ from monai_drdm.samples import (
     world_affine,
     wrap_like,
 )
+from monai_drdm.transforms.notices import Notices
 from monai_drdm.transforms.options import ApplyOptions
 from monai_drdm.transforms.points import (
     check_boxes,
@@ -85,6 +86,8 @@ class KeyedDeformation(TracedTransform, MapTransform):
     pixdim: tuple[float, ...] | None = None
     batched = False
     """Values at the keys are batches ``(B, C, *S)``."""
+    draws = False
+    """A network draws a field for what the transform is given."""
     for_tensors = "RandDRDMDeform deforms one image without keys"
     """Advice for those who call this transform with tensors."""
 
@@ -101,6 +104,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
         self.box_mode = options.get("box_mode", "standard")
         check_spaces(self.point_space, self.box_mode)
         self.invertible = options["invertible"]
+        self.notices = Notices(type(self).__name__)
         named = [*self.keys, *self.point_keys, *self.box_keys]
         if len(set(named)) != len(named):
             raise ValueError(f"keys, point_keys and box_keys must name each entry once, got {named}.")
@@ -133,7 +137,20 @@ class KeyedDeformation(TracedTransform, MapTransform):
         self._check_points_and_boxes(result, dims, len(values[image_key]))
         spaces = samples[image_key] if self.batched else [_known([one for (one,) in samples.values()])]
         spacings = [spacing_of(one, self.pixdim, repr(image_key)) for one in spaces]
-        return ValidData(result, repr(image_key), present, values, values[image_key], spaces, spacings)
+        valid = ValidData(result, repr(image_key), present, values, values[image_key], spaces, spacings)
+        if self.notices.begin():
+            self._notice(valid, image_key)
+        return valid
+
+    def _notice(self, valid: ValidData, image_key: Hashable) -> None:
+        """Say what looks like a mistake."""
+        image, shape = valid.data[image_key], tuple(valid.images.shape[1:])
+        self.notices.look_at_layout(image, shape, valid.name, batched=self.batched)
+        if self.draws:
+            self.notices.look_at_patches(image, shape[1:], valid.name)
+        for key, mode, _ in valid.image_keys:
+            if key != image_key:
+                self.notices.look_at_label(valid.data[key], valid.values[key], key, mode)
 
     def entries(self, data: object) -> dict[Any, Any]:
         """The entries of a dictionary that the transform is given, in one of their own.
