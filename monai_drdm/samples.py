@@ -20,6 +20,7 @@ from monai.utils import convert_to_tensor
 from torch import Tensor
 
 _AFFINE_TOLERANCE = 1e-3
+_WIDEST_BYTES = 8  # of a number that torch knows
 
 
 def as_tensor(data: NdarrayOrTensor, name: str) -> Tensor:
@@ -35,7 +36,7 @@ def as_tensor(data: NdarrayOrTensor, name: str) -> Tensor:
     if tensor.ndim not in (3, 4) or 0 in tensor.shape:
         raise ValueError(
             f"{name} must have shape (C, *S) with 2 or 3 non-empty spatial axes, got {tuple(tensor.shape)}. "
-            "Use EnsureChannelFirst to add the channel axis."
+            "Use EnsureChannelFirst to add the channel axis; BatchRandDRDMDeformd deforms batches."
         )
     return tensor
 
@@ -48,9 +49,12 @@ def numeric_tensor(data: NdarrayOrTensor, name: str) -> Tensor:
     """
     if not isinstance(data, (np.ndarray, Tensor)):
         raise TypeError(f"{name} must be a numpy array or tensor, got {type(data).__name__}.")
-    real = data.dtype.kind in "biuf" if isinstance(data, np.ndarray) else not data.is_complex()
+    if isinstance(data, np.ndarray):
+        real = data.dtype.kind in "biuf" and data.dtype.itemsize <= _WIDEST_BYTES
+    else:
+        real = not data.is_complex()
     if not real:
-        raise TypeError(f"{name} must be of a real numeric type, got {data.dtype}.")
+        raise TypeError(f"{name} must be of a real numeric type of at most 64 bits, got {data.dtype}.")
     tensor: Tensor = convert_to_tensor(_native(data), track_meta=False)
     return tensor
 
@@ -224,7 +228,9 @@ def _native(data: NdarrayOrTensor) -> Tensor:
     if isinstance(data, Tensor):
         return data
     native = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
-    return torch.from_numpy(native if native.flags.writeable else native.copy())
+    # numpy ignores the strides of axes of length 1, torch does not: np.flip leaves negative ones there
+    torch_reads_it = native.flags.writeable and all(step > 0 for step in native.strides)
+    return torch.from_numpy(native if torch_reads_it else native.copy())
 
 
 def with_metadata_of(data: MetaTensor, tensor: torch.Tensor) -> MetaTensor:

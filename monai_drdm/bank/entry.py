@@ -18,6 +18,7 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from monai_drdm.deformation.stored_field import StoredField
+from monai_drdm.fields.intensity import spread_voxels
 from monai_drdm.io.files import atomically
 
 _META = "monai_drdm_bank"
@@ -149,12 +150,8 @@ def file_name(identity: str) -> str:
 
 
 def fingerprint_of(image: Tensor) -> Tensor:
-    """Tells images ``(C, *S)`` of one shape apart: at most some 4,096 values spread over them, float32."""
-    flat = image.detach().reshape(-1)
-    stride = max(1, flat.numel() // _PRINT_SAMPLES)
-    while stride > 1 and any(n % stride == 0 for n in image.shape[1:] if n > 1):  # else it sees some columns only
-        stride += 1
-    return flat[::stride].to(torch.float32).cpu().clone()
+    """Tells images ``(C, *S)`` of one shape apart: some 4,096 values spread over them, float32."""
+    return spread_voxels(image.detach()[None], _PRINT_SAMPLES)[0].to(torch.float32).cpu().clone()
 
 
 def same_fingerprint(first: Tensor, other: Tensor) -> bool:

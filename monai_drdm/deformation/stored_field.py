@@ -29,7 +29,8 @@ class StoredField:
     values: Tensor
     """``(D, *C)`` int16 multiples of ``step``, or floating voxels of a field that was given."""
     step: float
-    """Voxels of the grid ``C`` per unit of ``values``: a power of two."""
+    """Voxels of the grid ``C`` per unit of ``values``: a power of two where a field was rounded, and any positive
+    number where it was scaled afterwards, as ``RandDRDMBankd`` does."""
     shape: tuple[int, ...]
     """Spatial shape that the field was applied to."""
     slice_axis: int | None = None

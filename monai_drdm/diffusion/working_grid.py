@@ -10,9 +10,7 @@ import torch
 from torch import Tensor
 
 from monai_drdm.fields import resize_ddf, resize_image
-
-_PERCENTILES = (0.005, 0.995)
-_QUANTILE_SAMPLES = 1 << 20  # enough for a percentile; torch.quantile takes at most 2^24 values
+from monai_drdm.fields.intensity import to_unit_range
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,7 @@ class WorkingGrid:
         The 0.5th and 99.5th percentiles of each sample are mapped to the ends of the range and intensities outside are
         clipped. A constant image is mapped to the lower end. Returns float32 ``(B, C, *S)``.
         """
-        image = image.to(torch.float32)
-        low, high = _robust_range(image)
-        width = torch.where(high > low, high - low, torch.ones_like(low))
-        unit = ((image - low) / width).clamp(0.0, 1.0)
-        unit = resize_image(unit, self.shape)
+        unit = resize_image(to_unit_range(image.to(torch.float32)), self.shape)
         return unit * (input_range[1] - input_range[0]) + input_range[0]
 
     def ddf_to_full(self, ddf: Tensor) -> Tensor:
@@ -80,30 +74,3 @@ class WorkingGrid:
         """Resize a field; along axes where the image has one voxel the displacement is set to 0."""
         moves = torch.tensor([n > 1 for n in self.full_shape], device=ddf.device)
         return resize_ddf(ddf, shape) * moves.view(1, -1, *(1,) * len(shape))
-
-
-def _robust_range(image: Tensor) -> tuple[Tensor, Tensor]:
-    """Percentiles of each sample, ``(B, 1, …)``.
-
-    Where both are equal, as in an image that is mostly empty, minimum and maximum are taken instead.
-    """
-    flat = image.flatten(1)
-    stride = max(1, flat.shape[1] // _QUANTILE_SAMPLES)
-    # a stride with a common divisor would select voxels of some slices only
-    while any(math.gcd(stride, n) > 1 for n in image.shape[2:]):
-        stride += 1
-    strided = flat[:, ::stride]
-    low, high = -_upper_quantile(-strided, 1 - _PERCENTILES[0]), _upper_quantile(strided, _PERCENTILES[1])
-    flatline = low >= high
-    low = torch.where(flatline, flat.amin(dim=1), low)
-    high = torch.where(flatline, flat.amax(dim=1), high)
-    form = (-1, *(1,) * (image.ndim - 1))
-    return low.view(form), high.view(form)
-
-
-def _upper_quantile(values: Tensor, share: float) -> Tensor:
-    """``torch.quantile(values, share, dim=1)`` for shares near 1, without sorting all values."""
-    position = share * (values.shape[1] - 1)
-    above = values.shape[1] - math.floor(position)
-    lower, upper = values.topk(above, dim=1).values[:, [above - 1, max(above - 2, 0)]].unbind(dim=1)
-    return torch.lerp(lower, upper, position - math.floor(position))

@@ -41,7 +41,7 @@ def warp(image: Tensor, ddf: Tensor, mode: Mode = "bilinear", padding_mode: Padd
         raise ValueError(f"warp: image must have shape (B, C, *S) with {dims} spatial axes, got {got}.")
     check_same_grid(image, ddf, "warp", ("image", "ddf"))
     check_modes(mode, padding_mode, dims, "warp")
-    _check_real(image)
+    _check_real(image, "warp")
     dtype = field_dtype(ddf, image)
     if samples_on_grid(image, mode):
         return sample_on_grid(image, sampling_grid(ddf.to(dtype)), mode, padding_mode)
@@ -94,8 +94,8 @@ def sample(image: Tensor, coordinates: Tensor, mode: Mode = "bilinear", padding_
         TypeError: a complex image.
         ValueError: batch sizes that do not fit, unknown mode or padding mode, or ``bicubic`` outside 2D.
     """
-    check_modes(mode, padding_mode, image.ndim - 2, "warp")
-    _check_real(image)
+    check_modes(mode, padding_mode, image.ndim - 2, "sample")
+    _check_real(image, "sample")
     if image.shape[0] != coordinates.shape[0] and 1 not in (image.shape[0], coordinates.shape[0]):
         raise ValueError(
             f"sample: batch sizes of image and coordinates must be equal or 1, got {image.shape[0]} and "
@@ -111,6 +111,8 @@ def sample(image: Tensor, coordinates: Tensor, mode: Mode = "bilinear", padding_
     return method(image, coordinates, padding_mode)
 
 
-def _check_real(image: Tensor) -> None:
+def _check_real(image: Tensor, function: str) -> None:
     if image.is_complex():
-        raise TypeError(f"warp: image must be real, got {image.dtype}. Warp real and imaginary part as two channels.")
+        raise TypeError(
+            f"{function}: image must be real, got {image.dtype}. Give real and imaginary part as two channels."
+        )

@@ -16,9 +16,9 @@ from monai.data import MetaTensor
 from torch import Tensor
 from tqdm import tqdm
 
+from monai_drdm.fields.intensity import to_unit_range
 from monai_drdm.io import find_cases, load_ddf, load_image, read_cases
 
-_LOW, _HIGH = 0.005, 0.995
 _PAIR = ("moving", "fixed", "ddf", "moving_label", "fixed_label")
 _SAME_SPACING = 1e-2
 
@@ -229,9 +229,7 @@ def load_images(
 
 def unit_range(image: Tensor) -> Tensor:
     """Scale the 0.5th to 99.5th percentiles of an image ``(C, *S)`` to [0, 1], as networks expect it."""
-    values = image.float()
-    low, high = (torch.quantile(values.flatten()[:: max(1, values.numel() // 2**20)], q) for q in (_LOW, _HIGH))
-    return ((values - low) / (high - low).clamp(min=1e-6)).clamp(0, 1)
+    return to_unit_range(image.float()[None])[0]
 
 
 def _image(data: Tensor, path: Path, spatial_dims: int) -> Tensor:

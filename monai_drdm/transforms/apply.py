@@ -49,6 +49,7 @@ class ApplyDDFd(KeyedDeformation):
     """
 
     backend = [TransformBackends.TORCH]  # noqa: RUF012  # MONAI declares it so
+    for_tensors = "monai_drdm.fields.warp applies a field to plain tensors"
 
     def __init__(
         self,
@@ -82,7 +83,7 @@ class ApplyDDFd(KeyedDeformation):
             TypeError: a value or the field is of a wrong type.
             ValueError: anything that does not fit, or a field file that cannot be read as one.
         """
-        names = [key for key, *_ in self._present(data)]
+        names = [key for key, *_ in self._present(self.entries(data))]
         if not names:
             raise KeyError(f"ApplyDDFd: none of the keys {self.keys} is in the data: {sorted(map(str, data))}.")
         if self.ddf_key is not None and self.ddf_key not in data:

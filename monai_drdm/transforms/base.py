@@ -6,16 +6,15 @@ a batch of one, so the code below is written for batches.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
 from typing import Any, cast, TypeVar
 
 import torch
 from monai.config import KeysCollection, NdarrayOrTensor
 from monai.data import MetaTensor
 from monai.transforms import MapTransform
-from monai.utils import convert_to_tensor, ensure_tuple, TraceKeys
+from monai.utils import ensure_tuple, TraceKeys
 from torch import Tensor
 
 from monai_drdm.deformation import Deformation, stable_hash, StoredField
@@ -31,6 +30,7 @@ from monai_drdm.samples import (
     world_affine,
     wrap_like,
 )
+from monai_drdm.transforms.notices import Notices
 from monai_drdm.transforms.options import ApplyOptions
 from monai_drdm.transforms.points import (
     check_boxes,
@@ -86,6 +86,10 @@ class KeyedDeformation(TracedTransform, MapTransform):
     pixdim: tuple[float, ...] | None = None
     batched = False
     """Values at the keys are batches ``(B, C, *S)``."""
+    draws = False
+    """A network draws a field for what the transform is given."""
+    for_tensors = "RandDRDMDeform deforms one image without keys"
+    """Advice for those who call this transform with tensors."""
 
     def __init__(self, keys: KeysCollection, options: ApplyOptions) -> None:
         MapTransform.__init__(self, keys, options["allow_missing_keys"])
@@ -100,6 +104,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
         self.box_mode = options.get("box_mode", "standard")
         check_spaces(self.point_space, self.box_mode)
         self.invertible = options["invertible"]
+        self.notices = Notices(type(self).__name__)
         named = [*self.keys, *self.point_keys, *self.box_keys]
         if len(set(named)) != len(named):
             raise ValueError(f"keys, point_keys and box_keys must name each entry once, got {named}.")
@@ -118,7 +123,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
             TypeError: a value is not an array or tensor of a real numeric type.
             ValueError: anything that does not fit.
         """
-        result = dict(data)
+        result = self.entries(data)
         present = self._present(result)
         image_key = self._check_named(result) if image_key is None else image_key
         values, samples = dict[Hashable, Tensor](), dict[Hashable, list[Any]]()
@@ -132,7 +137,33 @@ class KeyedDeformation(TracedTransform, MapTransform):
         self._check_points_and_boxes(result, dims, len(values[image_key]))
         spaces = samples[image_key] if self.batched else [_known([one for (one,) in samples.values()])]
         spacings = [spacing_of(one, self.pixdim, repr(image_key)) for one in spaces]
-        return ValidData(result, repr(image_key), present, values, values[image_key], spaces, spacings)
+        valid = ValidData(result, repr(image_key), present, values, values[image_key], spaces, spacings)
+        if self.notices.begin():
+            self._notice(valid, image_key)
+        return valid
+
+    def _notice(self, valid: ValidData, image_key: Hashable) -> None:
+        """Say what looks like a mistake."""
+        image, shape = valid.data[image_key], tuple(valid.images.shape[1:])
+        self.notices.look_at_layout(image, shape, valid.name, batched=self.batched)
+        if self.draws:
+            self.notices.look_at_patches(image, shape[1:], valid.name)
+        for key, mode, _ in valid.image_keys:
+            if key != image_key:
+                self.notices.look_at_label(valid.data[key], valid.values[key], key, mode)
+
+    def entries(self, data: object) -> dict[Any, Any]:
+        """The entries of a dictionary that the transform is given, in one of their own.
+
+        Raises:
+            TypeError: something else, such as tensors.
+        """
+        if not isinstance(data, Mapping):
+            raise TypeError(
+                f"{type(self).__name__} takes a dictionary with the keys {self.keys}, got {type(data).__name__}; "
+                f"{self.for_tensors}."
+            )
+        return dict(data)
 
     def _present(self, data: Mapping[Any, Any]) -> list[tuple[Hashable, Mode, PaddingMode]]:
         """Keys of images and labels that the data hold, with their modes.
@@ -258,13 +289,18 @@ class KeyedDeformation(TracedTransform, MapTransform):
         result = wrap_like(before, out)
         if isinstance(result, MetaTensor):
             result.is_batch = True
-            known = before.applied_operations if isinstance(before, MetaTensor) and before.is_batch else []
-            records = [self.record(MetaTensor(one), i in moving, info) for i, (one, info) in enumerate(zip(out, infos))]
             result.applied_operations = [
-                (operations or []) + record.applied_operations  # type: ignore[union-attr]  # a MetaTensor
-                for operations, record in zip_longest(map(_operations, known), records)
+                known + self._records_of(one, i in moving, infos[i : i + 1])
+                for i, (known, one) in enumerate(zip(_operations(before, len(out)), out))
             ]
         return result
+
+    def _records_of(self, sample: Tensor, moved: bool, infos: Sequence[dict[str, Any]]) -> list[Any]:
+        """The records that are added to one sample of a batch: one for each description, of which there may be none."""
+        carrier = MetaTensor(sample)
+        for info in infos:
+            self.record(carrier, moved, info)
+        return list(carrier.applied_operations)
 
     # ------------------------------------------------------------------------------------------- inverse
 
@@ -287,7 +323,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
             TypeError: data that carry no records.
             ValueError: no record of this transform, or data of another shape than it recorded.
         """
-        result = dict(data)
+        result = self.entries(data)
         warpers: dict[int, FieldWarper] = {}
         keys = [key for key, *_ in self._present(result)]
         for key in (*keys, *(key for key in (*self.point_keys, *self.box_keys) if key in result)):
@@ -381,7 +417,7 @@ def _floating(data: NdarrayOrTensor, name: str) -> Tensor:
 
 def _validity_before(data: NdarrayOrTensor, valid: Tensor, name: str) -> Tensor:
     """What data say of the validity of points so far, checked to be of the shape of what is said now."""
-    before: Tensor = convert_to_tensor(data, track_meta=False)
+    before = numeric_tensor(data, repr(name))
     if before.shape != valid.shape or before.dtype != torch.bool:
         raise ValueError(
             f"{name!r} is where the validity of points goes; what is there must be bool of shape {tuple(valid.shape)}, "
@@ -390,9 +426,11 @@ def _validity_before(data: NdarrayOrTensor, valid: Tensor, name: str) -> Tensor:
     return before.to(valid.device)
 
 
-def _operations(collated: Any) -> Iterable[Any]:
-    """The records of one sample of a batch; where there are none, MONAI collates a word."""
-    return [] if isinstance(collated, str) else list(collated)
+def _operations(batch: Any, count: int) -> list[list[Any]]:
+    """The records that each sample of a batch carries already; where there are none, MONAI collates a word."""
+    known = batch.applied_operations if isinstance(batch, MetaTensor) and batch.is_batch else []
+    each = [[] if isinstance(one, str) else list(one) for one in known]
+    return each + [[] for _ in range(count - len(each))]
 
 
 _Option = TypeVar("_Option", bound=str)

@@ -48,6 +48,7 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
     """
 
     batched = True
+    for_tensors = "its method deform takes plain tensors (transform.deform(image, label), in the order of the keys)"
 
     def __init__(
         self,
@@ -63,6 +64,10 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         self.pixdim = checked_pixdim(options["pixdim"])
         self.seed_key = options["seed_key"]
         self.last: list[Deformation | None] = []
+
+    def __getstate__(self) -> dict[str, object]:
+        """Everything but the last fields."""
+        return {**super().__getstate__(), "last": []}
 
     def randomize_batch(self, values: Sequence[object]) -> None:
         """Draw for every sample whether to fire, then one integer seed.
@@ -85,8 +90,17 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
             As many tensors; the inputs are left as they are.
 
         Raises:
-            ValueError: another number of tensors than keys, or anything that does not fit.
+            ValueError: another number of tensors than keys, a transform that needs more than its keys, or anything
+                that does not fit.
         """
+        needed = {"point_keys": self.point_keys, "image_key": () if self.image_key in self.keys else (self.image_key,)}
+        needed["seed_key"] = () if self.seed_key is None else (self.seed_key,)
+        others = {name: keys for name, keys in needed.items() if keys}
+        if others:
+            raise ValueError(
+                f"deform takes the values of keys={self.keys} and nothing else, but this transform also needs "
+                f"{others}. Call it with a dictionary of the batch, or build it without these."
+            )
         if len(tensors) != len(self.keys):
             raise ValueError(f"deform takes one tensor for each of the keys {self.keys}, got {len(tensors)}.")
         out = self(dict(zip(self.keys, tensors)))

@@ -22,6 +22,7 @@ from monai_drdm.samples import (
     wrap_like,
 )
 from monai_drdm.transforms.base import apply_to_image, field_info, KeyedDeformation, take_back
+from monai_drdm.transforms.notices import Notices
 from monai_drdm.transforms.options import ApplyOptions, ArrayOptions, DeformOptions
 from monai_drdm.transforms.randomness import DRDMRandomness
 from monai_drdm.transforms.tracing import in_plain_mode, TracedTransform
@@ -97,6 +98,7 @@ class RandDRDMDeform(_OneField):
         self.padding_mode: PaddingMode = padding_mode
         self.pixdim = checked_pixdim(options["pixdim"])
         self.invertible = invertible
+        self.notices = Notices(type(self).__name__)
 
     @in_plain_mode
     def __call__(
@@ -131,6 +133,9 @@ class RandDRDMDeform(_OneField):
         mode, padding_mode = mode or self.mode, padding_mode or self.padding_mode
         check_modes(mode, padding_mode, image.ndim - 1, "RandDRDMDeform")
         spacing = spacing_of(img, self.pixdim, "img")
+        if self.notices.begin():
+            self.notices.look_at_layout(img, image.shape, "img", batched=False)
+            self.notices.look_at_patches(img, image.shape[1:], "img")
         self.last = deformation = self.deformation(image, spacing, randomize, params, field)
         moved, fired = apply_to_image(image, deformation, mode, padding_mode)
         out = wrap_like(img, moved)

@@ -137,7 +137,8 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
         """
         if params is not None:
             check_record(params, PairParams)
-        valid, result = self.validate(data), dict(data)
+        valid = self.validate(data)
+        result = dict(data)
         self._check_names_are_free(result)
         given, spacing = self._movable(valid), valid.spacings[0]
         first_plan, second_plan = self._plans(randomize, result.get(self.seed_key), params)
@@ -189,7 +190,7 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
             TypeError: data that carry no records.
             ValueError: no record of this transform, or data of another shape than it recorded.
         """
-        result, warpers = dict(data), dict[int, FieldWarper]()
+        result, warpers = self.entries(data), dict[int, FieldWarper]()
         for side in SIDES:
             for name in (self._named(side, key) for key in (*self.keys, *self.point_keys)):
                 if name in result:
@@ -222,7 +223,7 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
             found = {DDF: synthesis.ddf.clone()}
             if self.with_inverse:
                 found[INVERSE_DDF] = synthesis.inverse_ddf.clone()
-                found[INVERSE_RESIDUAL] = torch.tensor(synthesis.inverse_residual_vox, dtype=torch.float32)
+                found[INVERSE_RESIDUAL] = synthesis.ddf.new_tensor(synthesis.inverse_residual_vox)
         return found if self.with_inverse else {DDF: found[DDF]}
 
     def _named(self, side: str, key: Hashable) -> str:

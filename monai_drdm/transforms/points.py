@@ -74,8 +74,10 @@ def move_boxes(boxes: Tensor, ddf: Tensor, box_mode: str, *, back: bool = False)
         return boxes.double()
     corners = torch.stack(mode.boxes_to_corners(boxes.double()), dim=-1)  # (N, 1, 2D), lower corner first
     corners = corners.reshape(-1, 2, dims) - _HALF_VOXEL
-    boxes_at_once = [_enclosing(corner[None], ddf, back) for corner in corners]
-    low, high = torch.cat(boxes_at_once, dim=0).unbind(1)
+    exact = ddf.double()  # once for all boxes: in 3D this takes longer than a box does
+    # box by box, because how finely faces are sampled depends on the size of the box
+    enclosed = [_enclosing(corner[None], exact, back) for corner in corners]
+    low, high = torch.cat(enclosed, dim=0).unbind(1)
     low, high = low + _HALF_VOXEL, high + _HALF_VOXEL
     enclosing: Tensor = mode.corners_to_boxes(torch.cat([low, high], dim=1)[..., None].unbind(1))
     return enclosing

@@ -30,6 +30,7 @@ class DRDMRandomness(RandomizableTransform, TracedTransform):
     """
 
     drawer: FieldDrawer
+    draws = True
     last: Any = None
     backend = [TransformBackends.TORCH]  # noqa: RUF012  # MONAI declares it so
 

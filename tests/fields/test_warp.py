@@ -411,3 +411,14 @@ def test_points_want_a_floating_field():
 def test_warp_agrees_with_sample_on_the_identity_grid(image, ddf, shape):
     coordinates = identity_grid(shape, dtype=ddf.dtype)[None] + ddf
     torch.testing.assert_close(warp(image, ddf), sample(image, coordinates), atol=1e-4, rtol=0)
+
+
+def test_sample_calls_itself_by_its_name_in_errors():
+    image, at = torch.zeros(1, 1, 5, 6, 7), torch.zeros(1, 3, 2, 2, 2)
+    for arguments in ({"mode": "bicubic"}, {"mode": "wrong"}, {"padding_mode": "wrong"}):
+        with pytest.raises(ValueError, match=r"^sample: "):
+            sample(image, at, **arguments)
+    with pytest.raises(TypeError, match=r"^sample: image must be real"):
+        sample(image.to(torch.complex64), at)
+    with pytest.raises(TypeError, match=r"^warp: image must be real"):
+        warp(image.to(torch.complex64), torch.zeros(1, 3, 5, 6, 7))

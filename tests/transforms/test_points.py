@@ -10,9 +10,11 @@ from monai.data.box_utils import convert_box_mode
 from monai.transforms import Compose
 from scipy.ndimage import center_of_mass, map_coordinates
 from scipy.spatial.transform import Rotation
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from monai_drdm import ApplyDDFd, RandDRDMDeformd
 from monai_drdm.fields import exp_svf, identity_grid
+from monai_drdm.transforms.points import move_boxes
 
 SHAPES = {"2d": (48, 40), "3d": (26, 24, 22)}
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -640,3 +642,29 @@ def test_wrong_type_of_boxes():
     for boxes in ([[1.0, 2.0, 3.0, 4.0]], torch.zeros(1, 4, dtype=torch.complex64)):
         with pytest.raises(TypeError, match="'b' must be"):
             moved_boxes(torch.zeros(2, 20, 20), boxes)
+
+
+class Conversions(TorchDispatchMode):
+    """Counts how often a tensor of some size or more is converted to another type."""
+
+    def __init__(self, numel):
+        super().__init__()
+        self.numel, self.count = numel, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default and args[0].numel() >= self.numel:
+            self.count += 1
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("back", [False, True])
+def test_a_field_is_converted_once_for_all_boxes(back):
+    ddf = torch.full((3, 20, 22, 24), 1.5)
+    low = torch.arange(8.0)[:, None].expand(-1, 3)
+    counts = []
+    for number in (1, 8):
+        with Conversions(ddf.numel()) as counted:
+            moved = move_boxes(torch.cat([low, low + 5], dim=1)[:number], ddf, "xyzxyz", back=back)
+        counts.append(counted.count)
+        assert torch.allclose(moved[:, :3], low[:number].double() + (1.5 if back else -1.5), atol=1e-4)
+    assert counts == [1, 1]
