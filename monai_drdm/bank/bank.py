@@ -123,7 +123,8 @@ class DeformationBank:
             items: samples such as those of a dataset, with images ``(C, *S)`` as the training pipeline has them where
                 the fields will be applied.
             image_key: of the image.
-            id_key: key of an image's own name: a string, path or whole number. None: the file name in its metadata.
+            id_key: key of an image's own name: a string, path or whole number. None: the file name that ``LoadImaged``
+                keeps in its metadata (``filename_or_obj``).
             path: folder for the fields; None: in memory.
             executor: any ``concurrent.futures.Executor``: processes, threads, or those of Dask and the like. The
                 fields are the same with any, and without, but for threads' rounding.
@@ -252,7 +253,7 @@ class DeformationBank:
             if image_key not in item:
                 raise ValueError(f"item {number} has no {image_key!r}: {sorted(map(str, item))}.")
             image = apply_pending(item[image_key])
-            identity = item_identity(item, image, id_key)
+            identity = item_identity(item, image, image_key, id_key)
             tensor, spacing = as_tensor(image, identity), self._spacing(image, identity)
             self._settle(tensor)
             if (found := self._find(identity)) is not None:

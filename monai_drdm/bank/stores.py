@@ -73,12 +73,10 @@ class FolderStore:
             ValueError: they cannot be read.
         """
         try:
-            text = (self.path / _SETTINGS).read_text(encoding="utf-8")
+            return BankSettings.from_json((self.path / _SETTINGS).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        try:
-            return BankSettings.from_json(text)
-        except ValueError as error:
+        except ValueError as error:  # also that of a file that is not UTF-8
             raise ValueError(f"{self.path / _SETTINGS}: {error}.") from None
 
     def make(self) -> None:

@@ -193,7 +193,7 @@ class RandDRDMBankd(RandomizableTransform, KeyedDeformation):
     def _entry(self, valid: ValidData) -> tuple[str, BankEntry | EntryFile, torch.device]:
         """The image's name, its fields, and its device."""
         image = valid.data[self.image_key]
-        identity = item_identity(valid.data, image, self.id_key)
+        identity = item_identity(valid.data, image, self.image_key, self.id_key)
         return identity, self.bank.entry(identity, image), valid.images.device
 
     def _banked(self, valid: ValidData, stored: StoredField, params: BankedParams, device: torch.device) -> Deformation:
