@@ -95,11 +95,12 @@ class FolderStore:
         Raises:
             FileExistsError: they are others.
         """
-        there = self.settings()
-        if there is None:
+        if self.settings() is None:  # another process may write its own just now, so one is left and is compared
             text = settings.to_json() + "\n"
-            atomically(self.path / _SETTINGS, lambda part: Path(part).write_text(text, encoding="utf-8"))
-        elif there != settings:
+            path = self.path / _SETTINGS
+            atomically(path, lambda part: Path(part).write_text(text, encoding="utf-8"), replace=False)
+        there = self.settings()
+        if there is not None and there != settings:
             raise FileExistsError(
                 f"{self.path} is a deformation bank with other settings: {'; '.join(settings.differences(there))}. "
                 "Choose another folder, or repeat those settings."
