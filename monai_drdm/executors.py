@@ -5,9 +5,18 @@ from __future__ import annotations
 import multiprocessing
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import BrokenExecutor, Executor, FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import (
+    ALL_COMPLETED,
+    BrokenExecutor,
+    Executor,
+    FIRST_COMPLETED,
+    Future,
+    ProcessPoolExecutor,
+    wait,
+)
 from contextlib import contextmanager
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 import torch
 
@@ -15,6 +24,13 @@ _Job = TypeVar("_Job", bound=tuple[Any, ...])
 _Result = TypeVar("_Result")
 
 _JOBS_SUBMITTED = 32
+_MAX_LOST = 2
+_KEPT = ("max_workers", "mp_context", "initializer")
+"""What a process pool is made with, as it keeps it."""
+
+
+class WorkerLostError(RuntimeError):
+    """A job that two worker processes died of."""
 
 
 @contextmanager
@@ -60,7 +76,7 @@ def run_jobs(
 
     Returns:
         Jobs in their order without an executor, else in the order in which they finish. Jobs of a worker that was lost
-        are done in this process.
+        are done again by another one; a job that two workers were lost with gives ``WorkerLostError``.
     """
     if executor is None:
         return ((job, _attempt(function, job)) for job in jobs)
@@ -71,38 +87,99 @@ def _run_on(
     executor: Executor, function: Callable[..., _Result], jobs: Iterable[_Job]
 ) -> Iterator[tuple[_Job, _Result | Exception]]:
     """``run_jobs`` with an executor; at most ``_JOBS_SUBMITTED`` jobs are submitted and unfinished at a time."""
-    pending: dict[Future[_Result], _Job] = {}
-    source, more = iter(jobs), True
+    crew, pending, source, more = _Crew(executor), dict[Future[_Result], _Job](), iter(jobs), True
     try:
         while more or pending:
-            while more and len(pending) < _JOBS_SUBMITTED:
+            lost: list[_Lost[_Job]] = []
+            while more and not lost and len(pending) < _JOBS_SUBMITTED:
                 job = next(source, None)
                 if job is None:
                     more = False
                     break
                 try:
-                    pending[executor.submit(function, *job)] = job
+                    pending[crew.executor.submit(function, *job)] = job
                 except BrokenExecutor as error:
-                    yield job, _run_lost_job(function, job, error)
-            for future in wait(pending, return_when=FIRST_COMPLETED).done if pending else ():
-                job = pending.pop(future)
-                try:
-                    yield job, future.result()
-                except BrokenExecutor as error:
-                    yield job, _run_lost_job(function, job, error)
-                except Exception as error:
-                    yield job, error
+                    lost.append(_Lost(job, 0, error))
+            yield from _finished(pending, FIRST_COMPLETED, lost)
+            if lost:  # and with it all that the executor had not finished
+                yield from _finished(pending, ALL_COMPLETED, lost)
+                yield from crew.do_again(function, lost)
     finally:
         for future in pending:
             future.cancel()
+        crew.leave()
 
 
-def _run_lost_job(function: Callable[..., _Result], job: _Job, error: Exception) -> _Result | Exception:
-    warnings.warn(f"a worker was lost ({error}); its work is done in this process.", stacklevel=3)
-    return _attempt(function, job)
+@dataclass(frozen=True)
+class _Lost(Generic[_Job]):
+    """A job whose worker was lost."""
+
+    job: _Job
+    times: int
+    """How many workers were lost while it was theirs."""
+    error: BrokenExecutor
 
 
-def _attempt(function: Callable[..., _Result], job: _Job) -> _Result | Exception:
+def _finished(
+    pending: dict[Future[_Result], _Job], when: str, lost: list[_Lost[_Job]]
+) -> Iterator[tuple[_Job, _Result | Exception]]:
+    """Take what is finished out of ``pending``; what went with a worker is added to ``lost``."""
+    for future in wait(pending, return_when=when).done if pending else ():
+        job, result = pending.pop(future), _attempt(future.result, ())
+        if isinstance(result, BrokenExecutor):
+            lost.append(_Lost(job, 1, result))
+        else:
+            yield job, result
+
+
+class _Crew:
+    """The workers of a run: those of an executor and, once one of them was lost, new ones of the same kind.
+
+    Nobody can tell which of its jobs a process pool died of. So those that it had begun are done again one by one: a
+    worker that is lost then was lost by that very job, which is given up. It is never done in this process.
+    """
+
+    def __init__(self, executor: Executor) -> None:
+        self._given = self.executor = executor
+        self._own: Executor | None = None
+
+    def do_again(
+        self, function: Callable[..., _Result], lost: Sequence[_Lost[_Job]]
+    ) -> Iterator[tuple[_Job, _Result | Exception]]:
+        """Do lost jobs again, one at a time."""
+        message = f"a worker was lost ({lost[0].error}); what it and the others had begun is done again, one by one."
+        warnings.warn(message, stacklevel=4)
+        self._renew()
+        for one in lost:
+            yield one.job, self._alone(function, one)
+
+    def _alone(self, function: Callable[..., _Result], lost: _Lost[_Job]) -> _Result | Exception:
+        error = lost.error
+        for _ in range(lost.times, _MAX_LOST):
+            result = _attempt(lambda: self.executor.submit(function, *lost.job).result(), ())
+            if not isinstance(result, BrokenExecutor):
+                return result
+            error = result
+            self._renew()
+        return WorkerLostError(
+            f"the process that worked on it died, and so did the next one ({error}). It may need more memory than "
+            "there is, or a library crashes on its file."
+        )
+
+    def _renew(self) -> None:
+        """Take a new process pool, with the processes, and what they begin with, of the executor that was given."""
+        self.leave()
+        workers, context, begin = (getattr(self._given, f"_{name}", None) for name in _KEPT)
+        self._own = ProcessPoolExecutor(workers, context, begin, getattr(self._given, "_initargs", ()))
+        self.executor = self._own
+
+    def leave(self) -> None:
+        """End the workers that are not the caller's."""
+        if self._own is not None:
+            self._own.shutdown(cancel_futures=True)
+
+
+def _attempt(function: Callable[..., _Result], job: tuple[Any, ...]) -> _Result | Exception:
     try:
         return function(*job)
     except Exception as error:

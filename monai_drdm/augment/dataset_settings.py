@@ -5,13 +5,16 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from monai_drdm.fields.sampling import Mode
 from monai_drdm.io import ImageFile
 from monai_drdm.networks import load_network, network_sha256
+
+LATER = "later"
+"""Marks settings that were added when there were folders without them."""
 
 
 class Draw(NamedTuple):
@@ -39,14 +42,16 @@ class DrawResult(NamedTuple):
 class DatasetSettings(ABC):
     """Everything that fixes the files of a run, given the images.
 
-    A run can be continued if the folder was begun with equal settings, so a new setting changes their JSON form and
-    makes existing folders count as made with other settings.
+    A run can be continued if the folder was begun with equal settings. A setting that comes later has ``LATER`` in its
+    metadata: at its default it is left out of their JSON form, so that folders of before can be gone on with.
     """
 
     folders: ClassVar[tuple[str, ...]]
     """Folders that are filled."""
     not_in_datalist: ClassVar[tuple[str, ...]] = ()
     """Kinds of files that the datalist leaves out."""
+    several_images: ClassVar[bool] = False
+    """Whether a case may have further images, which go with the first."""
 
     network: str = "auto"
     sampler: str = "auto"
@@ -78,9 +83,20 @@ class DatasetSettings(ABC):
     def make(self, files: Mapping[str, ImageFile], draw: Draw, device: str | None) -> DrawResult:
         """Make one draw; nothing is written yet."""
 
+    def listed(self, files: Mapping[str, str]) -> dict[str, Any]:
+        """What the datalist says of a draw.
+
+        Args:
+            files: its files by kind.
+        """
+        return {key: name for key, name in files.items() if key not in self.not_in_datalist}
+
     def to_json(self) -> str:
         """The settings as JSON. A network from a file is named by its card and hash, not by the path of the file."""
         described: dict[str, Any] = asdict(self)
+        for one in fields(self):
+            if LATER in one.metadata and described[one.name] == one.default:
+                del described[one.name]
         if self.network.endswith(".safetensors"):
             network = load_network(self.network)
             described["network"] = {"name": network.card.name, "sha256": network_sha256(network)}
@@ -90,7 +106,7 @@ class DatasetSettings(ABC):
         """Arguments that ``RandDRDMDeformd`` and ``RandDRDMPaird`` share.
 
         Args:
-            keys: ``image``, and ``label`` if there is one.
+            keys: ``image`` and further images, and ``label`` if there is one.
             device: where the network runs.
         """
         return {
@@ -99,7 +115,7 @@ class DatasetSettings(ABC):
             "sampler": self.sampler,
             "steps": self.steps,
             "recovery": self.recovery,
-            "mode": ["bilinear", self.label_mode][: len(keys)],
+            "mode": [self.label_mode if key == "label" else "bilinear" for key in keys],
             "slice_axis": self.slice_axis,
             "max_displacement_mm": self.max_displacement_mm,
             "seed_key": "seed",

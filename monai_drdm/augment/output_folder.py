@@ -8,12 +8,14 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from monai_drdm.augment.dataset_settings import DatasetSettings, Draw
+from monai_drdm.augment.draw_record import DrawRecord, sealed
 from monai_drdm.io import Case, ImageFile, load_image
 from monai_drdm.io.files import atomically, is_taken, locked, PART
 
@@ -23,6 +25,22 @@ _DATALIST = "datalist.json"
 
 class BadCaseError(Exception):
     """A case that cannot be used; the others can."""
+
+
+class ChangedOutputError(BadCaseError):
+    """A case of which a finished file was damaged or edited. Nothing of the case is replaced.
+
+    Args:
+        message: what to say.
+        draws: names of the draws with such files.
+    """
+
+    def __init__(self, message: str, draws: Sequence[str]) -> None:
+        super().__init__(message, draws)  # exceptions travel between processes by these arguments
+        self.draws = draws
+
+    def __str__(self) -> str:
+        return str(self.args[0])
 
 
 class OutputFolder:
@@ -54,19 +72,35 @@ class OutputFolder:
         if not force and is_taken(self.folder):
             if not there.is_file():
                 raise FileExistsError(f"{self.folder} holds something else. Choose another folder, or use --force.")
-            if there.read_text(encoding="utf-8") != self.settings_json:
-                raise FileExistsError(
-                    f"{self.folder} was made with other settings ({there}). Choose another folder, repeat those "
-                    "settings to go on, or use --force to draw everything again."
-                )
+            self._check_settings(there)
+        names = ("records", *self.settings.folders)
+        for name in names:
+            self._refuse_link(name)
         self.folder.mkdir(parents=True, exist_ok=True)
         with locked(self.folder, shared=shared):
-            _write_text(there, self.settings_json)
-            for name in (".", "records", *self.settings.folders):
+            text = self.settings_json
+            atomically(there, lambda part: Path(part).write_text(text, encoding="utf-8"), replace=force)
+            self._check_settings(there)  # another run may have begun just before the folder was locked
+            for name in (".", *names):
                 (self.folder / name).mkdir(exist_ok=True)
                 for part in () if shared else (self.folder / name).glob(f"{PART}*"):
                     part.unlink()  # left behind by a run that was killed
             yield
+
+    def _check_settings(self, there: Path) -> None:
+        if there.read_text(encoding="utf-8") != self.settings_json:
+            raise FileExistsError(
+                f"{self.folder} was made with other settings ({there}). Choose another folder, repeat those "
+                "settings to go on, or use --force to draw everything again."
+            )
+
+    def _refuse_link(self, name: str) -> None:
+        path = self.folder / name
+        if path.resolve() != self.folder.resolve() / name:
+            raise FileExistsError(
+                f"{path} is a link to {path.resolve()}, and results would leave {self.folder}. Remove the link, or "
+                "choose another folder."
+            )
 
     def forget(self, cases: Sequence[Case]) -> None:
         """Remove the records of all draws from these cases, so that they are drawn again, now or by a later run."""
@@ -82,18 +116,30 @@ class OutputFolder:
             inputs: ``hash_inputs`` of the case.
 
         Raises:
+            ChangedOutputError: a file of a finished draw is not what was written.
             FileExistsError: a draw was made from other files.
         """
-        todo = []
+        todo, changed = [], dict[str, list[str]]()
         for draw in self.settings.draws_of(case.name):
             record = self._read_record(self._record_path(draw.name))
-            if record is None or not all((self.folder / file).is_file() for file in record["files"].values()):
+            if record is None:
                 todo.append(draw)
-            elif record["inputs_sha256"] != inputs:
+            elif files := record.changed(self.folder, read=True):
+                changed[draw.name] = files
+            elif record.missing(self.folder):
+                todo.append(draw)
+            elif record.inputs_sha256 != inputs:
                 raise FileExistsError(
                     f"{draw.name} in {self.folder} was made from other files than {case.image} and its label. Choose "
                     "another folder, or use --force to draw everything again."
                 )
+        if changed:
+            listed = ", ".join(file for files in changed.values() for file in files)
+            raise ChangedOutputError(
+                f"{listed} in {self.folder}: not what was written there; damaged, or edited. What you edited, keep "
+                "elsewhere. Remove it here, and it is drawn again; --force draws everything again.",
+                list(changed),
+            )
         return todo
 
     def load(self, case: Case) -> dict[str, ImageFile]:
@@ -124,57 +170,73 @@ class OutputFolder:
             for name in names.values():
                 (self.folder / name).unlink(missing_ok=True)  # without a record nothing says what they are
             raise BadCaseError(str(error)) from error
-        record = {
-            "name": draw.name,
-            "source": {key: str(path.absolute()) for key, path in input_paths(case).items()},
-            "inputs_sha256": inputs,
-            "files": names,
-            "params": result.params,
-            "statistics": result.statistics,
-            "settings_sha256": self.settings_sha256,
-        }
-        _write_text(self._record_path(draw.name), json.dumps(record, indent=2) + "\n")
+        record = DrawRecord(
+            name=draw.name,
+            source={key: str(path.absolute()) for key, path in input_paths(case).items()},
+            inputs_sha256=dict(inputs),
+            files=names,
+            params=result.params,
+            statistics=result.statistics,
+            settings_sha256=self.settings_sha256,
+            outputs={key: sealed(self.folder / name) for key, name in names.items()},
+        )
+        _write_text(self._record_path(draw.name), record.to_json())
 
-    def write_datalist(self, cases: Sequence[Case]) -> Path:
+    def write_datalist(self, cases: Sequence[Case], left_out: Collection[str] = ()) -> Path:
         """Write a MONAI datalist of all draws in the folder that were finished with these settings.
 
         Its paths are relative to the folder. Draws that an earlier run made from these cases under other names are left
-        out.
+        out, and those whose files are gone or of another size than they were. No list is begun with nothing in it.
+
+        Args:
+            cases: all cases of the run.
+            left_out: names of draws that are left out too.
         """
         path, entries = self.folder / _DATALIST, None
-        names = {draw.name for case in cases for draw in self.settings.draws_of(case.name)}
+        names = {draw.name for case in cases for draw in self.settings.draws_of(case.name)} - set(left_out)
         sources = {str(case.image.absolute()) for case in cases}
         while entries != (found := self._entries(names, sources)):  # another shard may have finished meanwhile
             entries = found
-            _write_text(path, json.dumps({"training": entries}, indent=2) + "\n")
+            if entries or path.exists():
+                _write_text(path, json.dumps({"training": entries}, indent=2) + "\n")
         return path
 
-    def _entries(self, names: set[str], sources: set[str]) -> list[dict[str, str]]:
+    def _entries(self, names: set[str], sources: set[str]) -> list[dict[str, Any]]:
         """Entries of the datalist: draws with one of the names, and draws from other images than the sources."""
         records = [self._read_record(path) for path in sorted((self.folder / "records").glob("*.json"))]
-        left_out = self.settings.not_in_datalist
         return [
-            {key: name for key, name in record["files"].items() if key not in left_out}
+            self.settings.listed(record.files)
             for record in records
-            if record and (record["name"] in names or record["source"]["image"] not in sources)
+            if record
+            and (record.name in names or record.source.get("image") not in sources)
+            and not record.missing(self.folder)
+            and not record.changed(self.folder, read=False)
         ]
 
     def _record_path(self, name: str) -> Path:
         return self.folder / "records" / f"{name}.json"
 
-    def _read_record(self, path: Path) -> dict[str, Any] | None:
-        """The record of a draw; None if it is not there or was made with other settings."""
+    def _read_record(self, path: Path) -> DrawRecord | None:
+        """The record of a draw; None if there is none of these settings, or if it is damaged, which is said."""
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except (FileNotFoundError, ValueError):
+            text = path.read_text(encoding="utf-8")
+            described = json.loads(text)
+            if isinstance(described, dict) and described.get("settings_sha256", self.settings_sha256) != (
+                self.settings_sha256
+            ):
+                return None
+            return DrawRecord.from_json(text, path.stem, self.settings.folders)
+        except FileNotFoundError:
             return None
-        equal = isinstance(record, dict) and record.get("settings_sha256") == self.settings_sha256
-        return record if equal else None
+        except (TypeError, ValueError) as error:
+            warnings.warn(f"{path} is not the record of a draw: {error}. The draw counts as not made.", stacklevel=3)
+            return None
 
 
 def input_paths(case: Case) -> dict[str, Path]:
-    """The files of a case by kind: ``image`` and, if it has one, ``label``."""
-    return {"image": case.image} | ({} if case.label is None else {"label": case.label})
+    """The files of a case by kind: ``image``, ``image_1`` and so on for further ones, ``label`` if it has one."""
+    images = {"image": case.image} | {f"image_{number}": path for number, path in enumerate(case.others, 1)}
+    return images | ({} if case.label is None else {"label": case.label})
 
 
 def hash_inputs(case: Case) -> dict[str, str]:

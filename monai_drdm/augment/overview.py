@@ -6,7 +6,7 @@ import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
@@ -52,14 +52,16 @@ def plot_overview(report: AugmentReport, count: int = 6) -> Path:
     return path
 
 
-def _deformed_case(folder: Path, entry: Mapping[str, str]) -> SheetEntry | None:
-    """A source image beside its deformed copy; None if the source is no longer there."""
-    name = stem_of(entry["image"])
+def _deformed_case(folder: Path, entry: Mapping[str, Any]) -> SheetEntry | None:
+    """A source image beside its deformed copy, of several the first; None if the source is no longer there."""
+    several = not isinstance(entry["image"], str)
+    image = entry["image"][0] if several else entry["image"]
+    name = stem_of(image).removesuffix("_0") if several else stem_of(image)
     record = json.loads((folder / "records" / f"{name}.json").read_text(encoding="utf-8"))
     sources = record["source"]
     if not all(Path(source).is_file() for source in sources.values()):
         return None
-    images = (sources["image"], folder / entry["image"])
+    images = (sources["image"], folder / image)
     labels = (sources["label"], folder / entry["label"]) if "label" in entry else None
     return _sheet_entry(name, images, labels, record["params"]["slice_axis"], "deformed")
 

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import errno
 import os
-import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from tqdm import tqdm
 
 from monai_drdm.augment.dataset_settings import DatasetSettings
 from monai_drdm.augment.deformed_cases import AugmentSettings
-from monai_drdm.augment.output_folder import BadCaseError, hash_inputs, input_paths, OutputFolder
+from monai_drdm.augment.output_folder import (
+    BadCaseError,
+    ChangedOutputError,
+    hash_inputs,
+    input_paths,
+    OutputFolder,
+)
 from monai_drdm.augment.registration_pairs import PairSettings
-from monai_drdm.executors import check_shard, run_jobs
+from monai_drdm.executors import check_shard, run_jobs, WorkerLostError
 from monai_drdm.io import Case
+from monai_drdm.progress import LateBar, none_usable
 
 
 class AugmentReport(NamedTuple):
@@ -68,7 +73,7 @@ def augment(
         FileExistsError: another run is writing to the folder; or, without ``force``, it holds something else or what
             was made from other files.
         OSError: the output cannot be written, for example because the disk is full; finished files stay.
-        ValueError: results would go into a folder that inputs come from.
+        ValueError: results would go into a folder that inputs come from; or none of the cases can be used.
     """
     return _run(cases, OutputFolder(Path(out), settings, device), force, progress, executor, shard)
 
@@ -106,28 +111,57 @@ def _run(
     if force and parts > 1:
         raise ValueError("force and shard do not go together: a part would remove what another has drawn.")
     _refuse_own_inputs(cases, output.folder, output.settings)
-    cases_of_shard = cases[part::parts]
-    written, kept, failed = 0, 0, dict[str, str]()
-    draws, finished_cases = output.settings.draws_per_case, 0
-    total = len(cases_of_shard) * draws
-    with output.open(force, shared=parts > 1), tqdm(total=total, disable=not progress, unit="draw") as bar:
+    _refuse_further_images(cases, output.settings)
+    cases_of_shard, draws = cases[part::parts], output.settings.draws_per_case
+    tally = _Tally(LateBar(len(cases_of_shard) * draws, "draw", shown=progress), draws)
+    with output.open(force, shared=parts > 1), tally.bar:
         if force:
             output.forget(cases_of_shard)
-        jobs = ((output, case, None if executor else bar.update) for case in cases_of_shard)
+        jobs = ((output, case, None if executor else tally.tick) for case in cases_of_shard)
         for (_, case, _), result in run_jobs(_write_case, jobs, executor):
-            if isinstance(result, BadCaseError):
-                failed[case.name] = str(result)
-                bar.write(f"skipped {case.name}: {result}", file=sys.stderr)
-            elif isinstance(result, OSError) and not isinstance(result, FileExistsError):
+            if isinstance(result, OSError) and not isinstance(result, FileExistsError):
                 message = f"{result}. What is finished in {output.folder} stays; the same call goes on from it."
                 raise OSError(message) from result
-            elif isinstance(result, Exception):
-                raise result
-            else:
-                written, kept = written + result, kept + draws - result
-            finished_cases += 1
-            bar.update(draws * finished_cases - bar.n)
-        return AugmentReport(written, kept, failed, output.write_datalist(cases))
+            tally.take(case, result)
+        datalist = output.write_datalist(cases, tally.changed)
+        if tally.failed and not tally.written + tally.kept and parts == 1:
+            raise ValueError(none_usable(tally.failed))
+        tally.bar.say_skipped()
+        return AugmentReport(tally.written, tally.kept, tally.failed, datalist)
+
+
+class _Tally:
+    """What a run has done so far, and its bar."""
+
+    def __init__(self, bar: LateBar, draws: int) -> None:
+        self.bar, self.draws = bar, draws
+        self.written, self.kept = 0, 0
+        self.failed: dict[str, str] = {}
+        self.changed: list[str] = []
+        """Names of draws whose files are not what was written."""
+        self._ticks = 0
+
+    def tick(self) -> None:
+        """One draw of the case at hand is done."""
+        self._ticks += 1
+        self.bar.done()
+
+    def take(self, case: Case, result: int | Exception) -> None:
+        """Count what was done of a case: the number of draws that were written, or why it was skipped.
+
+        Raises:
+            Exception: the result, if it is one that ends the run.
+        """
+        left, self._ticks = self.draws - self._ticks, 0
+        if isinstance(result, (BadCaseError, WorkerLostError)):
+            self.failed[case.name] = str(result)
+            self.changed += result.draws if isinstance(result, ChangedOutputError) else []
+            self.bar.skipped(left, f"skipped {case.name}: {result}")
+        elif isinstance(result, Exception):
+            raise result
+        else:
+            self.written, self.kept = self.written + result, self.kept + self.draws - result
+            self.bar.done(left)
 
 
 def _write_case(output: OutputFolder, case: Case, tick: Callable[[], object] | None) -> int:
@@ -151,6 +185,12 @@ def _write_case(output: OutputFolder, case: Case, tick: Callable[[], object] | N
             raise BadCaseError(str(error)) from error
         raise
     return len(todo)
+
+
+def _refuse_further_images(cases: Sequence[Case], settings: DatasetSettings) -> None:
+    for case in cases:
+        if case.others and not settings.several_images:
+            raise ValueError(f"{case.name} must have one image, got further ones: {case.others}. Make a case of each.")
 
 
 def _refuse_own_inputs(cases: Sequence[Case], out: Path, settings: DatasetSettings) -> None:

@@ -12,7 +12,6 @@ from typing import Any
 
 from monai.config import NdarrayOrTensor
 from torch import Tensor
-from tqdm import tqdm
 from typing_extensions import Unpack
 
 from monai_drdm.bank.building import draw_entry, item_identity, Job, Maker
@@ -21,7 +20,8 @@ from monai_drdm.bank.settings import BankSettings, check_count
 from monai_drdm.bank.stores import FolderStore, MemoryStore
 from monai_drdm.deformation.drawing import FieldDrawer
 from monai_drdm.deformation.options import choose, DrawOptions, NetworkLike, PixdimOptions, with_options
-from monai_drdm.executors import check_shard, run_jobs
+from monai_drdm.executors import check_shard, run_jobs, WorkerLostError
+from monai_drdm.progress import LateBar
 from monai_drdm.samples import apply_pending, as_tensor, checked_pixdim, spacing_of
 
 
@@ -123,7 +123,8 @@ class DeformationBank:
             items: samples such as those of a dataset, with images ``(C, *S)`` as the training pipeline has them where
                 the fields will be applied.
             image_key: of the image.
-            id_key: key of an image's own name: a string, path or whole number. None: the file name in its metadata.
+            id_key: key of an image's own name: a string, path or whole number. None: the file name that ``LoadImaged``
+                keeps in its metadata (``filename_or_obj``).
             path: folder for the fields; None: in memory.
             executor: any ``concurrent.futures.Executor``: processes, threads, or those of Dask and the like. The
                 fields are the same with any, and without, but for threads' rounding.
@@ -143,24 +144,29 @@ class DeformationBank:
         part, parts = check_shard(shard)
         bank = cls.on_demand(path, **options)
         total = len(range(part, len(items), parts)) if isinstance(items, Sized) else None
-        with tqdm(total=total, desc="bank", unit="image", disable=not progress) as bar:
+        with LateBar(total, "image", "bank", shown=progress) as bar:
             begun: dict[str, Tensor] = {}
 
             def jobs() -> Iterator[Job]:
                 for number, item in _part_of(items, part, parts):
+                    before = len(bank.failed)
                     job = bank._job_of(item, image_key, id_key, number, skip_failed)
                     if job is not None and job.identity in begun:  # an executor may still be at it
                         bank._refuse_twins(job, begun[job.identity], skip_failed)
                         job = None
-                    if job is None:
-                        bar.update()
-                    else:
+                    if job is not None:
                         begun[job.identity] = fingerprint_of(job.image)
                         yield job
+                    elif len(bank.failed) > before:
+                        bar.skipped()
+                    else:
+                        bar.done()
 
             for job, entry in run_jobs(draw_entry, jobs(), executor):
-                bank._take(job.identity, entry, skip_failed)
-                bar.update()
+                if bank._take(job.identity, entry, skip_failed):
+                    bar.done()
+                else:
+                    bar.skipped()
         bank._maker = None
         return bank
 
@@ -252,7 +258,7 @@ class DeformationBank:
             if image_key not in item:
                 raise ValueError(f"item {number} has no {image_key!r}: {sorted(map(str, item))}.")
             image = apply_pending(item[image_key])
-            identity = item_identity(item, image, id_key)
+            identity = item_identity(item, image, image_key, id_key)
             tensor, spacing = as_tensor(image, identity), self._spacing(image, identity)
             self._settle(tensor)
             if (found := self._find(identity)) is not None:
@@ -286,19 +292,20 @@ class DeformationBank:
             self._store.settle(settings)
             self.settings = settings
 
-    def _take(self, identity: str, entry: BankEntry | Exception, skip_failed: bool) -> None:
-        """Keep what was drawn while building."""
+    def _take(self, identity: str, entry: BankEntry | Exception, skip_failed: bool) -> bool:
+        """Keep what was drawn while building; False if the image was left out."""
         if isinstance(entry, Exception):
-            if not skip_failed or not isinstance(entry, (TypeError, ValueError)):
-                raise entry
+            if not skip_failed or not isinstance(entry, (TypeError, ValueError, WorkerLostError)):
+                raise WorkerLostError(f"{identity}: {entry}") if isinstance(entry, WorkerLostError) else entry
             self.failed[identity] = str(entry)
-            return
+            return False
         if self.max_bytes is not None and self.nbytes + entry.nbytes > self.max_bytes:
             raise ValueError(
                 f"the fields of {len(self)} images fill max_bytes={self.max_bytes}. Allow more, or draw fewer fields "
                 "for each image."
             )
         self._keep(entry)
+        return True
 
     def _keep(self, entry: BankEntry) -> None:
         self._store.keep(entry)

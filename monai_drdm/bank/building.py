@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from monai.config import NdarrayOrTensor
 from monai.data import MetaTensor
+from monai.utils import PostFix
 from torch import Tensor
 
 from monai_drdm.bank.entry import BankEntry, identity_of
@@ -79,7 +81,7 @@ def draw_entry(
     return BankEntry.of(identity, image, spacing, fields, records, settings.digest)
 
 
-def item_identity(item: Mapping[Any, Any], image: NdarrayOrTensor, id_key: Hashable | None) -> str:
+def item_identity(item: Mapping[Any, Any], image: NdarrayOrTensor, image_key: Hashable, id_key: Hashable | None) -> str:
     """What an image is called: the value at a key, or the file name in its metadata.
 
     Raises:
@@ -90,7 +92,12 @@ def item_identity(item: Mapping[Any, Any], image: NdarrayOrTensor, id_key: Hasha
         if id_key not in item:
             raise ValueError(f"id_key {id_key!r} is missing from the sample: {sorted(map(str, item))}.")
         return identity_of(item[id_key])
-    name = image.meta.get("filename_or_obj") if isinstance(image, MetaTensor) else None
-    if name is None:
-        raise ValueError("the image's metadata hold no file name to know it by; give id_key=, a key of its name.")
+    meta = image.meta if isinstance(image, MetaTensor) else item.get(PostFix.meta(str(image_key)))
+    name = meta.get("filename_or_obj") if isinstance(meta, Mapping) else None
+    if not isinstance(name, (str, os.PathLike)) or not os.fspath(name):
+        raise ValueError(
+            f"nothing says what the image at {image_key!r} is called. There are two ways: load it with MONAI's "
+            "LoadImaged, which keeps its file name in the metadata (filename_or_obj), or name with id_key= the key of "
+            f"its own name, a string or whole number; the sample has {sorted(map(str, item))}."
+        )
     return identity_of(name)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
@@ -21,7 +23,8 @@ from monai_drdm.deformation.stored_field import StoredField
 from monai_drdm.fields.intensity import spread_voxels
 from monai_drdm.io.files import atomically
 
-_META = "monai_drdm_bank"
+_META, _DIGEST = "monai_drdm_bank", "sha256"
+_FORMAT = 3
 _VALUES, _PRINT = "values", "fingerprint"
 _PRINT_SAMPLES = 4096
 _PRINT_TOLERANCE = 1e-4
@@ -90,6 +93,7 @@ class BankEntry:
             OSError: it cannot be written.
         """
         meta = {
+            "format": _FORMAT,
             "identity": self.identity,
             "shape": self.shape,
             "spacing": self.spacing,
@@ -97,36 +101,62 @@ class BankEntry:
             "steps": self.steps,
             "params": self.params,
             "settings": self.settings,
+            "grid": self.values.shape[2:],
             "crc32": [_checksum(one) for one in self.values],
+            "fingerprint_crc32": _checksum(self.fingerprint),
         }
         tensors = {_VALUES: self.values.contiguous(), _PRINT: self.fingerprint.contiguous()}
-        data = to_safetensors(tensors, {_META: json.dumps(meta, sort_keys=True)})
+        text = json.dumps(meta | {_DIGEST: _digest(meta)}, sort_keys=True)
+        data = to_safetensors(tensors, {_META: text})  # the order of several keys would be another in each process
         atomically(path, lambda part: Path(part).write_bytes(data))
 
 
 class EntryFile:
-    """A file of fields, opened once and mapped into memory: a field that is read is all that is read."""
+    """A file of fields, opened once and mapped into memory: a field that is read is all that is read.
+
+    All that decides a field is checked: what the file says of its fields when it is opened, the values of each field
+    when it is read.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
             self._file = safe_open(path, framework="pt")
-            meta: dict[str, Any] = json.loads((self._file.metadata() or {})[_META])  # type: ignore[no-untyped-call]
             self._values = self._file.get_slice(_VALUES)  # type: ignore[no-untyped-call]
             self.fingerprint: Tensor = self._file.get_tensor(_PRINT)  # type: ignore[no-untyped-call]
-            self.identity, self.settings = str(meta["identity"]), str(meta["settings"])
-            self.shape, self.spacing = tuple(meta["shape"]), tuple(meta["spacing"])
-            self.slice_axis: int | None = meta["slice_axis"]
-            self.steps, self.params, self._crc32 = (tuple(meta[key]) for key in ("steps", "params", "crc32"))
-            kind, size = self._values.get_dtype(), self._values.get_shape()
-            if kind != "I16" or not size[0] == len(self.steps) == len(self.params) == len(self._crc32) > 0:
-                raise ValueError(f"{kind} {size} for {len(self.steps)} fields")
+            self._take(_header(self._file.metadata() or {}))  # type: ignore[no-untyped-call]
         except FileNotFoundError as error:  # also its word for a file that may not be read
             if path.exists():
                 raise PermissionError(f"{path} cannot be read: {error}. Ask its owner for permission.") from error
             raise
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except (OSError, RuntimeError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
             raise ValueError(_damaged(path, error)) from error
+
+    def _take(self, meta: dict[str, Any]) -> None:
+        """Keep what the header says, which fits what the file holds.
+
+        Raises:
+            KeyError: an entry is missing.
+            TypeError: an entry is of another type.
+            ValueError: an entry is out of range, or does not fit the others.
+        """
+        self.identity, self.settings = str(meta["identity"]), str(meta["settings"])
+        self.shape, self.spacing = tuple(meta["shape"]), tuple(meta["spacing"])
+        self.slice_axis: int | None = meta["slice_axis"]
+        self.steps, self.params, self._crc32 = (tuple(meta[key]) for key in ("steps", "params", "crc32"))
+        planar = [n for d, n in enumerate(self.shape) if d != self.slice_axis]
+        kind, size = self._values.get_dtype(), tuple(self._values.get_shape())
+        expected = (len(self.steps), len(planar), *meta["grid"])
+        if kind != "I16" or size != expected or not len(self.steps) == len(self.params) == len(self._crc32) > 0:
+            raise ValueError(f"{kind} {size}, expected I16 {expected} and as many records")
+        if self.slice_axis not in (None, 0, 1, 2) or len(planar) != len(self.shape) - (self.slice_axis is not None):
+            raise ValueError(f"slice_axis {self.slice_axis!r} of a grid {self.shape}")
+        if len(planar) not in (2, 3) or not all(type(n) is int and n > 0 for n in self.shape):
+            raise ValueError(f"shape {self.shape}")
+        if len(self.spacing) != len(self.shape) or not all(0 < one < math.inf for one in (*self.spacing, *self.steps)):
+            raise ValueError(f"spacing {self.spacing} or steps {self.steps} are not positive numbers")
+        if self.fingerprint.dtype != torch.float32 or _checksum(self.fingerprint) != meta["fingerprint_crc32"]:
+            raise ValueError("wrong checksum of the fingerprint")
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -173,6 +203,26 @@ def identity_of(value: object) -> str:
     if isinstance(value, (bool, np.bool_)) or not isinstance(value, (str, os.PathLike, Integral)):
         raise TypeError(f"the identity of an image must be a string, a path or a whole number, got {value!r}.")
     return str(os.fspath(value) if isinstance(value, os.PathLike) else value)
+
+
+def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
+    """What the file says of its fields.
+
+    Raises:
+        KeyError: it says nothing.
+        ValueError: it was changed, or another version of this package wrote it.
+    """
+    meta: dict[str, Any] = json.loads(metadata[_META])
+    number, digest = meta.get("format", 2), meta.pop(_DIGEST, None)
+    if number != _FORMAT:
+        raise ValueError(f"format {number!r}, this version reads {_FORMAT}")
+    if _digest(meta) != digest:
+        raise ValueError("wrong checksum of its header")
+    return meta
+
+
+def _digest(meta: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(meta, sort_keys=True).encode()).hexdigest()
 
 
 def _checksum(values: Tensor) -> int:

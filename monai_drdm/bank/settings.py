@@ -4,11 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
 from typing import Any
 
-FORMAT = 2
+from monai_drdm.deformation.drawing import FOLD_POLICIES
+from monai_drdm.deformation.record import record_entries
+from monai_drdm.samples import checked_pixdim
+
+FORMAT = 3
+_DIGEST = "sha256"
 
 
 @dataclass(frozen=True)
@@ -35,35 +41,78 @@ class BankSettings:
     @property
     def digest(self) -> str:
         """Names these settings."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        return hashlib.sha256(self._described().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """As a line of JSON."""
-        return json.dumps(asdict(self), sort_keys=True)
+        """As a line of JSON, which holds its own checksum."""
+        return json.dumps(json.loads(self._described()) | {_DIGEST: self.digest}, sort_keys=True)
+
+    def _described(self) -> str:
+        """All settings but those that have a default and are at it, so that a later one leaves the digest as it is."""
+        given = asdict(self)
+        defaults = {field.name: field.default for field in fields(self) if field.name != "format"}
+        return json.dumps({name: one for name, one in given.items() if one != defaults.get(name, ...)}, sort_keys=True)
 
     @classmethod
     def from_json(cls, text: str) -> BankSettings:
         """Read what ``to_json`` wrote.
 
         Raises:
-            ValueError: something else, or a format that this version does not know.
+            ValueError: something else, a format that this version does not know, or values that were changed.
         """
         try:
             values: dict[str, Any] = json.loads(text)
-            if set(values) != {field.name for field in fields(cls)}:
-                raise ValueError("other entries than a bank has")
-            if values["format"] != FORMAT:
-                raise ValueError(f"format {values['format']!r}, this version reads {FORMAT}")
-            values["deformation_level"] = tuple(values["deformation_level"])
-            values["pixdim"] = None if values["pixdim"] is None else tuple(values["pixdim"])
-            return cls(**values)
+            _check_format(values["format"])
+            digest = values.pop(_DIGEST, None)
+            values = record_entries(cls, values)
+            for name in ("deformation_level", "pixdim"):
+                values[name] = None if values[name] is None else tuple(values[name])
+            settings = cls(**values)
+            if settings.digest != digest:
+                raise ValueError("wrong checksum: it is damaged or was edited")
+            settings._check()
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise ValueError(f"not the settings of a deformation bank ({error})") from None
+        return settings
+
+    def _check(self) -> None:
+        """Raise unless every setting has its type and range."""
+        texts = {"network": self.network, "network_sha256": self.network_sha256, "sampler": self.sampler}
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                raise TypeError(f"{name} must be a string, got {text!r}")
+        check_count(self.fields_per_image, "fields_per_image")
+        check_count(self.steps, "steps")
+        if type(self.seed) is not int:
+            raise TypeError(f"seed must be a whole number, got {self.seed!r}")
+        low, high = self.deformation_level
+        shares = {"deformation_level": low, "deformation_level to": high, "recovery": self.recovery}
+        for name, number in (shares | {"max_fold_fraction": self.max_fold_fraction}).items():
+            if type(number) not in (int, float) or not 0.0 <= number <= 1.0:
+                raise ValueError(f"{name} must be a number in [0, 1], got {number!r}")
+        if self.on_fold not in FOLD_POLICIES:
+            raise ValueError(f"on_fold must be one of {FOLD_POLICIES}, got {self.on_fold!r}")
+        if self.max_displacement_mm is not None and not 0 < self.max_displacement_mm < math.inf:
+            raise ValueError(f"max_displacement_mm must be positive or null, got {self.max_displacement_mm!r}")
+        if self.slice_axis not in (None, 0, 1, 2) or type(self.image_channel) not in (int, type(None)):
+            raise ValueError(f"slice_axis {self.slice_axis!r} or image_channel {self.image_channel!r} is none")
+        checked_pixdim(self.pixdim)
 
     def differences(self, other: BankSettings) -> list[str]:
         """Where two settings differ, in words."""
         mine, others = asdict(self), asdict(other)
         return [f"{name} {mine[name]!r} against {others[name]!r}" for name in mine if mine[name] != others[name]]
+
+
+def _check_format(number: object) -> None:
+    if number == FORMAT:
+        return
+    if type(number) is int and number < FORMAT:
+        raise ValueError(
+            f"format {number}, this version reads {FORMAT}: an earlier version of monai_drdm built the bank, without a "
+            "checksum over everything that decides a field. Build it again, in a new folder"
+        )
+    raise ValueError(f"format {number!r}, this version reads {FORMAT}")
 
 
 def field_seed(seed: int, identity: str, index: int) -> int:

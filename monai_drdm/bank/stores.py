@@ -73,12 +73,10 @@ class FolderStore:
             ValueError: they cannot be read.
         """
         try:
-            text = (self.path / _SETTINGS).read_text(encoding="utf-8")
+            return BankSettings.from_json((self.path / _SETTINGS).read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
-        try:
-            return BankSettings.from_json(text)
-        except ValueError as error:
+        except ValueError as error:  # also that of a file that is not UTF-8
             raise ValueError(f"{self.path / _SETTINGS}: {error}.") from None
 
     def make(self) -> None:
@@ -97,11 +95,12 @@ class FolderStore:
         Raises:
             FileExistsError: they are others.
         """
-        there = self.settings()
-        if there is None:
+        if self.settings() is None:  # another process may write its own just now, so one is left and is compared
             text = settings.to_json() + "\n"
-            atomically(self.path / _SETTINGS, lambda part: Path(part).write_text(text, encoding="utf-8"))
-        elif there != settings:
+            path = self.path / _SETTINGS
+            atomically(path, lambda part: Path(part).write_text(text, encoding="utf-8"), replace=False)
+        there = self.settings()
+        if there is not None and there != settings:
             raise FileExistsError(
                 f"{self.path} is a deformation bank with other settings: {'; '.join(settings.differences(there))}. "
                 "Choose another folder, or repeat those settings."

@@ -22,6 +22,12 @@ def add_parser(commands: Commands) -> None:
     add_dataset_arguments(parser)
     parser.add_argument("--levels", type=float, nargs="+", default=[0.3, 0.5, 0.8], help="deformation levels in (0, 1]")
     parser.add_argument("--draws", type=int, default=1, help="fields per case and level (default: 1)")
+    parser.add_argument(
+        "--image-number",
+        type=int,
+        default=0,
+        help="which of several images of a datalist's entry, counted from 0, the network sees (default: 0)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -29,5 +35,10 @@ def run(options: argparse.Namespace) -> int:
     """Augment the data set that the options name."""
     from monai_drdm.augment import augment, AugmentSettings
 
-    settings = AugmentSettings(levels=tuple(options.levels), draws=options.draws, **common_settings(options))
+    settings = AugmentSettings(
+        levels=tuple(options.levels),
+        draws=options.draws,
+        image_number=options.image_number,
+        **common_settings(options),
+    )
     return run_on_dataset(options, augment, settings)

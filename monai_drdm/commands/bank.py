@@ -53,6 +53,7 @@ def run_build(options: argparse.Namespace) -> int:
     from monai_drdm.bank.files import CaseImages
     from monai_drdm.executors import worker_processes
     from monai_drdm.io import find_cases, read_cases
+    from monai_drdm.progress import none_usable
 
     cases = read_cases(options.datalist, options.section) if options.datalist else find_cases(options.images)
     with worker_processes(options.workers) as executor:
@@ -69,6 +70,8 @@ def run_build(options: argparse.Namespace) -> int:
             max_bytes=options.max_bytes,
             **draw_options(options),
         )
+    if options.shard is None and len(bank.failed) == len(cases):
+        raise ValueError(none_usable(bank.failed))
     for name, why in bank.failed.items():
         print(f"skipped {name}: {why}", file=sys.stderr)
     print(f"{len(bank)} images, {len(bank.failed)} skipped, {bank.nbytes / 1e6:.1f} MB in {options.out}")

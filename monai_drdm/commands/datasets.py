@@ -18,6 +18,7 @@ from monai_drdm.commands.arguments import (
 
 if TYPE_CHECKING:
     from monai_drdm.augment import AugmentReport
+    from monai_drdm.augment.dataset_settings import DatasetSettings
 
 
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +39,9 @@ def common_settings(options: argparse.Namespace) -> dict[str, Any]:
     return {**draw_options(options), "label_mode": options.label_mode}
 
 
-def run_on_dataset(options: argparse.Namespace, function: Callable[..., AugmentReport], settings: object) -> int:
+def run_on_dataset(
+    options: argparse.Namespace, function: Callable[..., AugmentReport], settings: DatasetSettings
+) -> int:
     """Find the cases, run ``augment`` or ``make_pairs`` on them and print the report."""
     from monai_drdm.augment import plot_overview
     from monai_drdm.executors import worker_processes
@@ -49,7 +52,7 @@ def run_on_dataset(options: argparse.Namespace, function: Callable[..., AugmentR
     if options.datalist is not None and options.labels is not None:
         raise ValueError("--labels goes with --images; a datalist names its labels itself.")
     cases = (
-        read_cases(options.datalist, options.section)
+        read_cases(options.datalist, options.section, several_images=settings.several_images)
         if options.datalist
         else find_cases(options.images, options.labels)
     )

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, MISSING
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from monai_drdm._version import __version__
 from monai_drdm.deformation.stored_field import ComposedField, StoredField
 from monai_drdm.deformation.warping import FieldWarper, unmoved
 from monai_drdm.diffusion.schedule import check_precision
@@ -26,12 +28,42 @@ def check_record(given: object, kind: type) -> None:
         raise TypeError(f"params must be {name}, such as .last holds or {name}.from_json reads, got {got}.")
 
 
-def _entries(record: type[DeformationParams] | type[BankedParams] | type[PairParams], text: str) -> dict[str, Any]:
-    """Exactly the entries of a record, from JSON."""
-    values = json.loads(text)
-    names = {f.name for f in fields(record)}
-    if not isinstance(values, dict) or set(values) != names:
-        raise ValueError(f"expected exactly the entries {sorted(names)}")
+RECORD_FORMAT = 1
+"""How records are written. A new entry that has a default leaves the number as it is, a new meaning does not."""
+
+
+def record_entries(kind: Any, values: object) -> dict[str, Any]:
+    """The entries of a record. Those that have a default may be missing: versions before they came wrote none.
+
+    Args:
+        kind: the dataclass of the record.
+        values: what its JSON holds.
+
+    Raises:
+        ValueError: no entries, or some missing or unknown.
+    """
+    if not isinstance(values, dict):
+        raise ValueError(f"expected entries in braces, got {type(values).__name__}")
+    names = {one.name for one in fields(kind)}
+    needed = {one.name for one in fields(kind) if one.default is MISSING and one.default_factory is MISSING}
+    missing, unknown = sorted(needed - set(values)), sorted(set(values) - names)
+    if missing or unknown:
+        raise ValueError(
+            f"entries {missing} are missing and {unknown} unknown; version {values.get('version')!r} of monai_drdm "
+            f"wrote it, this is {__version__!r}"
+        )
+    return dict(values)
+
+
+def _record_of(kind: Any, text: str) -> dict[str, Any]:
+    """The entries of a record, from JSON.
+
+    Raises:
+        ValueError: not those of such a record, or of a later format.
+    """
+    values = record_entries(kind, json.loads(text))
+    if values.get("format", RECORD_FORMAT) != RECORD_FORMAT:
+        raise ValueError(f"format {values['format']!r}, this version reads {RECORD_FORMAT}; update monai_drdm")
     return values
 
 
@@ -56,6 +88,7 @@ class DeformationParams:
     scale: float
     """Factor on the drawn field, from ``max_displacement_mm`` and the fold policy."""
     version: str
+    format: int = RECORD_FORMAT
 
     def _check(self) -> None:
         """Raise unless every entry has its type and range: what was rounded on the way would be another field."""
@@ -92,7 +125,7 @@ class DeformationParams:
             ValueError: not the JSON of a record.
         """
         try:
-            values = _entries(cls, text)
+            values = _record_of(cls, text)
             record = cls(**values)
             record._check()
             return record
@@ -117,6 +150,21 @@ class BankedParams:
     field: str
     """Record that replays the field without the bank: a ``DeformationParams`` as JSON."""
     version: str
+    format: int = RECORD_FORMAT
+
+    def _check(self) -> None:
+        """Raise unless every entry has its type and range."""
+        texts = {"identity": self.identity, "bank": self.bank, "field": self.field, "version": self.version}
+        for name, text in texts.items():
+            if not isinstance(text, str):
+                raise TypeError(f"{name} must be a string, got {text!r}")
+        if type(self.index) is not int or self.index < 0:
+            raise ValueError(f"index must be a whole number of 0 or more, got {self.index!r}")
+        if type(self.scale) not in (int, float) or not 0.0 <= self.scale <= 1.0:
+            raise ValueError(f"scale must be a number in [0, 1], got {self.scale!r}")
+        rows = self.matrix or ()
+        if not all(len(row) == len(rows) and all(math.isfinite(one) for one in row) for row in rows):
+            raise ValueError(f"matrix must be square and finite, got {rows}")
 
     def to_json(self) -> str:
         """The record as JSON."""
@@ -130,12 +178,12 @@ class BankedParams:
             ValueError: not the JSON of a record.
         """
         try:
-            values = _entries(cls, text)
+            values = _record_of(cls, text)
             matrix = values["matrix"]
             values["matrix"] = None if matrix is None else tuple(tuple(float(v) for v in row) for row in matrix)
-            if type(values["index"]) is not int or not 0.0 <= values["scale"] <= 1.0:
-                raise ValueError("an index or a scale out of range")
-            return cls(**values)
+            record = cls(**values)
+            record._check()
+            return record
         except (TypeError, ValueError) as error:
             raise ValueError(f"BankedParams.from_json: not a record: {text[:80]!r} ({error}).") from None
 
@@ -148,6 +196,7 @@ class PairParams:
     """What made the moving image of the given one; None: they are the same."""
     synthesis: DeformationParams
     """What made the fixed image of the moving one, on which it was drawn."""
+    format: int = RECORD_FORMAT
 
     def to_json(self) -> str:
         """The record as JSON."""
@@ -161,7 +210,7 @@ class PairParams:
             ValueError: not the JSON of a record.
         """
         try:
-            values = _entries(cls, text)
+            values = _record_of(cls, text)
         except (TypeError, ValueError) as error:
             raise ValueError(f"PairParams.from_json: not a record: {text[:80]!r} ({error}).") from None
         first, second = values["augmentation"], json.dumps(values["synthesis"])

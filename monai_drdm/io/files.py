@@ -39,12 +39,13 @@ def stem_of(path: str | os.PathLike[str]) -> str:
     return path.name[: -len(".nii.gz")] if path.name.lower().endswith(".nii.gz") else path.stem
 
 
-def atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> None:
+def atomically(path: str | os.PathLike[str], write: Callable[[str], object], *, replace: bool = True) -> None:
     """Write a file under another name in the same folder, and rename it to ``path`` when it is complete.
 
     Args:
-        path: the file to write; an existing one is replaced.
+        path: the file to write.
         write: is called with a file name that has the suffix of ``path``, and writes that file.
+        replace: an existing file is replaced; False: it stays as it is, also if another process writes it just now.
 
     Raises:
         OSError: the file cannot be written. No unfinished file is left, and an existing file at ``path`` stays.
@@ -53,13 +54,24 @@ def atomically(path: str | os.PathLike[str], write: Callable[[str], object]) -> 
     part = path.with_name(f"{PART}{uuid.uuid4().hex}-{path.name[-_TAIL:]}".lower())
     try:
         write(str(part))
-        os.replace(part, path)
+        (os.replace if replace else _put_if_free)(part, path)
     except OSError as error:
         raise OSError(error.errno, f"{path} cannot be written: {error.strerror or error}") from error
     except RuntimeError as error:  # raised by SimpleITK when writing fails
         raise OSError(f"{path} cannot be written: {str(error).splitlines()[-1]}") from error
     finally:
         part.unlink(missing_ok=True)
+
+
+def _put_if_free(part: Path, path: Path) -> None:
+    """Give a file a name that no other file has; if one has it, do nothing."""
+    try:
+        os.link(part, path)  # fails where a file is, unlike a rename
+    except FileExistsError:
+        return
+    except OSError:  # a file system without links
+        if not path.exists():
+            os.replace(part, path)
 
 
 def is_taken(path: Path) -> bool:

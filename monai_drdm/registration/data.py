@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -18,6 +17,7 @@ from tqdm import tqdm
 
 from monai_drdm.fields.intensity import to_unit_range
 from monai_drdm.io import find_cases, load_ddf, load_image, read_cases
+from monai_drdm.io.datalists import listed_path, read_entries
 
 _PAIR = ("moving", "fixed", "ddf", "moving_label", "fixed_label")
 _SAME_SPACING = 1e-2
@@ -150,14 +150,13 @@ def load_pairs(
     path = path / "datalist.json" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no folder of pairs or datalist {path}.")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))[section]
-        files = [{key: path.parent / entry[key] for key in _PAIR if key in entry} for entry in entries]
-        needed = all({"moving", "fixed", "ddf"} <= set(one) for one in files)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read as a datalist with a section {section!r}: {error}.") from None
-    if not files or not needed:
+    entries = read_entries(path, section)
+    if not all({"moving", "fixed", "ddf"} <= set(entry) for entry, _ in entries):
         raise ValueError(f"{path} must list pairs with moving, fixed and ddf. Make them with monai-drdm pairs.")
+    files = [
+        {key: listed_path(path, entry[key], f"{where}, {key}") for key in _PAIR if key in entry}
+        for entry, where in entries
+    ]
     labelled = all({"moving_label", "fixed_label"} <= set(one) for one in files)
     keys = ["moving", "fixed", "ddf", *(("moving_label", "fixed_label") if labelled else ())]
     read: dict[str, list[Tensor]] = {key: [] for key in keys}

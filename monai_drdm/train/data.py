@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.data import load_decathlon_datalist, MetaTensor
+from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage
 from torch import Tensor
 from tqdm import tqdm
 
 from monai_drdm.diffusion import WorkingGrid
+from monai_drdm.io.datalists import listed_images, read_entries
 from monai_drdm.io.dicom import DICOM_SUFFIXES, find_series, load_with_itk
 from monai_drdm.io.images import check_plain
 from monai_drdm.samples import spacing_of
@@ -98,21 +99,26 @@ def find_scans(data: str | os.PathLike[str], section: str = "training") -> list[
         raise ValueError("data must name a folder or datalist, got an empty text.")
     path = Path(data)
     if path.is_file():
-        try:
-            entries = load_decathlon_datalist(path, is_segmentation=True, data_list_key=section)
-            scans = [Scan(Path(entry["image"]), float(entry.get("weight", 1.0))) for entry in entries]
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ValueError(f"{path} cannot be read as a datalist with a section {section!r}: {error}") from None
+        scans = [_listed(path, entry, where) for entry, where in read_entries(path, section)]
     elif path.is_dir():
         scans = [Scan(one) for one in sorted(set(_walk(path)))]
     else:
         raise FileNotFoundError(f"no folder or datalist {path}.")
     if not scans:
         raise FileNotFoundError(f"{path} holds no image; known formats are {', '.join((*_SUFFIXES, *DICOM_SUFFIXES))}.")
-    for scan in scans:
-        if not 0 < scan.weight < math.inf:
-            raise ValueError(f"{path}: weight must be a positive number, got {scan.weight} for {scan.path}.")
     return scans
+
+
+def _listed(datalist: Path, entry: Mapping[str, Any], where: str) -> Scan:
+    """The scan that an entry of a datalist names: a file, or a folder of DICOM series."""
+    (image,), weight = listed_images(datalist, entry, where, folders=True), entry.get("weight", 1.0)
+    try:
+        scan = Scan(image, float(weight))
+    except (OverflowError, TypeError, ValueError) as error:
+        raise ValueError(f"{where}: weight must be a positive number, got {weight!r:.40} ({error}).") from None
+    if not 0 < scan.weight < math.inf:
+        raise ValueError(f"{where}: weight must be a positive number, got {scan.weight} for {scan.path}.")
+    return scan
 
 
 def load_bank(
@@ -224,7 +230,7 @@ def _files_of(path: Path) -> list[list[Path]]:
     """The files of each scan below a path: a single file, or those of one DICOM series.
 
     DICOM files that belong to no series are scans of their own. A folder without DICOM files stands for the folders
-    below it.
+    of DICOM files below it; other images are listed one by one.
     """
     if not path.is_dir():
         return [[path]]
@@ -232,8 +238,8 @@ def _files_of(path: Path) -> list[list[Path]]:
     direct = [[Path(file) for file in files] for files in (*series, *((file,) for file in rest))]
     if direct:
         return direct
-    below = [files for one in sorted(set(_walk(path))) if one != path for files in _files_of(one)]
-    return below or [[path]]  # an empty folder is reported when it is read
+    places = [one for one in sorted(set(_walk(path))) if one != path and one.is_dir()]
+    return [files for one in places for files in _files_of(one)] or [[path]]  # one that is empty is reported when read
 
 
 def _identity(files: Sequence[Path]) -> tuple[str, ...]:
@@ -245,7 +251,7 @@ def _read(files: Sequence[Path]) -> MetaTensor:
     """``(C, *S)`` float32 with its affine."""
     name = files[0].name.lower()
     if files[0].is_dir():
-        raise _UnusableError("holds no image or DICOM series")
+        raise _UnusableError("is a folder without a DICOM series; list other images one by one")
     try:
         if len(files) > 1 or not name.endswith(_SUFFIXES) or name.endswith(_ITK_SUFFIXES):
             scan: Any = load_with_itk([os.fspath(file) for file in files])

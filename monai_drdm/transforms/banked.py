@@ -153,7 +153,7 @@ class BankedDeformation(RandomizableTransform, KeyedDeformation):
 
     def _known(self, item: Mapping[Any, Any], image: NdarrayOrTensor, device: torch.device) -> KnownImage:
         """What the bank knows of one sample, given its image and what says how it is called."""
-        identity = item_identity(item, image, self.id_key)
+        identity = item_identity(item, image, self.image_key, self.id_key)
         return KnownImage(identity, image, self.bank.entry(identity, image), device)
 
     def _banked(self, known: KnownImage, stored: StoredField, params: BankedParams) -> Deformation:

@@ -9,11 +9,12 @@ import signal
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from monai.data import DataLoader, Dataset, MetaTensor
-from monai.transforms import NormalizeIntensity
+from monai.transforms import LoadImaged, NormalizeIntensity
 from safetensors.torch import load_file
 from torch.utils.data import ConcatDataset
 
@@ -244,7 +245,7 @@ def test_items_that_cannot_be_used(build, items, tmp_path):
     assert set(bank.failed) == {"ward/1", "item 3"}
     with pytest.raises(ValueError, match="id_key 'age' is missing"):
         build(items, id_key="age")
-    with pytest.raises(ValueError, match="no file name"):
+    with pytest.raises(ValueError, match=r"two ways: .*filename_or_obj.* id_key="):
         build(items, id_key=None)
     with pytest.raises(TypeError, match="identity of an image"):
         build([{**items[0], "name": 1.5}])
@@ -367,6 +368,23 @@ def test_a_file_that_may_not_be_read(build, items, tmp_path):
     next(path for path in (tmp_path / "bank").iterdir() if path.suffix == ".safetensors").chmod(0)
     with pytest.raises(PermissionError, match="cannot be read"):
         DeformationBank(bank.path).entry("ward/0", items[0]["image"])
+
+
+def test_images_are_called_as_their_files_without_a_key(build, items, tmp_path):
+    """By the names that MONAI's ``LoadImaged`` keeps, with metadata in the image or beside it."""
+    path = str(tmp_path / "one.nii.gz")
+    nib.save(nib.Nifti1Image(items[0]["image"][0].numpy(), np.eye(4)), path)
+    loaded = LoadImaged("image", ensure_channel_first=True, image_only=False)({"image": path})
+    plain = {**loaded, "image": loaded["image"].as_tensor()}
+    for item in (loaded, plain):
+        bank = build([item], id_key=None)
+        assert path in bank
+        moved = RandDRDMBankd("image", bank=bank, prob=1.0)
+        moved(item)
+        assert moved.last.banked.identity == path
+    for nameless in ({"filename_or_obj": ""}, {"filename_or_obj": [path]}, {}):
+        with pytest.raises(ValueError, match="two ways"):
+            build([{"image": MetaTensor(items[0]["image"], meta=nameless)}], id_key=None)
 
 
 def test_numbers_of_numpy_are_numbers(build, items):

@@ -211,7 +211,7 @@ def test_series_in_folders_of_a_listed_one(tmp_path):
     bank = load_bank(find_scans(tmp_path / "list.json"), spatial_dims=3, working_size=33)
     assert len(bank) == 1
     assert values.shape[2] == 12
-    assert bank.skipped == (f"{tmp_path / 'empty'}: holds no image or DICOM series",)
+    assert bank.skipped == (f"{tmp_path / 'empty'}: is a folder without a DICOM series; list other images one by one",)
 
 
 def test_linked_and_hidden_folders_and_runs(tmp_path):

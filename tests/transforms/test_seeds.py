@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from monai.data import MetaTensor
 from monai_drdm import RandDRDMDeform, RandDRDMDeformd
 from monai_drdm.deformation.seeds import stable_hash
 from monai_drdm.networks import save_network
-from monai_drdm.transforms import DeformationParams
+from monai_drdm.transforms import BankedParams, DeformationParams, PairParams
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +57,7 @@ VALUES = """[
 
 ELSEWHERE = f"""
 import json, sys
+from dataclasses import dataclass
 from pathlib import Path
 import numpy as np, torch
 from monai_drdm import RandDRDMDeform
@@ -362,12 +364,39 @@ def test_not_a_record(text):
 
 
 def test_entries_missing_or_foreign(record):
-    for name in record:
+    for name in set(record) - {"format"}:
         rest = {key: value for key, value in record.items() if key != name}
         with pytest.raises(ValueError, match="from_json"):
             DeformationParams.from_json(json.dumps(rest))
     with pytest.raises(ValueError, match="from_json"):
         DeformationParams.from_json(json.dumps({**record, "extra": 1}))
+    with pytest.raises(ValueError, match="format 2, this version reads 1; update monai_drdm"):
+        DeformationParams.from_json(json.dumps({**record, "format": 2}))
+
+
+def test_records_of_before_an_entry_came_are_records(record):
+    """They have its default; versions before it say which version wrote what they do not know."""
+
+    @dataclass(frozen=True)
+    class Later(DeformationParams):
+        softness: float = 0.5
+
+    oldest = {name: value for name, value in record.items() if name != "format"}
+    assert Later.from_json(json.dumps(oldest)) == Later(**record)
+    assert DeformationParams.from_json(json.dumps(oldest)) == DeformationParams(**record)
+    later = Later(**{**record, "version": "9.9", "softness": 0.1})
+    assert Later.from_json(later.to_json()) == later
+    with pytest.raises(ValueError, match=r"\['softness'\] unknown; version '9\.9' of monai_drdm wrote it"):
+        DeformationParams.from_json(later.to_json())
+    pair = PairParams(None, DeformationParams(**record))
+    old = {"augmentation": None, "synthesis": oldest}
+    assert PairParams.from_json(json.dumps(old)) == pair
+    banked = BankedParams("one", 0, 1.0, None, "ab", json.dumps(oldest), "0.1.0")
+    old = {name: value for name, value in json.loads(banked.to_json()).items() if name != "format"}
+    assert BankedParams.from_json(json.dumps(old)) == banked
+    for name, value in (("index", -1), ("scale", float("nan")), ("identity", 3), ("matrix", [[1.0, 0.0]])):
+        with pytest.raises(ValueError, match=name):
+            BankedParams.from_json(json.dumps({**old, name: value}))
 
 
 @pytest.mark.parametrize(

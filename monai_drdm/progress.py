@@ -1,0 +1,76 @@
+"""What a run over many cases says while it goes on, and when none of them can be used."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Mapping
+from types import TracebackType
+
+from tqdm import tqdm
+
+_AT_FIRST_STEP_S = 1e-3  # tqdm shows no bar before this time, and it looks only when there is a step
+
+
+class LateBar:
+    """A progress bar that stays away until something is done.
+
+    A run that fails at once, or in every case, then ends with its reason and nothing around it.
+
+    Args:
+        total: number of steps; None: not known.
+        unit: what a step is.
+        desc: name of the bar.
+        shown: show it at all.
+    """
+
+    def __init__(self, total: int | None, unit: str, desc: str | None = None, *, shown: bool = True) -> None:
+        self._bar = tqdm(total=total, desc=desc, unit=unit, disable=not shown, delay=_AT_FIRST_STEP_S)
+        self._held: list[str] = []
+        self._waiting = 0
+        self._begun = False
+
+    def __enter__(self) -> LateBar:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
+        self._bar.close()
+
+    def done(self, steps: int = 1) -> None:
+        """So many steps more are done; before the first of them come those that were skipped."""
+        self._begun = True
+        self.say_skipped()
+        self._bar.update(self._waiting + steps)
+        self._waiting = 0
+
+    def skipped(self, steps: int = 1, line: str | None = None) -> None:
+        """So many steps were left out, and why: a line that is shown as soon as something else is done."""
+        self._waiting += steps
+        self._held += [] if line is None else [line]
+        if self._begun:
+            self.done(0)
+
+    def say_skipped(self) -> None:
+        """Show the lines that are still held back."""
+        for line in self._held:
+            self._bar.write(line, file=sys.stderr)
+        self._held.clear()
+
+
+def none_usable(failed: Mapping[str, str]) -> str:
+    """What to say where every case failed: the reason once, if it is one for all of them.
+
+    Args:
+        failed: the reason for each case, by name.
+    """
+    name, reason = next(iter(failed.items()))
+    if len(failed) == 1:
+        return f"{name}: {reason}"
+    if len({_in_general(name, reason) for name, reason in failed.items()}) == 1:
+        return f"none of {len(failed)} cases can be used, all for one reason, here that of {name}: {reason}"
+    return f"none of {len(failed)} cases can be used:" + "".join(f"\n  {one}: {why}" for one, why in failed.items())
+
+
+def _in_general(name: str, reason: str) -> str:
+    """A reason without the case's name and without numbers, such as those of a shape."""
+    return re.sub(r"\d+", "#", re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "…", reason))
