@@ -14,11 +14,20 @@ from pathlib import Path
 from typing import Any
 
 from monai_drdm.augment.dataset_settings import DatasetSettings, Draw
+from monai_drdm.documents import Document
 from monai_drdm.io import Case, ImageFile, load_image
 from monai_drdm.io.files import atomically, is_taken, locked, PART
 
 _SETTINGS = "settings.json"
 _DATALIST = "datalist.json"
+_RUN = Document(
+    "the settings of a run over a data set", "Choose another folder, or use --force to draw everything again."
+)
+RECORD = Document("the record of a draw", "Remove it and run again, which draws it anew.")
+
+
+_PARTS = {"name": str, "source": dict, "inputs_sha256": dict, "files": dict}
+"""Entries that every record has, and their types."""
 
 
 class BadCaseError(Exception):
@@ -54,7 +63,7 @@ class OutputFolder:
         if not force and is_taken(self.folder):
             if not there.is_file():
                 raise FileExistsError(f"{self.folder} holds something else. Choose another folder, or use --force.")
-            if there.read_text(encoding="utf-8") != self.settings_json:
+            if _RUN.read_text(there) != self.settings_json:
                 raise FileExistsError(
                     f"{self.folder} was made with other settings ({there}). Choose another folder, repeat those "
                     "settings to go on, or use --force to draw everything again."
@@ -165,11 +174,11 @@ class OutputFolder:
     def _read_record(self, path: Path) -> dict[str, Any] | None:
         """The record of a draw; None if it is not there or was made with other settings."""
         try:
-            record = json.loads(path.read_text(encoding="utf-8"))
+            record = RECORD.read_json(path)
         except (FileNotFoundError, ValueError):
             return None
-        equal = isinstance(record, dict) and record.get("settings_sha256") == self.settings_sha256
-        return record if equal else None
+        whole = all(isinstance(record.get(name), kind) for name, kind in _PARTS.items())
+        return record if whole and record.get("settings_sha256") == self.settings_sha256 else None
 
 
 def input_paths(case: Case) -> dict[str, Path]:

@@ -9,7 +9,6 @@ import zlib
 from dataclasses import dataclass
 from numbers import Integral
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -18,8 +17,12 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from monai_drdm.deformation.stored_field import StoredField
+from monai_drdm.documents import Document
 from monai_drdm.io.files import atomically
 
+_ENTRY = Document(
+    "a whole file of a deformation bank", "Build the bank again: only what is damaged or missing is drawn."
+)
 _META = "monai_drdm_bank"
 _VALUES, _PRINT = "values", "fingerprint"
 _PRINT_SAMPLES = 4096
@@ -109,22 +112,23 @@ class EntryFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = safe_open(path, framework="pt")
-            meta: dict[str, Any] = json.loads((self._file.metadata() or {})[_META])  # type: ignore[no-untyped-call]
-            self._values = self._file.get_slice(_VALUES)  # type: ignore[no-untyped-call]
-            self.fingerprint: Tensor = self._file.get_tensor(_PRINT)  # type: ignore[no-untyped-call]
-            self.identity, self.settings = str(meta["identity"]), str(meta["settings"])
-            self.shape, self.spacing = tuple(meta["shape"]), tuple(meta["spacing"])
-            self.slice_axis: int | None = meta["slice_axis"]
-            self.steps, self.params, self._crc32 = (tuple(meta[key]) for key in ("steps", "params", "crc32"))
-            kind, size = self._values.get_dtype(), self._values.get_shape()
-            if kind != "I16" or not size[0] == len(self.steps) == len(self.params) == len(self._crc32) > 0:
-                raise ValueError(f"{kind} {size} for {len(self.steps)} fields")
+            with _ENTRY.reading(path, SafetensorError):
+                self._file = safe_open(path, framework="pt")
+                meta = _ENTRY.parse_json((self._file.metadata() or {})[_META], path)  # type: ignore[no-untyped-call]
+                self._values = self._file.get_slice(_VALUES)  # type: ignore[no-untyped-call]
+                self.fingerprint: Tensor = self._file.get_tensor(_PRINT)  # type: ignore[no-untyped-call]
+                self.identity, self.settings = str(meta["identity"]), str(meta["settings"])
+                self.shape, self.spacing = tuple(meta["shape"]), tuple(meta["spacing"])
+                self.slice_axis: int | None = meta["slice_axis"]
+                self.steps, self.params, self._crc32 = (tuple(meta[key]) for key in ("steps", "params", "crc32"))
+                kind, size = self._values.get_dtype(), self._values.get_shape()
+                if kind != "I16" or not size[0] == len(self.steps) == len(self.params) == len(self._crc32) > 0:
+                    raise ValueError(f"{kind} {size} for {len(self.steps)} fields")
         except FileNotFoundError as error:  # also its word for a file that may not be read
             if path.exists():
                 raise PermissionError(f"{path} cannot be read: {error}. Ask its owner for permission.") from error
             raise
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+        except OSError as error:
             raise ValueError(_damaged(path, error)) from error
 
     def __len__(self) -> int:
@@ -138,7 +142,8 @@ class EntryFile:
         """
         values = self._values[index : index + 1][0]
         if _checksum(values) != self._crc32[index]:
-            raise ValueError(_damaged(self.path, f"wrong checksum of field {index}"))
+            with _ENTRY.reading(self.path):
+                raise ValueError(f"wrong checksum of field {index}")
         return StoredField(values, self.steps[index], self.shape, self.slice_axis)
 
 

@@ -6,9 +6,14 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
+from monai_drdm.documents import Document, Origin
+
 FORMAT = 2
+
+_BANK = Document("the settings of a deformation bank", "Build the bank again, in a new folder.")
 
 
 @dataclass(frozen=True)
@@ -42,14 +47,18 @@ class BankSettings:
         return json.dumps(asdict(self), sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> BankSettings:
+    def from_json(cls, text: str, origin: Origin = "BankSettings") -> BankSettings:
         """Read what ``to_json`` wrote.
+
+        Args:
+            text: the JSON.
+            origin: the file that it is from, for error messages.
 
         Raises:
             ValueError: something else, or a format that this version does not know.
         """
-        try:
-            values: dict[str, Any] = json.loads(text)
+        with _BANK.reading(origin):
+            values: dict[str, Any] = _BANK.parse_json(text, origin)
             if set(values) != {field.name for field in fields(cls)}:
                 raise ValueError("other entries than a bank has")
             if values["format"] != FORMAT:
@@ -57,8 +66,16 @@ class BankSettings:
             values["deformation_level"] = tuple(values["deformation_level"])
             values["pixdim"] = None if values["pixdim"] is None else tuple(values["pixdim"])
             return cls(**values)
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not the settings of a deformation bank ({error})") from None
+
+    @classmethod
+    def read(cls, path: Path) -> BankSettings:
+        """Those in a file.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: it holds something else, or a format that this version does not know.
+        """
+        return cls.from_json(_BANK.read_text(path), path)
 
     def differences(self, other: BankSettings) -> list[str]:
         """Where two settings differ, in words."""

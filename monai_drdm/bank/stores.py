@@ -73,13 +73,9 @@ class FolderStore:
             ValueError: they cannot be read.
         """
         try:
-            text = (self.path / _SETTINGS).read_text(encoding="utf-8")
+            return BankSettings.read(self.path / _SETTINGS)
         except FileNotFoundError:
             return None
-        try:
-            return BankSettings.from_json(text)
-        except ValueError as error:
-            raise ValueError(f"{self.path / _SETTINGS}: {error}.") from None
 
     def make(self) -> None:
         """Make the folder, or find a bank in it.

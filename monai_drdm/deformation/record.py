@@ -14,6 +14,7 @@ from torch import Tensor
 from monai_drdm.deformation.stored_field import ComposedField, StoredField
 from monai_drdm.deformation.warping import FieldWarper, unmoved
 from monai_drdm.diffusion.schedule import check_precision
+from monai_drdm.documents import Document
 from monai_drdm.fields.invert import Inverse
 from monai_drdm.fields.sampling import Mode, PaddingMode
 from monai_drdm.metrics import field_statistics, FieldStatistics
@@ -26,12 +27,19 @@ def check_record(given: object, kind: type) -> None:
         raise TypeError(f"params must be {name}, such as .last holds or {name}.from_json reads, got {got}.")
 
 
+_RECORD = Document("a record", "Give it what .to_json() of such a record wrote.")
+
+
+def _origin(record: type, text: str) -> str:
+    return f"{record.__name__}.from_json: {text[:80]!r}"
+
+
 def _entries(record: type[DeformationParams] | type[BankedParams] | type[PairParams], text: str) -> dict[str, Any]:
     """Exactly the entries of a record, from JSON."""
-    values = json.loads(text)
+    values = _RECORD.parse_json(text, _origin(record, text))
     names = {f.name for f in fields(record)}
-    if not isinstance(values, dict) or set(values) != names:
-        raise ValueError(f"expected exactly the entries {sorted(names)}")
+    if set(values) != names:
+        raise ValueError(f"expected exactly the entries {sorted(names)}, got {sorted(values)}")
     return values
 
 
@@ -91,13 +99,10 @@ class DeformationParams:
         Raises:
             ValueError: not the JSON of a record.
         """
-        try:
-            values = _entries(cls, text)
-            record = cls(**values)
+        with _RECORD.reading(_origin(cls, text)):
+            record = cls(**_entries(cls, text))
             record._check()
             return record
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"DeformationParams.from_json: not a record: {text[:80]!r} ({error}).") from None
 
 
 @dataclass(frozen=True)
@@ -129,15 +134,13 @@ class BankedParams:
         Raises:
             ValueError: not the JSON of a record.
         """
-        try:
+        with _RECORD.reading(_origin(cls, text)):
             values = _entries(cls, text)
             matrix = values["matrix"]
             values["matrix"] = None if matrix is None else tuple(tuple(float(v) for v in row) for row in matrix)
             if type(values["index"]) is not int or not 0.0 <= values["scale"] <= 1.0:
                 raise ValueError("an index or a scale out of range")
             return cls(**values)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"BankedParams.from_json: not a record: {text[:80]!r} ({error}).") from None
 
 
 @dataclass(frozen=True)
@@ -160,10 +163,8 @@ class PairParams:
         Raises:
             ValueError: not the JSON of a record.
         """
-        try:
+        with _RECORD.reading(_origin(cls, text)):
             values = _entries(cls, text)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"PairParams.from_json: not a record: {text[:80]!r} ({error}).") from None
         first, second = values["augmentation"], json.dumps(values["synthesis"])
         return cls(
             None if first is None else DeformationParams.from_json(json.dumps(first)),

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import os
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-from monai.data import load_decathlon_datalist
-
+from monai_drdm.documents import Document
 from monai_drdm.io.files import stem_of
 from monai_drdm.io.images import IMAGE_SUFFIXES
+
+DATALIST = Document(
+    "a MONAI datalist", 'It must be JSON such as {"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}.'
+)
 
 
 class Case(NamedTuple):
@@ -48,23 +51,34 @@ def read_cases(datalist: str | os.PathLike[str], section: str = "training") -> l
         ValueError: not a datalist, no such section, or entries without one image.
     """
     path = Path(datalist)
-    if not path.is_file():
-        raise FileNotFoundError(f"no datalist {path}.")
-    try:
-        entries = load_decathlon_datalist(path, is_segmentation=True, data_list_key=section)
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read as a datalist with a section {section!r}: {error}") from None
     pairs = []
-    for number, entry in enumerate(entries):
-        image, label = (entry.get(key) if isinstance(entry, Mapping) else None for key in ("image", "label"))
-        if not isinstance(image, str) or not isinstance(label, (str, type(None))):
-            raise ValueError(
-                f"{path}: entry {number} of {section!r} must name one image and at most one label: {entry}."
-            )
-        pairs.append((Path(image), None if label is None else Path(label)))
+    with DATALIST.reading(path):
+        for number, entry in enumerate(read_section(path, section)):
+            image, label = entry.get("image"), entry.get("label")
+            if not isinstance(image, str) or not isinstance(label, (str, type(None))):
+                raise ValueError(f"entry {number} of {section!r} must name one image and at most one label: {entry}")
+            pairs.append((path_beside(path, image), None if label is None else path_beside(path, label)))
     if not pairs:
         raise ValueError(f"{path}: section {section!r} is empty.")
     return _named(pairs)
+
+
+def read_section(datalist: Path, section: str) -> list[dict[str, Any]]:
+    """The entries of one section of a datalist; one that is a text only names the image."""
+    with DATALIST.reading(datalist):
+        content = DATALIST.read_json(datalist)
+        if section not in content:
+            raise ValueError(f"it has no section {section!r}, but {sorted(content)}")
+        entries = [{"image": one} if isinstance(one, str) else one for one in content[section]]
+        for number, one in enumerate(entries):
+            if not isinstance(one, dict):
+                raise TypeError(f"entry {number} of {section!r} must be a mapping with an image, got {one!r}")
+        return entries
+
+
+def path_beside(datalist: Path, name: str) -> Path:
+    """The file that a datalist names: paths that are relative begin in its folder."""
+    return Path(os.path.normpath(os.path.join(datalist.parent, name)))
 
 
 def _named(pairs: Sequence[tuple[Path, Path | None]]) -> list[Case]:

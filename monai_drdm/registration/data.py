@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from monai_drdm.io import find_cases, load_ddf, load_image, read_cases
+from monai_drdm.io.datalists import DATALIST, path_beside, read_section
 
 _LOW, _HIGH = 0.005, 0.995
 _PAIR = ("moving", "fixed", "ddf", "moving_label", "fixed_label")
@@ -150,13 +150,10 @@ def load_pairs(
     path = path / "datalist.json" if path.is_dir() else path
     if not path.is_file():
         raise FileNotFoundError(f"no folder of pairs or datalist {path}.")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))[section]
-        files = [{key: path.parent / entry[key] for key in _PAIR if key in entry} for entry in entries]
-        needed = all({"moving", "fixed", "ddf"} <= set(one) for one in files)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} cannot be read as a datalist with a section {section!r}: {error}.") from None
-    if not files or not needed:
+    with DATALIST.reading(path):
+        entries = read_section(path, section)
+        files = [{key: path_beside(path, entry[key]) for key in _PAIR if key in entry} for entry in entries]
+    if not files or not all({"moving", "fixed", "ddf"} <= set(one) for one in files):
         raise ValueError(f"{path} must list pairs with moving, fixed and ddf. Make them with monai-drdm pairs.")
     labelled = all({"moving_label", "fixed_label"} <= set(one) for one in files)
     keys = ["moving", "fixed", "ddf", *(("moving_label", "fixed_label") if labelled else ())]

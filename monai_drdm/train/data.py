@@ -13,12 +13,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 import torch.nn.functional as F
-from monai.data import load_decathlon_datalist, MetaTensor
+from monai.data import MetaTensor
 from monai.transforms import Compose, EnsureChannelFirst, LoadImage
 from torch import Tensor
 from tqdm import tqdm
 
 from monai_drdm.diffusion import WorkingGrid
+from monai_drdm.io.datalists import DATALIST, path_beside, read_section
 from monai_drdm.io.dicom import DICOM_SUFFIXES, find_series, load_with_itk
 from monai_drdm.io.images import check_plain
 from monai_drdm.samples import spacing_of
@@ -98,11 +99,9 @@ def find_scans(data: str | os.PathLike[str], section: str = "training") -> list[
         raise ValueError("data must name a folder or datalist, got an empty text.")
     path = Path(data)
     if path.is_file():
-        try:
-            entries = load_decathlon_datalist(path, is_segmentation=True, data_list_key=section)
-            scans = [Scan(Path(entry["image"]), float(entry.get("weight", 1.0))) for entry in entries]
-        except (ValueError, TypeError, AttributeError, KeyError) as error:
-            raise ValueError(f"{path} cannot be read as a datalist with a section {section!r}: {error}") from None
+        with DATALIST.reading(path):
+            entries = read_section(path, section)
+            scans = [Scan(path_beside(path, entry["image"]), float(entry.get("weight", 1.0))) for entry in entries]
     elif path.is_dir():
         scans = [Scan(one) for one in sorted(set(_walk(path)))]
     else:
