@@ -15,10 +15,10 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 CORE = {
     "fields": {"fields"},
-    "networks": {"fields", "networks"},
+    "networks": {"fields", "networks", "documents"},
     "diffusion": {"fields", "networks", "diffusion"},
     "metrics": {"fields", "metrics"},
-    "deformation": {"fields", "networks", "diffusion", "metrics", "deformation", "_version"},
+    "deformation": {"fields", "networks", "diffusion", "metrics", "deformation", "documents", "_version"},
 }
 """What each part of the core may import of this package."""
 
@@ -104,10 +104,22 @@ def test_nothing_but_the_command_line_imports_it():
             assert not own_parts(path) & COMMAND_LINE, path
 
 
+def calls(path):
+    """The functions that a file calls, as they are written."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
+
+
+def test_json_and_yaml_are_read_in_one_place():
+    """Where every fault of a text is explained."""
+    parsers = {"json.load", "json.loads", "yaml.load", "yaml.safe_load", "load_decathlon_datalist"}
+    assert {part_of(path) for path in MODULES if calls(path) & parsers} == {"documents"}
+
+
 def test_trainings_stand_side_by_side_on_one_floor():
     for path in MODULES:
         if part_of(path) == "training":
-            assert own_parts(path) <= {"training", "fields", "io", "viz"}, path
+            assert own_parts(path) <= {"training", "fields", "io", "viz", "documents"}, path
         elif part_of(path) in {"train", "registration"}:
             assert own_parts(path) & {"train", "registration"} <= {part_of(path)}, path
         else:

@@ -150,7 +150,7 @@ def test_verify_of_a_damaged_file(capsys, filled_network, tmp_path):
     save_network(filled_network(2), path)
     path.write_bytes(path.read_bytes()[:-100])
     assert main(["weights", "verify", str(path)]) == 1
-    assert "not an intact safetensors file" in capsys.readouterr().err
+    assert "cannot be read as an intact safetensors file" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("arguments", [[], ["weights"], ["weights", "burn"], ["weights", "verify"], ["nonsense"]])

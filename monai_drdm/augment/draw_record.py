@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path, PurePath
 from typing import Any
@@ -39,18 +39,18 @@ class DrawRecord:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     @classmethod
-    def from_json(cls, text: str, name: str, folders: Collection[str]) -> DrawRecord:
-        """Read what ``to_json`` wrote.
+    def of(cls, described: Mapping[str, Any], name: str, folders: Collection[str]) -> DrawRecord:
+        """The record that ``to_json`` described.
 
         Args:
-            text: the JSON.
+            described: what the JSON holds.
             name: of the draw.
             folders: names of the folders in which its files may lie.
 
         Raises:
             ValueError: not the record of this draw, or one that names files outside these folders.
         """
-        values = record_entries(cls, json.loads(text))
+        values = record_entries(cls, described)
         if values.get("format", _FORMAT) != _FORMAT:
             raise ValueError(f"format {values['format']!r}, this version reads {_FORMAT}; update monai_drdm")
         record = cls(**values)

@@ -16,11 +16,20 @@ from typing import Any
 
 from monai_drdm.augment.dataset_settings import DatasetSettings, Draw
 from monai_drdm.augment.draw_record import DrawRecord, sealed
+from monai_drdm.documents import Document
 from monai_drdm.io import Case, ImageFile, load_image
 from monai_drdm.io.files import atomically, is_taken, locked, PART
 
 _SETTINGS = "settings.json"
 _DATALIST = "datalist.json"
+_RUN = Document(
+    "the settings of a run over a data set", "Choose another folder, or use --force to draw everything again."
+)
+RECORD = Document("the record of a draw", "Remove it and run again, which draws it anew.")
+
+
+_PARTS = {"name": str, "source": dict, "inputs_sha256": dict, "files": dict}
+"""Entries that every record has, and their types."""
 
 
 class BadCaseError(Exception):
@@ -88,7 +97,7 @@ class OutputFolder:
             yield
 
     def _check_settings(self, there: Path) -> None:
-        if there.read_text(encoding="utf-8") != self.settings_json:
+        if _RUN.read_text(there) != self.settings_json:
             raise FileExistsError(
                 f"{self.folder} was made with other settings ({there}). Choose another folder, repeat those "
                 "settings to go on, or use --force to draw everything again."
@@ -219,17 +228,15 @@ class OutputFolder:
     def _read_record(self, path: Path) -> DrawRecord | None:
         """The record of a draw; None if there is none of these settings, or if it is damaged, which is said."""
         try:
-            text = path.read_text(encoding="utf-8")
-            described = json.loads(text)
-            if isinstance(described, dict) and described.get("settings_sha256", self.settings_sha256) != (
-                self.settings_sha256
-            ):
+            described = RECORD.read_json(path)
+            if described.get("settings_sha256", self.settings_sha256) != self.settings_sha256:
                 return None
-            return DrawRecord.from_json(text, path.stem, self.settings.folders)
+            with RECORD.reading(path):
+                return DrawRecord.of(described, path.stem, self.settings.folders)
         except FileNotFoundError:
             return None
-        except (TypeError, ValueError) as error:
-            warnings.warn(f"{path} is not the record of a draw: {error}. The draw counts as not made.", stacklevel=3)
+        except ValueError as error:
+            warnings.warn(f"{error} The draw counts as not made.", stacklevel=3)
             return None
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,8 +10,10 @@ from typing import Any, TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from monai_drdm.augment.output_folder import RECORD
 from monai_drdm.augment.run import AugmentReport
 from monai_drdm.io import load_image, stem_of
+from monai_drdm.io.datalists import read_entries
 from monai_drdm.io.files import atomically
 from monai_drdm.samples import spacing_of
 from monai_drdm.transforms.pairs import SIDES
@@ -34,7 +35,7 @@ def plot_overview(report: AugmentReport, count: int = 6) -> Path:
     from monai_drdm.viz import contact_sheet  # needs matplotlib, which is an extra
 
     folder = report.datalist.parent
-    entries = json.loads(report.datalist.read_text(encoding="utf-8"))["training"]
+    entries = [entry for entry, _ in read_entries(report.datalist, "training")]
     if not entries:
         raise ValueError(f"nothing to plot: no case of {folder} is finished.")
     sheet: list[SheetEntry] = []
@@ -57,7 +58,7 @@ def _deformed_case(folder: Path, entry: Mapping[str, Any]) -> SheetEntry | None:
     several = not isinstance(entry["image"], str)
     image = entry["image"][0] if several else entry["image"]
     name = stem_of(image).removesuffix("_0") if several else stem_of(image)
-    record = json.loads((folder / "records" / f"{name}.json").read_text(encoding="utf-8"))
+    record = RECORD.read_json(folder / "records" / f"{name}.json")
     sources = record["source"]
     if not all(Path(source).is_file() for source in sources.values()):
         return None
@@ -69,7 +70,7 @@ def _deformed_case(folder: Path, entry: Mapping[str, Any]) -> SheetEntry | None:
 def _pair(folder: Path, entry: Mapping[str, str]) -> SheetEntry:
     """A moving image beside the fixed one."""
     name = stem_of(entry["fixed"])
-    record = json.loads((folder / "records" / f"{name}.json").read_text(encoding="utf-8"))
+    record = RECORD.read_json(folder / "records" / f"{name}.json")
     moving, fixed = (folder / entry[side] for side in SIDES)
     labels = [folder / entry[key] for key in (f"{side}_label" for side in SIDES) if key in entry]
     axis = record["params"]["synthesis"]["slice_axis"]

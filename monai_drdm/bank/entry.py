@@ -20,9 +20,13 @@ from safetensors.torch import save as to_safetensors
 from torch import Tensor
 
 from monai_drdm.deformation.stored_field import StoredField
+from monai_drdm.documents import Document
 from monai_drdm.fields.intensity import spread_voxels
 from monai_drdm.io.files import atomically
 
+_ENTRY = Document(
+    "a whole file of a deformation bank", "Build the bank again: only what is damaged or missing is drawn."
+)
 _META, _DIGEST = "monai_drdm_bank", "sha256"
 _FORMAT = 3
 _VALUES, _PRINT = "values", "fingerprint"
@@ -121,15 +125,16 @@ class EntryFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self._file = safe_open(path, framework="pt")
-            self._values = self._file.get_slice(_VALUES)  # type: ignore[no-untyped-call]
-            self.fingerprint: Tensor = self._file.get_tensor(_PRINT)  # type: ignore[no-untyped-call]
-            self._take(_header(self._file.metadata() or {}))  # type: ignore[no-untyped-call]
+            with _ENTRY.reading(path, RuntimeError, SafetensorError):
+                self._file = safe_open(path, framework="pt")
+                self._values = self._file.get_slice(_VALUES)  # type: ignore[no-untyped-call]
+                self.fingerprint: Tensor = self._file.get_tensor(_PRINT)  # type: ignore[no-untyped-call]
+                self._take(_header(self._file.metadata() or {}, path))  # type: ignore[no-untyped-call]
         except FileNotFoundError as error:  # also its word for a file that may not be read
             if path.exists():
                 raise PermissionError(f"{path} cannot be read: {error}. Ask its owner for permission.") from error
             raise
-        except (OSError, RuntimeError, SafetensorError, KeyError, TypeError, ValueError, AttributeError) as error:
+        except OSError as error:
             raise ValueError(_damaged(path, error)) from error
 
     def _take(self, meta: dict[str, Any]) -> None:
@@ -169,7 +174,8 @@ class EntryFile:
         """
         values = self._values[index : index + 1][0]
         if _checksum(values) != self._crc32[index]:
-            raise ValueError(_damaged(self.path, f"wrong checksum of field {index}"))
+            with _ENTRY.reading(self.path):
+                raise ValueError(f"wrong checksum of field {index}")
         return StoredField(values, self.steps[index], self.shape, self.slice_axis)
 
 
@@ -205,14 +211,14 @@ def identity_of(value: object) -> str:
     return str(os.fspath(value) if isinstance(value, os.PathLike) else value)
 
 
-def _header(metadata: Mapping[str, str]) -> dict[str, Any]:
+def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     """What the file says of its fields.
 
     Raises:
         KeyError: it says nothing.
         ValueError: it was changed, or another version of this package wrote it.
     """
-    meta: dict[str, Any] = json.loads(metadata[_META])
+    meta = _ENTRY.parse_json(metadata[_META], path)
     number, digest = meta.get("format", 2), meta.pop(_DIGEST, None)
     if number != _FORMAT:
         raise ValueError(f"format {number!r}, this version reads {_FORMAT}")

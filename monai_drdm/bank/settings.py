@@ -7,14 +7,18 @@ import json
 import math
 from dataclasses import asdict, dataclass, fields
 from numbers import Integral
+from pathlib import Path
 from typing import Any
 
 from monai_drdm.deformation.drawing import FOLD_POLICIES
 from monai_drdm.deformation.record import record_entries
+from monai_drdm.documents import Document, Origin
 from monai_drdm.samples import checked_pixdim
 
 FORMAT = 3
 _DIGEST = "sha256"
+
+_BANK = Document("the settings of a deformation bank", "Build the bank again, in a new folder.")
 
 
 @dataclass(frozen=True)
@@ -54,14 +58,18 @@ class BankSettings:
         return json.dumps({name: one for name, one in given.items() if one != defaults.get(name, ...)}, sort_keys=True)
 
     @classmethod
-    def from_json(cls, text: str) -> BankSettings:
+    def from_json(cls, text: str, origin: Origin = "BankSettings") -> BankSettings:
         """Read what ``to_json`` wrote.
+
+        Args:
+            text: the JSON.
+            origin: the file that it is from, for error messages.
 
         Raises:
             ValueError: something else, a format that this version does not know, or values that were changed.
         """
-        try:
-            values: dict[str, Any] = json.loads(text)
+        with _BANK.reading(origin):
+            values: dict[str, Any] = _BANK.parse_json(text, origin)
             _check_format(values["format"])
             digest = values.pop(_DIGEST, None)
             values = record_entries(cls, values)
@@ -71,9 +79,17 @@ class BankSettings:
             if settings.digest != digest:
                 raise ValueError("wrong checksum: it is damaged or was edited")
             settings._check()
-        except (AttributeError, KeyError, TypeError, ValueError) as error:
-            raise ValueError(f"not the settings of a deformation bank ({error})") from None
-        return settings
+            return settings
+
+    @classmethod
+    def read(cls, path: Path) -> BankSettings:
+        """Read the file that holds what ``to_json`` wrote.
+
+        Raises:
+            FileNotFoundError: no such file.
+            ValueError: as of ``from_json``.
+        """
+        return cls.from_json(_BANK.read_text(path), path)
 
     def _check(self) -> None:
         """Raise unless every setting has its type and range."""

@@ -73,11 +73,9 @@ class FolderStore:
             ValueError: they cannot be read.
         """
         try:
-            return BankSettings.from_json((self.path / _SETTINGS).read_text(encoding="utf-8"))
+            return BankSettings.read(self.path / _SETTINGS)
         except FileNotFoundError:
             return None
-        except ValueError as error:  # also that of a file that is not UTF-8
-            raise ValueError(f"{self.path / _SETTINGS}: {error}.") from None
 
     def make(self) -> None:
         """Make the folder, or find a bank in it.

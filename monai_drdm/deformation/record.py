@@ -16,6 +16,7 @@ from monai_drdm._version import __version__
 from monai_drdm.deformation.stored_field import ComposedField, StoredField
 from monai_drdm.deformation.warping import FieldWarper, unmoved
 from monai_drdm.diffusion.schedule import check_precision
+from monai_drdm.documents import Document
 from monai_drdm.fields.invert import Inverse
 from monai_drdm.fields.sampling import Mode, PaddingMode
 from monai_drdm.metrics import field_statistics, FieldStatistics
@@ -30,6 +31,7 @@ def check_record(given: object, kind: type) -> None:
 
 RECORD_FORMAT = 1
 """How records are written. A new entry that has a default leaves the number as it is, a new meaning does not."""
+_RECORD = Document("a record", "Give it what .to_json() of such a record wrote.")
 
 
 def record_entries(kind: Any, values: object) -> dict[str, Any]:
@@ -55,13 +57,17 @@ def record_entries(kind: Any, values: object) -> dict[str, Any]:
     return dict(values)
 
 
-def _record_of(kind: Any, text: str) -> dict[str, Any]:
+def _origin(record: type, text: str) -> str:
+    return f"{record.__name__}.from_json: {text[:80]!r}"
+
+
+def _entries(kind: type, text: str) -> dict[str, Any]:
     """The entries of a record, from JSON.
 
     Raises:
         ValueError: not those of such a record, or of a later format.
     """
-    values = record_entries(kind, json.loads(text))
+    values = record_entries(kind, _RECORD.parse_json(text, _origin(kind, text)))
     if values.get("format", RECORD_FORMAT) != RECORD_FORMAT:
         raise ValueError(f"format {values['format']!r}, this version reads {RECORD_FORMAT}; update monai_drdm")
     return values
@@ -124,13 +130,10 @@ class DeformationParams:
         Raises:
             ValueError: not the JSON of a record.
         """
-        try:
-            values = _record_of(cls, text)
-            record = cls(**values)
+        with _RECORD.reading(_origin(cls, text)):
+            record = cls(**_entries(cls, text))
             record._check()
             return record
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"DeformationParams.from_json: not a record: {text[:80]!r} ({error}).") from None
 
 
 @dataclass(frozen=True)
@@ -177,15 +180,13 @@ class BankedParams:
         Raises:
             ValueError: not the JSON of a record.
         """
-        try:
-            values = _record_of(cls, text)
+        with _RECORD.reading(_origin(cls, text)):
+            values = _entries(cls, text)
             matrix = values["matrix"]
             values["matrix"] = None if matrix is None else tuple(tuple(float(v) for v in row) for row in matrix)
             record = cls(**values)
             record._check()
             return record
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"BankedParams.from_json: not a record: {text[:80]!r} ({error}).") from None
 
 
 @dataclass(frozen=True)
@@ -209,10 +210,8 @@ class PairParams:
         Raises:
             ValueError: not the JSON of a record.
         """
-        try:
-            values = _record_of(cls, text)
-        except (TypeError, ValueError) as error:
-            raise ValueError(f"PairParams.from_json: not a record: {text[:80]!r} ({error}).") from None
+        with _RECORD.reading(_origin(cls, text)):
+            values = _entries(cls, text)
         first, second = values["augmentation"], json.dumps(values["synthesis"])
         return cls(
             None if first is None else DeformationParams.from_json(json.dumps(first)),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from monai_drdm.documents import Document
 from monai_drdm.io.files import stem_of
 from monai_drdm.io.images import IMAGE_SUFFIXES
+
+DATALIST = Document(
+    "a MONAI datalist", 'It must be JSON such as {"training": [{"image": "a.nii.gz", "label": "b.nii.gz"}]}.'
+)
 
 
 class Case(NamedTuple):
@@ -72,12 +76,11 @@ def read_entries(datalist: str | os.PathLike[str], section: str) -> list[tuple[d
         ValueError: not a datalist, no such section, or an empty one.
     """
     path = Path(datalist)
-    if not path.is_file():
-        raise FileNotFoundError(f"no datalist {path}.")
-    try:
-        entries = json.loads(path.read_text(encoding="utf-8"))[section]
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise ValueError(f"{path} cannot be read as a datalist with a section {section!r}: {error}") from None
+    with DATALIST.reading(path):
+        content = DATALIST.read_json(path)
+        if section not in content:
+            raise ValueError(f"it has no section {section!r}, but {sorted(content)}")
+        entries = content[section]
     if not isinstance(entries, list):
         raise ValueError(f"{path}: section {section!r} must be a list of entries, got {type(entries).__name__}.")
     if not entries:

@@ -6,7 +6,10 @@ import json
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any
+
+from monai_drdm.documents import Document, Origin
+
+_CARD = Document("a network card", "Write weights with save_network, which writes the card too.")
 
 
 @dataclass(frozen=True)
@@ -43,23 +46,28 @@ class NetworkCard:
     gates: Mapping[str, float] = field(default_factory=dict)
     """Measured results of the network by name."""
 
-    def to_json(self) -> str:
-        """The card as JSON with sorted keys, without empty entries.
+    def to_json(self, indent: int | None = None) -> str:
+        """The card as JSON with sorted keys, without empty entries, in one line or indented.
 
         The hash is left out, because the file that has this hash contains the JSON.
         """
         values = {k: v for k, v in asdict(self).items() if k != "sha256" and v}
-        return json.dumps(values, sort_keys=True, separators=(",", ":"))
+        return json.dumps(values, sort_keys=True, indent=indent, separators=(",", ": " if indent else ":"))
 
     @classmethod
-    def from_json(cls, text: str, sha256: str = "") -> NetworkCard:
+    def from_json(cls, text: str, sha256: str = "", origin: Origin = "NetworkCard") -> NetworkCard:
         """Read what ``to_json`` wrote.
+
+        Args:
+            text: the JSON.
+            sha256: hash of the weights file that the card is from.
+            origin: that file, for error messages.
 
         Raises:
             ValueError: not the JSON of a valid card.
         """
-        try:
-            values: dict[str, Any] = json.loads(text)
+        with _CARD.reading(origin):
+            values = _CARD.parse_json(text, origin)
             unknown = set(values) - {f.name for f in fields(cls)}
             if unknown:
                 raise ValueError(f"unknown entries {sorted(unknown)}")
@@ -70,12 +78,8 @@ class NetworkCard:
             if "channels" in values:
                 values["channels"] = tuple(values["channels"])
             card = cls(**{**values, "sha256": sha256})
-        except (TypeError, ValueError) as error:
-            raise ValueError(
-                f"NetworkCard: expected the JSON of a network card, got {text[:80]!r} ({error})."
-            ) from None
-        card.check()
-        return card
+            card.check()
+            return card
 
     def check(self) -> None:
         """Raise ``ValueError`` unless every entry has the right type and numbers are in range."""
@@ -103,5 +107,5 @@ class NetworkCard:
                 "NetworkCard: input_range must not be empty and level lie in (0, 1], got "
                 f"{self.input_range} and {self.level}."
             )
-        if not isinstance(self.gates, Mapping):
+        if not isinstance(self.gates, Mapping) or not all(type(one) in (int, float) for one in self.gates.values()):
             raise ValueError(f"NetworkCard: gates must map names to figures, got {self.gates!r}.")

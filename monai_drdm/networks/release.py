@@ -46,6 +46,11 @@ def convert_published(path: str | os.PathLike[str], folder: str | os.PathLike[st
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"weights convert: no file {path}.")
+    size = path.stat().st_size
+    if size > _MAX_BYTES:
+        raise ValueError(
+            f"weights convert: {path} must be a published file of at most {_MAX_BYTES >> 20} MiB, got {size} bytes."
+        )
     return _convert(path.read_bytes(), str(path), folder)
 
 

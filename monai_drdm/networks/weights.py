@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import zlib
 from collections.abc import Callable
@@ -15,11 +14,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
 
+from monai_drdm.documents import Document
 from monai_drdm.networks.base import RecoveryNetwork
 from monai_drdm.networks.card import NetworkCard
 from monai_drdm.networks.recresacnet import RecResACNet
 from monai_drdm.networks.velocity_unet import VelocityUNet
 
+_WEIGHTS = Document(
+    "an intact safetensors file of weights", "Copy or convert the weights again; save_network writes those of your own."
+)
 _METADATA_KEY = "monai_drdm"
 _MAX_BYTES = 1 << 30
 _PICKLE_PROTOCOL = 5
@@ -60,18 +63,16 @@ def read_network(path: Path, sha256: str | None = None) -> RecoveryNetwork:
             f"load_network: {path} is a pickle, expected safetensors. Published .pth files are read by "
             "'monai-drdm weights convert FILE.pth' only."
         )
-    try:
+    with _WEIGHTS.reading(path, SafetensorError):
         tensors = parse_safetensors(data)
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-    except (SafetensorError, ValueError) as error:
-        raise ValueError(f"load_network: {path} is not an intact safetensors file ({error}).") from None
-    metadata = header.get("__metadata__", {})
-    if set(metadata) != {_METADATA_KEY}:
-        raise ValueError(
-            f"load_network: {path} must hold a network card under the single metadata key {_METADATA_KEY!r}, "
-            f"got keys {sorted(metadata)}. Write weights with save_network."
-        )
-    network = build_network(NetworkCard.from_json(metadata[_METADATA_KEY], digest))
+        header = _WEIGHTS.parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], path)
+        metadata = header.get("__metadata__", {})
+        if set(metadata) != {_METADATA_KEY}:
+            raise ValueError(
+                f"it must hold a network card under the single metadata key {_METADATA_KEY!r}, got keys "
+                f"{sorted(metadata)}"
+            )
+        network = build_network(NetworkCard.from_json(metadata[_METADATA_KEY], digest, path))
     fill_network(network, tensors, str(path))
     return network.eval().requires_grad_(False)
 

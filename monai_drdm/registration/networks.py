@@ -16,10 +16,12 @@ from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import nn, Tensor
 
+from monai_drdm.documents import Document
 from monai_drdm.fields import compose, crop, exp_svf, warp
 from monai_drdm.io.files import atomically
 from monai_drdm.registration.forces import demons_forces, WIDTHS
 
+_NETWORK = Document("a registration network", "Give it the network.safetensors of a registration run.")
 _META = "monai_drdm_registration"
 _SQUARINGS = 6
 _RANGE_TOLERANCE = 0.01
@@ -213,15 +215,13 @@ def load_registration(path: str | os.PathLike[str], device: torch.device | str =
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no registration network {path}.")
-    try:
+    with _NETWORK.reading(path, SafetensorError, RuntimeError):
         with safe_open(path, framework="pt") as file:
-            described = json.loads((file.metadata() or {})[_META])
+            described = _NETWORK.parse_json((file.metadata() or {})[_META], path)
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
-        network = RegistrationNetwork(Structure(**described))
-        network.load_state_dict(tensors)
-    except (SafetensorError, KeyError, TypeError, ValueError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{path} is not a registration network of monai_drdm ({reason}).") from error
+        with torch.device("meta"):  # which takes no memory, however large a damaged file says the network is
+            network = RegistrationNetwork(Structure(**described))
+        network.load_state_dict(tensors, assign=True)
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise ValueError(f"{path} holds weights that are NaN or infinite.")
     return network.eval().to(device)

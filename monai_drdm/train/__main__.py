@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from monai_drdm.documents import Document
 from monai_drdm.train import fit, TrainConfig
 from monai_drdm.training.command import TrainingCommand
 
@@ -18,10 +18,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _summarize(weights: Path) -> str:
     """The validation loss, from the card beside the weights."""
-    loss = json.loads(weights.with_suffix(".json").read_text(encoding="utf-8"))["gates"]["validation_loss"]
+    loss = _CARD.read_json(weights.with_suffix(".json"))["gates"]["validation_loss"]
     return f"validation loss {loss:.2f} (1 is doing nothing)"
 
 
+_CARD = Document("the card of the network", "The weights beside it hold the same card.")
 _COMMAND = TrainingCommand(
     name="monai_drdm.train",
     description="Train a deformation-recovery network on unlabelled scans.",

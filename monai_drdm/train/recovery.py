@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
@@ -91,7 +90,7 @@ class RecoveryTask(ABC):
         assert isinstance(network, RecoveryNetwork)
         network.card = self._card(network, path.parent.resolve().name, {"validation_loss": validation_loss})
         atomically(path, lambda part: save_network(network, part))
-        card = json.dumps(json.loads(network.card.to_json()), indent=2) + "\n"
+        card = network.card.to_json(indent=2) + "\n"
         atomically(path.with_suffix(".json"), lambda part: Path(part).write_text(card, encoding="utf-8"))
 
     def _card(self, network: RecoveryNetwork, name: str, gates: Mapping[str, float]) -> NetworkCard:

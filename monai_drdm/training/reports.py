@@ -8,10 +8,12 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
+from monai_drdm.documents import Document
 from monai_drdm.io.files import atomically
 from monai_drdm.viz import Figure
 
 _METRICS = "metrics.jsonl"
+_ROWS = Document("the metrics of a run", "Move the file away to go on without its rows.")
 
 
 class Reports:
@@ -36,8 +38,9 @@ class Reports:
         """Drop the metrics of later steps, which a resumed run repeats, and a last line that was cut off."""
         path = self.folder / _METRICS
         if path.is_file():
-            rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line.endswith("}")]
-            kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+            with _ROWS.reading(path):
+                lines = [line for line in _ROWS.read_text(path).splitlines() if line.endswith("}")]
+                kept = "".join(line + "\n" for line in lines if _ROWS.parse_json(line, path)["step"] <= step)
             atomically(path, lambda part: Path(part).write_text(kept, encoding="utf-8"))
 
     def save_figure(self, step: int, figure: Figure) -> None:

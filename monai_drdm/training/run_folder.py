@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import io
-import json
 import os
 import sys
 import zipfile
@@ -16,12 +15,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from monai_drdm.documents import Document
 from monai_drdm.io.files import atomically, locked
 from monai_drdm.training.settings import RunConfig
 
 _CHECKPOINTS = "checkpoints"
 _DATA = "data.sha256"
 _KEPT = 3
+_SETTINGS = Document("the settings of a run", "Put back the file that the run wrote, or begin a new run.")
+_DIGEST = Document("the digest of a run's data", "Put back the file that the run wrote, or begin a new run.")
 
 
 @contextmanager
@@ -87,7 +89,7 @@ def check_same_data(folder: Path, fingerprint: str, resume: bool) -> None:
     if not fingerprint:
         return
     if resume and path.is_file():
-        if path.read_text(encoding="utf-8").strip() != fingerprint:
+        if _DIGEST.read_text(path).strip() != fingerprint:
             raise ValueError(
                 f"{folder}: the data have changed since the run was begun, or others of that name were read. Resume "
                 "with the same data, or begin a new run, with init=network.safetensors to start from an old one."
@@ -205,8 +207,7 @@ def _check_usable(folder: Path, config: RunConfig, resume: bool) -> None:
         return
     if not saved.is_file():
         raise FileNotFoundError(f"{folder} holds no run to resume. Leave out --resume to start one.")
-    before = json.loads(saved.read_text(encoding="utf-8"))
-    after = json.loads(config.to_json())
+    before, after = _SETTINGS.read_json(saved), _SETTINGS.parse_json(config.to_json(), "the new settings")
     changed = sorted(key for key in after if before.get(key) != after[key])
     if changed:
         listed = ", ".join(f"{key}: {before.get(key)!r} before, {after[key]!r} now" for key in changed)

@@ -5,11 +5,16 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from numbers import Integral, Real
 from pathlib import Path
+from reprlib import repr as short
 from typing import Any, get_args, get_type_hints, TypeVar
+
+from monai_drdm.documents import Document
+
+_SETTINGS = Document("settings", "Write NAME: VALUE in every line, as YAML, or a JSON object.")
 
 
 def setting(
@@ -76,12 +81,12 @@ def read_config(
         TypeError: a value has a wrong type.
         ValueError: a setting is unknown, a value is out of range, or the file does not hold a mapping.
     """
-    values = {} if file is None else _read(Path(file))
+    values = {} if file is None else _SETTINGS.read_yaml(Path(file))
     for text in settings:
         key, separator, value = text.partition("=")
         if not separator:
             raise ValueError(f"--set must be key=value, got {text!r}.")
-        values[key.strip()] = _parse(value, f"--set {key}")
+        values[key.strip()] = _SETTINGS.parse_yaml(value, f"--set {text}")
     values |= {key: value for key, value in overrides.items() if value is not None}
     names = {one.name for one in fields(config_class)}
     unknown = sorted(set(values) - names)
@@ -95,25 +100,6 @@ def describe_settings(config_class: type[RunConfig]) -> str:
     return "\n".join(f"  {one.name} = {one.default!r}: {one.metadata['help']}" for one in fields(config_class))
 
 
-def _read(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        raise FileNotFoundError(f"no settings file {path}.")
-    values = _parse(path.read_text(encoding="utf-8"), str(path))
-    if not isinstance(values, Mapping):
-        raise ValueError(f"{path} must hold a mapping of settings, got {type(values).__name__}.")
-    return dict(values)
-
-
-def _parse(text: str, origin: str) -> Any:
-    """The value of a YAML text; JSON is YAML too."""
-    import yaml
-
-    try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ValueError(f"{origin} cannot be read: {error}") from None
-
-
 def _checked_type(value: Any, hint: Any, name: str) -> Any:
     """The value, converted to its declared type: integers to floats, lists to tuples, paths to strings."""
     if type(None) in get_args(hint) and (value is None or str(value).lower() == "none"):
@@ -122,7 +108,7 @@ def _checked_type(value: Any, hint: Any, name: str) -> Any:
     if hint == tuple[int, ...]:
         if isinstance(value, (list, tuple)) and all(_is_integer(one) for one in value):
             return tuple(int(one) for one in value)
-        raise TypeError(f"{name} must be a list of integers, got {value!r}.")
+        raise TypeError(f"{name} must be a list of integers, got {short(value)}.")
     kind = kinds[0]
     if kind is float:
         number = _number(value)
@@ -134,7 +120,7 @@ def _checked_type(value: Any, hint: Any, name: str) -> Any:
         return os.fspath(value)
     elif type(value) is kind:
         return value
-    raise TypeError(f"{name} must be {getattr(kind, '__name__', kind)}, got {value!r}.")
+    raise TypeError(f"{name} must be {getattr(kind, '__name__', kind)}, got {short(value)}.")
 
 
 def _is_integer(value: Any) -> bool:
@@ -146,7 +132,7 @@ def _number(value: Any) -> float | None:
     """The value as a float, or None if it is no number. Strings count: YAML reads 1e-3 as a string."""
     try:
         return None if isinstance(value, bool) or not isinstance(value, (Real, str)) else float(value)
-    except ValueError:
+    except (OverflowError, ValueError):  # integers beyond every float are none either
         return None
 
 

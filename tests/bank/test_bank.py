@@ -181,7 +181,7 @@ def test_damage_is_noticed_and_mended(build, items, whole, tmp_path, damage):
         build(items[2:3], path=tmp_path / "other", seed=1)
         path.write_bytes((tmp_path / "other" / path.name).read_bytes())
     transform = RandDRDMBankd("image", bank=DeformationBank(folder), id_key="name", prob=1.0)
-    expected = "another deformation bank" if damage == "foreign" else "not a whole file"
+    expected = "another deformation bank" if damage == "foreign" else "cannot be read as a whole file"
     with pytest.raises(ValueError, match=expected):
         list(map(transform, [items[2]] * 4 * FIELDS))  # the flipped bit is in one field
     assert transform(items[1])["image"].shape == items[1]["image"].shape

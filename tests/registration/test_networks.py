@@ -141,7 +141,7 @@ def test_other_files_are_refused(tmp_path):
         load_registration(tmp_path / "none.safetensors")
     path = tmp_path / "net.safetensors"
     path.write_bytes(b"nothing of the kind")
-    with pytest.raises(ValueError, match="is not a registration network"):
+    with pytest.raises(ValueError, match="cannot be read as a registration network"):
         load_registration(path)
     network = RegistrationNetwork(Structure("regunet", 2, channels=3, depth=2))
     with torch.no_grad():

@@ -423,7 +423,7 @@ def test_bad_replays_are_refused(small_network, scan):
         deform(small_network(2, scale=0.3))(image, params=record)
     with pytest.raises(ValueError, match="field must have shape"):
         transform(image, field=torch.zeros(2, 20, 21))
-    with pytest.raises(ValueError, match="not a record"):
+    with pytest.raises(ValueError, match="cannot be read as a record"):
         DeformationParams.from_json('{"seed": 1}')
 
 

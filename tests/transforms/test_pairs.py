@@ -262,5 +262,5 @@ def test_a_missing_image_key_is_named(scan):
 
 @pytest.mark.parametrize("text", ["", "{}", '{"augmentation": null, "synthesis": {}}', "[]"])
 def test_records_are_checked(text):
-    with pytest.raises(ValueError, match="not a record"):
+    with pytest.raises(ValueError, match="cannot be read as a record"):
         PairParams.from_json(text)
