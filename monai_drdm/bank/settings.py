@@ -45,17 +45,17 @@ class BankSettings:
     @property
     def digest(self) -> str:
         """Names these settings."""
-        return hashlib.sha256(self._described().encode()).hexdigest()
+        return hashlib.sha256(json.dumps(self._described(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
         """As a line of JSON, which holds its own checksum."""
-        return json.dumps(json.loads(self._described()) | {_DIGEST: self.digest}, sort_keys=True)
+        return json.dumps(self._described() | {_DIGEST: self.digest}, sort_keys=True)
 
-    def _described(self) -> str:
+    def _described(self) -> dict[str, Any]:
         """All settings but those that have a default and are at it, so that a later one leaves the digest as it is."""
         given = asdict(self)
         defaults = {field.name: field.default for field in fields(self) if field.name != "format"}
-        return json.dumps({name: one for name, one in given.items() if one != defaults.get(name, ...)}, sort_keys=True)
+        return {name: one for name, one in given.items() if one != defaults.get(name, ...)}
 
     @classmethod
     def from_json(cls, text: str, origin: Origin = "BankSettings") -> BankSettings:
@@ -126,7 +126,7 @@ def _check_format(number: object) -> None:
     if type(number) is int and number < FORMAT:
         raise ValueError(
             f"format {number}, this version reads {FORMAT}: an earlier version of monai_drdm built the bank, without a "
-            "checksum over everything that decides a field. Build it again, in a new folder"
+            "checksum over everything that decides a field"
         )
     raise ValueError(f"format {number!r}, this version reads {FORMAT}")
 

@@ -78,7 +78,7 @@ def test_entries_that_are_none(listed, reader, entries):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"training": {"a": 1}}', '{"training": "all"}', '{"training": []}'])
 def test_what_is_no_datalist(tmp_path, reader, text):
     (tmp_path / "list.json").write_text(text)
-    with pytest.raises(ValueError, match=r"list\.json.*'training'"):
+    with pytest.raises(ValueError, match=r"list\.json.*training"):
         READERS[reader](tmp_path / "list.json")
 
 
