@@ -19,6 +19,7 @@ from torch import Tensor
 from monai_drdm.diffusion import DRDM
 from monai_drdm.fields import warp
 from monai_drdm.io import save_ddf, save_image
+from monai_drdm.io.images import check_plain
 from monai_drdm.networks import auto_network, load_network, RecoveryNetwork
 from monai_drdm.samples import spacing_of
 from monai_drdm.transforms import Deformation, RandDRDMDeformd
@@ -110,8 +111,9 @@ def _load(path: Path, dtype: type | None) -> MetaTensor:
     if not path.is_file():
         raise FileNotFoundError(f"no file {path}. Pass a NIfTI file with --image or --label.")
     try:
+        check_plain(path)
         loaded = Compose([LoadImaged("image", dtype=dtype), EnsureChannelFirstd("image")])({"image": os.fspath(path)})
-    except RuntimeError as error:
+    except Exception as error:  # readers raise exceptions of any type for damaged files
         raise ValueError(f"{path} cannot be read as an image: {error.__cause__ or error}") from None
     scan = loaded["image"][:1]
     return _as_meta_tensor(scan[..., 0] if scan.ndim == 4 and scan.shape[-1] == 1 else scan)

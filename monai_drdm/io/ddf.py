@@ -15,6 +15,8 @@ from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
 from monai_drdm.io.files import atomically, ITK_FORMATS, suffix_of
+from monai_drdm.io.itk_files import read_with_itk
+from monai_drdm.io.nifti import read_nifti
 
 Convention = Literal["nifti", "itk"]
 
@@ -98,7 +100,7 @@ def load_ddf(path: str | os.PathLike[str]) -> MetaTensor:
     if not Path(path).is_file():
         raise FileNotFoundError(f"load_ddf: no file {os.fspath(path)}.")
     name = os.fspath(path)
-    world, affine, dims = _read_itk(name, ITK_FORMATS[suffix]) if suffix in _ITK_SUFFIXES else _read_nifti(name)
+    world, affine, dims = _read_itk(name) if suffix in _ITK_SUFFIXES else _read_nifti(name)
     if not np.isfinite(world).all():
         raise ValueError(f"load_ddf: {name} holds NaN or infinity.")
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :dims]) < dims:
@@ -110,11 +112,10 @@ def load_ddf(path: str | os.PathLike[str]) -> MetaTensor:
 
 def _read_nifti(path: str) -> tuple[NDArray[Any], NDArray[Any], int]:
     """Return world vectors ``(*S, 3)`` in RAS mm, the affine and the number of dimensions."""
-    try:
-        file: Any = nib.load(path)
-        vectors = np.asarray(file.dataobj, dtype=np.float64)
-    except Exception as error:  # on damaged files nibabel raises exceptions of any type
-        raise ValueError(f"load_ddf: {path} cannot be read as NIfTI: {error}") from None
+    file, values = read_nifti(path)
+    if values.dtype.kind not in "biuf":
+        raise ValueError(f"load_ddf: {path} must hold real numbers, got {values.dtype}.")
+    vectors = values.astype(np.float64)
     intent = int(file.header["intent_code"])
     if intent not in (_DISPLACEMENT_INTENT, _VECTOR_INTENT):
         raise ValueError(
@@ -139,12 +140,9 @@ def _read_nifti(path: str) -> tuple[NDArray[Any], NDArray[Any], int]:
     return (world[:, :, 0], file.affine, 2) if planar else (world, file.affine, 3)
 
 
-def _read_itk(path: str, reader: str) -> tuple[NDArray[Any], NDArray[Any], int]:
+def _read_itk(path: str) -> tuple[NDArray[Any], NDArray[Any], int]:
     """Return world vectors ``(*S, 3)`` in RAS mm, the affine and the number of dimensions."""
-    try:
-        image = SimpleITK.ReadImage(path, imageIO=reader)
-    except RuntimeError as error:
-        raise ValueError(f"load_ddf: {path} cannot be read: {str(error).splitlines()[-1]}") from None
+    image, _ = read_with_itk(path)
     dims = image.GetDimension()
     if dims not in (2, 3) or image.GetNumberOfComponentsPerPixel() != dims:
         raise ValueError(

@@ -12,9 +12,13 @@ import torch
 from monai.data import MetaTensor
 
 from monai_drdm.io.ddf import itk_affine
+from monai_drdm.io.files import ITK_FORMATS
+from monai_drdm.io.itk_files import read_with_itk
 
 DICOM_SUFFIXES = (".dcm", ".ima")
 _MAX_STRETCH = 0.15  # so that one missing slice of a dozen is accepted
+_MAX_HOLE = 2.5  # steps; so that two missing slices in a row are not
+_SAME_PLANE = 1e-2  # of the cosines of directions
 
 
 def find_series(folder: str | os.PathLike[str]) -> tuple[list[tuple[str, ...]], list[str]]:
@@ -31,47 +35,60 @@ def find_series(folder: str | os.PathLike[str]) -> tuple[list[tuple[str, ...]], 
 
 
 def _check_steps(files: Sequence[str]) -> None:
-    """Refuse series that are not one volume: several time points, or large gaps, which ITK would stack evenly.
+    """Refuse series that are not one volume: ITK would stack the slices evenly, one behind the other.
 
     Raises:
-        ValueError: several slices at one place, or so many missing that the volume would be stretched.
+        ValueError: slices of several orientations, several at one place, or so many missing that the volume would be
+            stretched, or would have a hole.
     """
-    places = [_place_along_normal(file) for file in files]
-    if len(places) < 2 or None in places:
+    found = [_place(file) for file in files]
+    placed = [one for one in found if one is not None]
+    if not placed:
         return
-    steps = np.diff(np.sort(np.array(places, dtype=float)))
+    if len(placed) < len(files):
+        raise ValueError(f"{len(files) - len(placed)} of {len(files)} slices do not say where they lie")
+    planes = np.array([plane for _, plane in placed])
+    if np.abs(planes - planes[0]).max() > _SAME_PLANE:
+        raise ValueError("slices lie in several orientations, as those of a localizer do; separate them first")
+    normal = np.cross(planes[0, :3], planes[0, 3:])
+    steps = np.diff(np.sort([float(np.dot(normal, place)) for place, _ in placed]))
     if steps.min() < 1e-3:
         raise ValueError("several slices lie at one place, as those of several time points do; separate them first")
-    usual, mean = float(np.median(steps)), float(steps.mean())
-    if abs(mean / usual - 1) > _MAX_STRETCH:
-        raise ValueError(f"slices are missing: most lie {usual:g} mm apart, in the mean they lie {mean:g} mm apart")
+    usual, mean, largest = float(np.median(steps)), float(steps.mean()), float(steps.max())
+    if abs(mean / usual - 1) > _MAX_STRETCH or largest > _MAX_HOLE * usual:
+        raise ValueError(
+            f"slices are missing: most lie {usual:g} mm apart, in the mean they lie {mean:g} mm and at most "
+            f"{largest:g} mm apart"
+        )
 
 
-def _place_along_normal(file: str) -> float | None:
-    """Position of a DICOM slice along the normal of its plane, in mm; None if the header does not have it."""
+def _place(file: str) -> tuple[list[float], list[float]] | None:
+    """Position of a DICOM slice in mm, and the directions of its rows and columns; None if they are not in the header.
+
+    Raises:
+        ValueError: they are no finite numbers.
+    """
     reader = SimpleITK.ImageFileReader()
     reader.SetFileName(file)
+    reader.SetImageIO("GDCMImageIO")
     try:
         reader.ReadImageInformation()
-        place, plane = (
-            [float(number) for number in reader.GetMetaData(tag).split("\\")] for tag in ("0020|0032", "0020|0037")
-        )
-    except (RuntimeError, ValueError):
+        texts = [reader.GetMetaData(tag).split("\\") for tag in ("0020|0032", "0020|0037")]
+    except RuntimeError:
         return None
-    return float(np.dot(np.cross(plane[:3], plane[3:]), place))
+    place, plane = ([float(number) for number in text] for text in texts)
+    if (len(place), len(plane)) != (3, 6) or not np.isfinite([*place, *plane]).all():
+        raise ValueError(f"{os.path.basename(file)} does not say where it lies: {place} and {plane}")
+    return place, plane
 
 
 def load_with_itk(files: Sequence[str]) -> MetaTensor:
     """Read one image ``(C, *S)`` as float32 from one file, or from the slices of a DICOM series.
 
     Raises:
-        ValueError: it cannot be read, or the slices of a series do not lie at even steps.
+        ValueError: it cannot be read, or the slices of a series are not one volume.
     """
-    _check_steps(files)
-    try:
-        image = SimpleITK.ReadImage(files[0] if len(files) == 1 else list(files))
-    except RuntimeError as error:
-        raise ValueError(str(error).strip().splitlines()[-1]) from None
+    image = _read_series(files) if len(files) > 1 else read_with_itk(files[0])[0]
     values = SimpleITK.GetArrayFromImage(image)  # (…, y, x[, C])
     dims = image.GetDimension()
     if values.dtype.kind not in "biuf":
@@ -80,3 +97,11 @@ def load_with_itk(files: Sequence[str]) -> MetaTensor:
     channels = np.ascontiguousarray(channels.transpose(dims, *range(dims - 1, -1, -1)), dtype=np.float32)
     affine = torch.from_numpy(itk_affine(image)) if dims in (2, 3) else torch.eye(4)
     return MetaTensor(torch.from_numpy(channels), affine=affine)
+
+
+def _read_series(files: Sequence[str]) -> SimpleITK.Image:
+    _check_steps(files)
+    try:
+        return SimpleITK.ReadImage(list(files), imageIO=ITK_FORMATS[".dcm"])
+    except RuntimeError as error:
+        raise ValueError(str(error).strip().splitlines()[-1]) from None

@@ -16,7 +16,13 @@ _TAIL = 16
 """Number of last characters of a file name that the name of its unfinished file keeps; the suffix is among them."""
 _UNFINISHED = re.compile(re.escape(PART) + "[0-9a-f]{32}-")
 
-ITK_FORMATS = {".mha": "MetaImageIO", ".nrrd": "NrrdImageIO", ".png": "PNGImageIO"}
+ITK_FORMATS = {
+    **dict.fromkeys((".mha", ".mhd"), "MetaImageIO"),
+    ".nrrd": "NrrdImageIO",
+    ".png": "PNGImageIO",
+    **dict.fromkeys((".tif", ".tiff"), "TIFFImageIO"),
+    **dict.fromkeys((".dcm", ".ima"), "GDCMImageIO"),
+}
 """ITK's reader and writer for each suffix. ITK does not recognise some suffixes in capitals, so they are named."""
 
 

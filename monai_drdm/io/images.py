@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,8 +17,11 @@ from monai.data import MetaTensor
 from numpy.typing import NDArray
 from torch import Tensor
 
+from monai_drdm.io.compressed import read_to_end
 from monai_drdm.io.ddf import itk_affine
 from monai_drdm.io.files import atomically, ITK_FORMATS, suffix_of
+from monai_drdm.io.itk_files import read_with_itk
+from monai_drdm.io.nifti import read_nifti
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd", ".png")
 """Formats that can be read and written back."""
@@ -77,10 +81,11 @@ def load_image(path: str | os.PathLike[str], *, keep_slice: bool = False) -> Ima
 
 
 def check_plain(path: Path) -> None:
-    """Refuse files whose numbers or place in space would be misread.
+    """Refuse files that readers of MONAI would misread.
 
     Raises:
-        ValueError: a palette image, whose numbers are not intensities, or a volume whose affine is not finite.
+        ValueError: a palette image, whose numbers are not intensities, a volume whose affine is not finite, or a
+            compressed one that is damaged, whose checksum nibabel does not read.
     """
     name = path.name.lower()
     if name.endswith((".png", ".bmp")):
@@ -93,16 +98,13 @@ def check_plain(path: Path) -> None:
         file: Any = nib.load(path)
         if not np.isfinite(file.affine).all():
             raise ValueError("its affine holds NaN or infinity")
+        if name.endswith(".gz"):
+            with gzip.open(path) as stream:
+                read_to_end(stream)
 
 
 def _load_nifti(path: str, suffix: str, keep_slice: bool) -> ImageFile:
-    try:
-        file: Any = nib.load(path)
-        values = np.asanyarray(file.dataobj)
-    except Exception as error:  # on damaged files nibabel raises exceptions of any type
-        raise ValueError(f"{path} cannot be read as NIfTI: {error}") from None
-    if not issubclass(type(file), nib.nifti1.Nifti1Pair):  # CIFTI ends in .nii too
-        raise ValueError(f"{path} cannot be read as a NIfTI image: it is a {type(file).__name__}.")
+    file, values = read_nifti(path)
     if values.dtype.kind not in "biuf" or not 2 <= values.ndim <= 5 or 0 in values.shape:
         raise ValueError(f"{path} must hold real numbers in 2 to 5 axes, got {values.dtype} of shape {values.shape}.")
     shape = values.shape
@@ -140,15 +142,9 @@ def _itk_geometry(path: str) -> tuple[NDArray[Any] | None, int]:
 
 
 def _load_itk(path: str, suffix: str, keep_slice: bool) -> ImageFile:
-    with open(path, "rb") as file:
-        head = file.read(4096)
     if suffix == ".png":
-        _check_png(head, path)
-    compressed = b"CompressedData = True" in head or b"encoding: gz" in head
-    try:
-        image = SimpleITK.ReadImage(path, imageIO=ITK_FORMATS[suffix])
-    except RuntimeError as error:
-        raise ValueError(f"{path} cannot be read: {str(error).splitlines()[-1]}") from None
+        _check_png(path)
+    image, compressed = read_with_itk(path)
     values = SimpleITK.GetArrayFromImage(image)  # (…, y, x[, C])
     dims, vector = image.GetDimension(), image.GetNumberOfComponentsPerPixel() > 1
     if values.dtype.kind not in "biuf" or dims not in (2, 3) or 0 in values.shape:
@@ -177,8 +173,10 @@ def _load_itk(path: str, suffix: str, keep_slice: bool) -> ImageFile:
     return _image_file(data, affine, (place, dims), suffix, write)
 
 
-def _check_png(head: bytes, path: str) -> None:
+def _check_png(path: str) -> None:
     """Refuse PNG files whose values, and so class numbers, ITK changes on reading: palettes and fewer than 8 bits."""
+    with open(path, "rb") as file:
+        head = file.read(26)
     depth, colour = head[24:25], head[25:26]
     if head[12:16] == b"IHDR" and (colour not in (b"\0", b"\2", b"\6") or depth not in (b"\x08", b"\x10")):
         raise ValueError(

@@ -1,16 +1,41 @@
-"""Writing images as NIfTI."""
+"""Reading NIfTI files to their end, and writing images as NIfTI."""
 
 from __future__ import annotations
 
+import gzip
 import os
+from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
+from monai_drdm.documents import reason_of
+from monai_drdm.io.compressed import read_to_end
 from monai_drdm.io.files import atomically, suffix_of
+
+
+def read_nifti(path: str) -> tuple[Any, NDArray[Any]]:
+    """A NIfTI image of nibabel, and its values; those of a compressed file have the checksum that it holds.
+
+    Raises:
+        ValueError: it cannot be read or is damaged.
+    """
+    try:
+        file: Any = nib.load(path)
+        if not issubclass(type(file), nib.nifti1.Nifti1Pair):  # CIFTI ends in .nii too
+            raise ValueError(f"it is a {type(file).__name__}, not a NIfTI image")
+        if not path.lower().endswith(".gz"):
+            return file, np.asanyarray(file.dataobj)
+        with gzip.open(path) as stream:
+            file = type(file).from_stream(stream)
+            values = np.asanyarray(file.dataobj)
+            read_to_end(stream)
+            return file, values
+    except Exception as error:  # on damaged files nibabel raises exceptions of any type
+        raise ValueError(f"{path} cannot be read as NIfTI: {reason_of(error)}.") from None
 
 
 def save_image(image: Tensor, affine: ArrayLike, path: str | os.PathLike[str]) -> None:

@@ -340,7 +340,7 @@ def test_surface_data_is_no_image(tmp_path):
     """CIFTI files end in .nii as well."""
     axes = (nib.cifti2.ScalarAxis(["a"]), nib.cifti2.BrainModelAxis.from_mask(np.ones((2, 2, 2)), affine=np.eye(4)))
     nib.save(nib.Cifti2Image(np.ones((1, 8), np.float32), axes), tmp_path / "c.dscalar.nii")
-    with pytest.raises(ValueError, match="cannot be read as a NIfTI image: it is a Cifti2Image"):
+    with pytest.raises(ValueError, match="cannot be read as NIfTI: it is a Cifti2Image"):
         load_image(tmp_path / "c.dscalar.nii")
 
 
