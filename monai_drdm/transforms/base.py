@@ -44,7 +44,7 @@ from monai_drdm.transforms.points import (
     standard_mode,
     to_voxels,
 )
-from monai_drdm.transforms.tracing import in_plain_mode, TracedTransform
+from monai_drdm.transforms.tracing import in_plain_mode, put_back_crops, TracedTransform
 
 
 @dataclass
@@ -357,11 +357,13 @@ def take_back(transform: TracedTransform, data: NdarrayOrTensor, name: str, warp
         name: of the data, for errors.
         warpers: what warps by inverse fields, by the ``id`` of the field: the entries of one call share them.
     """
-    rest, record = transform.take_record(data, name)
+    rest, record, later = transform.take_record(data, name)
     info = record[TraceKeys.EXTRA_INFO]
+    field: StoredField = info["field"]
+    if info["kind"] == "image" and tuple(rest.shape[1:]) != field.shape:
+        rest = put_back_crops(rest, later)
     if not record[TraceKeys.DO_TRANSFORM]:
         return rest
-    field: StoredField = info["field"]
     values = rest.as_tensor()
     if info["kind"] == "points":
         affine = torch.tensor(info["affine"], dtype=torch.float64, device=values.device) if info["affine"] else None
@@ -370,16 +372,27 @@ def take_back(transform: TracedTransform, data: NdarrayOrTensor, name: str, warp
         before, after = info["before"].to(values.device), info["after"].to(values.device)
         boxes = restore_boxes(values, before, after, field.ddf(values.device), info["box_mode"])
         return wrap_like(rest, boxes.to(values.dtype))
-    if tuple(values.shape[1:]) != field.shape:
-        raise ValueError(
-            f"{type(transform).__name__}.inverse: {name} must have the spatial shape {field.shape} that was deformed, "
-            f"got {tuple(values.shape[1:])}. Invert what changed the shape first."
-        )
+    _check_shape(transform, rest, name, field.shape, later)
     if id(field) not in warpers:
         with torch.no_grad():
             warpers[id(field)] = FieldWarper(field.inverse(values.device).ddf)
     image = as_tensor(rest, name)[None]
     return wrap_like(rest, warpers[id(field)](image, info["mode"], info["padding_mode"])[0])
+
+
+def _check_shape(transform: TracedTransform, data: MetaTensor, name: str, shape: tuple[int, ...], later: int) -> None:
+    """Raise ``ValueError`` unless data have the spatial shape that was deformed."""
+    if tuple(data.shape[1:]) == shape:
+        return
+    count = len(data.applied_operations)
+    classes = [str(one.get(TraceKeys.CLASS_NAME)) for one in data.applied_operations[max(0, count - later) :]]
+    raise ValueError(
+        f"{type(transform).__name__}.inverse: {name} must have the spatial shape {shape} that was deformed, got "
+        f"{tuple(data.shape[1:])}. "
+        + (f"Take back {', '.join(classes)} first, which came later. " if classes else "")
+        + "If samples of several shapes were padded to one batch (pad_list_data_collate, TestTimeAugmentation after "
+        "crops of varying size), MONAI leaves that padding on predictions: use batch_size=1."
+    )
 
 
 def _known(samples: list[Any]) -> Any:

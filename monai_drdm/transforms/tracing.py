@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import functools
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, ExitStack
 from typing import Any, TypeVar
 
 import torch
 from monai.config import NdarrayOrTensor
 from monai.data import get_track_meta, MetaTensor
-from monai.transforms import InvertibleTransform
+from monai.transforms import BorderPad, InvertibleTransform
 from monai.utils import TraceKeys
 
 from monai_drdm.deformation import ComposedField, StoredField
@@ -49,8 +49,10 @@ class TracedTransform(InvertibleTransform):
             output.push_applied_operation({**info, TraceKeys.EXTRA_INFO: {_OWNER: self.owner, **extra_info}})
         return output
 
-    def take_record(self, data: NdarrayOrTensor, name: str) -> tuple[MetaTensor, dict[str, Any]]:
-        """The data without this transform's latest record, and the record. The argument is left as it is.
+    def take_record(self, data: NdarrayOrTensor, name: str) -> tuple[MetaTensor, dict[str, Any], int]:
+        """The data without this transform's latest record, the record, and how many of others came after it.
+
+        The argument is left as it is.
 
         Raises:
             TypeError: data that carry no records.
@@ -76,7 +78,7 @@ class TracedTransform(InvertibleTransform):
         rest = with_metadata_of(data, data.as_tensor())
         assert isinstance(rest, MetaTensor)
         rest.applied_operations = operations
-        return rest, record
+        return rest, record, len(operations) - index
 
     def latest_record(self, data: NdarrayOrTensor) -> dict[str, Any] | None:
         """The latest record of this transform that data carry."""
@@ -92,6 +94,36 @@ class TracedTransform(InvertibleTransform):
                 return index
         erased = [i for i in mine if operations[i].get(TraceKeys.ID) == TraceKeys.NONE]
         return erased[-1] if erased else None
+
+
+def put_back_crops(data: MetaTensor, later: int) -> MetaTensor:
+    """Data where they were cut from, with zeros around, if crops that MONAI cannot take back are all that came later.
+
+    Random crops that return several samples have no inverse in MONAI, so ``Compose.inverse`` passes them by. Their
+    records say what was cut off at every side.
+
+    Args:
+        data: ``(C, *S)``; they are left as they are.
+        later: how many of the records, from the last one on, are of what came later.
+    """
+    operations = list(data.applied_operations)
+    sides = [_cut_off(one) for one in reversed(operations[len(operations) - later :])]
+    if not sides or None in sides:
+        return data
+    for cut in sides:
+        pad = BorderPad(cut)  # type: ignore[arg-type]  # not None
+        with pad.trace_transform(False):
+            data = pad(data)  # type: ignore[assignment]  # of a MetaTensor a MetaTensor
+    data.applied_operations = operations[: len(operations) - later]
+    return data
+
+
+def _cut_off(operation: Mapping[str, Any]) -> Sequence[int] | None:
+    """Voxels that a crop of several samples cut off before and behind along every axis; None for all else."""
+    inner = operation.get(TraceKeys.EXTRA_INFO, {})
+    several = TraceKeys.CLASS_NAME in inner and "Crop" in str(operation.get(TraceKeys.CLASS_NAME))
+    cut: Sequence[int] | None = inner.get(TraceKeys.EXTRA_INFO, {}).get("cropped") if several else None
+    return cut
 
 
 _Function = TypeVar("_Function", bound=Callable[..., Any])

@@ -9,9 +9,19 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from monai.data import MetaTensor, PersistentDataset, set_track_meta
+from monai.data import MetaTensor, PersistentDataset, set_track_meta, TestTimeAugmentation
 from monai.networks.blocks import Warp
-from monai.transforms import Compose, EnsureTyped, Flipd, RandFlipd, RandRotate90d
+from monai.transforms import (
+    Compose,
+    EnsureTyped,
+    Flipd,
+    RandCropByPosNegLabeld,
+    RandFlipd,
+    RandRotate90d,
+    RandSpatialCropd,
+    RandSpatialCropSamplesd,
+    RandWeightedCropd,
+)
 from monai.transforms.utils import reset_ops_id
 from monai.utils import TraceKeys
 
@@ -523,6 +533,73 @@ def test_data_of_another_shape(small_network, scan):
     out["image"] = out["image"][:, :, :-1]
     with pytest.raises(ValueError, match=r"'image' must have the spatial shape \(32, 40\).*got \(32, 39\)"):
         transform.inverse(out)
+
+
+CROPS = [
+    RandCropByPosNegLabeld(KEYS, "label", (24, 27), num_samples=2),
+    RandSpatialCropSamplesd(KEYS, (24, 27), num_samples=2, random_size=False),
+    RandWeightedCropd(KEYS, "label", (24, 27), num_samples=2),
+]
+
+
+@pytest.mark.parametrize("prob", [0.0, 1.0])
+@pytest.mark.parametrize("crop", CROPS, ids=lambda one: type(one).__name__)
+def test_patches_return_to_where_they_were_cut_from(small_network, scan, crop, prob):
+    """MONAI has no inverse of crops of several samples. Around the patch there is nothing, as with its other crops."""
+    sample = scan((49, 40))
+    transform = deform(small_network(2), prob=prob)
+    pipeline = Compose([EnsureTyped(KEYS), transform, crop, RandFlipd(KEYS, prob=1, spatial_axis=0)]).set_random_state(
+        2
+    )
+    for patch in pipeline(sample):
+        row, column = (int(n) for n in patch["image"].affine[:2, 3])
+        last = row - 23 if patch["image"].affine[0, 0] < 0 else row  # the patch was flipped
+        back = pipeline.inverse({key: patch[key] for key in KEYS})
+        field = back_field(transform, (49, 40))
+        for key, mode in zip(KEYS, MODES):
+            placed = torch.zeros(1, 1, 49, 40)
+            placed[0, :, last : last + 24, column : column + 27] = patch[key].as_tensor().flip(1).float()
+            expected = Warp(mode, "border")(placed, field)[0]
+            torch.testing.assert_close(back[key].as_tensor().float(), expected, atol=1e-4, rtol=0)
+            assert back[key].applied_operations == []
+            assert torch.equal(back[key].affine, torch.eye(4, dtype=torch.float64))
+            assert back[key].dtype == patch[key].dtype
+
+
+def back_field(transform, shape):
+    return torch.zeros(1, 2, *shape) if transform.last is None else transform.last.inverse_ddf[None]
+
+
+def test_shapes_that_cannot_be_taken_back_say_what_came_later(small_network, scan):
+    transform = deform(small_network(2))
+    crop = RandSpatialCropd(KEYS, (20, 20), random_size=False)
+    patch = crop(transform(scan((40, 40))))
+    with pytest.raises(ValueError, match=r"got \(20, 20\)\. Take back RandSpatialCrop first, which came later"):
+        transform.inverse(patch)
+    sample = CROPS[0](transform(scan((40, 40))))[0]
+    flipped = Flipd(KEYS, spatial_axis=0)(sample)
+    with pytest.raises(ValueError, match="Take back RandCropByPosNegLabel, Flip first"):
+        transform.inverse(flipped)
+
+
+def test_test_time_augmentation_with_crops_of_varying_size(small_network, scan):
+    """MONAI leaves the padding of a batch on predictions. One sample a batch needs none."""
+    sample = scan((40, 40))
+    crop = RandSpatialCropd(KEYS, (16, 16), max_roi_size=(36, 36), random_size=True)
+    steps = [EnsureTyped(KEYS), deform(small_network(2)), crop]
+
+    def augmented(batch_size):
+        pipeline = Compose(steps).set_random_state(3)
+        settings = {"inferrer_fn": lambda image: image * 1.0, "orig_key": "image", "return_full_data": True}
+        return TestTimeAugmentation(pipeline, batch_size, 0, progress=False, **settings)(sample, num_examples=4)
+
+    for one in augmented(1):
+        seen = one != 0
+        assert seen.float().mean() > 0.1
+        assert (one - sample["image"])[seen].abs().median() < 0.02
+    with pytest.raises(RuntimeError) as error:
+        augmented(4)
+    assert "use batch_size=1" in str(error.value.__cause__)
 
 
 def test_pending_operations_on_top(small_network, scan):
