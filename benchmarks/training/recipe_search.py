@@ -132,8 +132,8 @@ def seconds_a_step(configs: list[Any], turns: int = 8) -> list[float]:
         for (task, network, config), times in zip(tasks, found):
             generator = torch.Generator().manual_seed(turn)
             started = time.process_time()
+            batch = task.batch(network, generator)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
-                batch = task.batch(network, generator)
                 predicted = network(batch.image, *batch.inputs)
             task.loss(predicted, batch.target).backward()
             times.append(time.process_time() - started)
@@ -171,7 +171,7 @@ def run(dims: int, variant: str, minutes: float, seed: int, work: Path, count: i
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown: each variant's measures, means over kinds of images and levels, relative to those of the base recipe."""
+    """Markdown: what is left of displacement and image error, means over kinds of images and levels."""
     names = " | ".join(MEASURES.values())
     lines = [f"| dims | minutes | variant | steps | cost of a step | weights | {names} |", "|---" * 9 + "|"]
     for row in sorted(rows, key=lambda row: (row["dims"], row["minutes"], row["variant"])):
