@@ -308,6 +308,17 @@ def test_wrong_calls_are_explained_before_anything_is_made(command, folders, cha
     assert not (folders / "out").exists()
 
 
+@pytest.mark.parametrize("name", ["images", "labels"])
+def test_an_empty_path_is_not_the_current_folder(command, name, capsys):
+    """As of a shell variable that is not set."""
+    with pytest.raises(SystemExit) as exit_:
+        main(command(**{name: ""}))
+    assert exit_.value.code == 2
+    assert "expected a path, got an empty text" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="images must name a folder"):
+        find_cases("")
+
+
 def test_wrong_levels_and_datalists(command, folders, capsys):
     assert main([*command()[:-2], "1.5"]) == 1
     assert "deformation_level" in capsys.readouterr().err

@@ -1,9 +1,12 @@
 import hashlib
 import io
+import re
 import runpy
 import subprocess
 import sys
 import threading
+import time
+from dataclasses import replace
 from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
@@ -11,7 +14,8 @@ import torch
 
 from monai_drdm import __version__
 from monai_drdm.cli import main
-from monai_drdm.networks import list_networks, network_card, registry, save_network
+from monai_drdm.diffusion.trial import check_draws
+from monai_drdm.networks import list_networks, network_card, registry, save_network, VelocityUNet
 
 CARDIAC, LUNG = "zheng2026-cmr-2d", "zheng2026-lct-3d"
 
@@ -122,14 +126,70 @@ def test_pull_of_an_unknown_name(capsys):
     assert all(name in capsys.readouterr().err for name in (CARDIAC,))
 
 
-def test_verify_of_own_files(capsys, filled_network, tmp_path):
-    paths = [tmp_path / "a.safetensors", tmp_path / "b.safetensors"]
-    digests = [save_network(filled_network(dims), path) for dims, path in zip((2, 3), paths)]
+def a_network(dims=2, **card):
+    """A network of few features that changes fields a little."""
+    torch.manual_seed(0)
+    network = VelocityUNet(dims, channels=(4, 6))
+    torch.nn.init.normal_(network.out.weight, std=0.01)
+    network.card = replace(network.card, **card)
+    return network
+
+
+def test_verify_of_own_files(capsys, small_network, tmp_path):
+    networks = [small_network(2), a_network(2), a_network(3)]
+    paths = [tmp_path / f"{number}.safetensors" for number in range(3)]
+    digests = [save_network(network, path) for network, path in zip(networks, paths)]
     assert main(["weights", "verify", *map(str, paths)]) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines == [
-        f"{path}  ok  recresacnet {dims}D  sha256 {digest}" for path, dims, digest in zip(paths, (2, 3), digests)
-    ]
+    kinds = ["recresacnet 2D", "velocity_unet 2D", "velocity_unet 3D"]
+    assert lines == [f"{path}  ok  {kind}  sha256 {one}" for path, kind, one in zip(paths, kinds, digests)]
+
+
+@pytest.mark.parametrize("name", ["anatomy-2d", "anatomy-3d"])
+def test_the_networks_in_the_package_draw(capsys, name):
+    assert main(["weights", "verify", name]) == 0
+    assert f"{name}  ok" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("factor", "card", "reason"),
+    [
+        (0, {}, "all that it predicts is 0"),
+        (1e3, {}, "NaN or infinite|moves"),
+        (1e30, {}, "NaN or infinite|moves"),
+        (float("nan"), {}, "NaN or infinity"),
+        (float("inf"), {}, "NaN or infinity"),
+        (1, {"working_size": 1}, "working_size must be from 16 to 1025 in 2D, got 1"),
+        (1, {"working_size": 4096}, "working_size must be from 16 to 1025 in 2D, got 4096"),
+        (1, {"sampler": "magic"}, "sampler must be one of"),
+        (1, {"sampler": "reference"}, "sampler must be one of"),
+    ],
+)
+def test_verify_of_what_draws_nothing_sensible(capsys, tmp_path, factor, card, reason):
+    network, path = a_network(**card), tmp_path / "mine.safetensors"
+    with torch.no_grad():
+        for parameter in network.parameters():
+            parameter.mul_(factor)
+    save_network(network, path)
+    begun = time.monotonic()
+    assert main(["weights", "verify", str(path)]) == 1
+    assert time.monotonic() - begun < 60
+    out, err = capsys.readouterr()
+    assert "ok" not in out
+    assert str(path) in err
+    assert re.search(reason, err)
+
+
+def test_verify_takes_seconds_whatever_the_card_says(capsys, tmp_path):
+    """Of large images and many steps it draws a small one in few steps, and leaves the network as it is."""
+    network = a_network(working_size=1025, steps=1000)
+    save_network(network, tmp_path / "mine.safetensors")
+    begun = time.monotonic()
+    assert main(["weights", "verify", str(tmp_path / "mine.safetensors")]) == 0
+    assert time.monotonic() - begun < 60
+    check_draws(network)
+    assert (network.card.working_size, network.card.steps) == (1025, 1000)
+    assert not network._forward_hooks
 
 
 def test_verify_of_a_known_name_checks_its_hash(capsys, filled_network, folder):

@@ -178,6 +178,7 @@ class DeformationBank:
             image: ``(C, *S)``, to be checked and, if it is not known yet, drawn for.
 
         Raises:
+            FileNotFoundError: the bank's folder is gone.
             KeyError: an image that is not in the bank, and the bank draws nothing.
             ValueError: the fields were drawn on another image, their file is damaged, or the image does not fit.
         """
@@ -188,6 +189,8 @@ class DeformationBank:
             if found is not None:
                 self._check(found, tensor, spacing)
                 return found
+            if self.path is not None and not self.path.is_dir():
+                raise FileNotFoundError(f"the deformation bank {self.path} is no longer there.")
             if self._maker is None:
                 raise KeyError(
                     f"{identity!r} is not in the deformation bank {self.path or 'in memory'}. Build it with this "

@@ -158,10 +158,7 @@ class FolderStore:
 
     def shrink(self, limit: int, newest: str) -> None:
         """Drop what was not asked for the longest until the rest is within ``limit`` bytes."""
-        known = []
-        for path in self._paths():
-            with suppress(FileNotFoundError):  # another process was faster
-                known.append((path.stat().st_mtime_ns, path.stat().st_size, path))
+        known = self._known()
         total = sum(size for _, size, _ in known)
         for _, size, path in sorted(known):
             if total <= limit:
@@ -174,7 +171,7 @@ class FolderStore:
     @property
     def nbytes(self) -> int:
         """Bytes that the files take."""
-        return sum(path.stat().st_size for path in self._paths())
+        return sum(size for _, size, _ in self._known())
 
     def __len__(self) -> int:
         return sum(1 for _ in self._paths())
@@ -185,6 +182,15 @@ class FolderStore:
 
     def _paths(self) -> Iterator[Path]:
         return (path for path in self.path.glob("*.safetensors") if not path.name.startswith("."))
+
+    def _known(self) -> list[tuple[int, int, Path]]:
+        """Of each file when it was used last, its size and its path."""
+        known = []
+        for path in self._paths():
+            with suppress(FileNotFoundError):  # dropped by another process
+                status = path.stat()
+                known.append((status.st_mtime_ns, status.st_size, path))
+        return known
 
     def _used(self, path: Path) -> None:
         if self.track_use:

@@ -50,10 +50,19 @@ def draw_options(options: argparse.Namespace) -> dict[str, Any]:
 def add_cases(parser: argparse.ArgumentParser) -> None:
     """Add where images come from and where results go."""
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--images", type=Path, help="folder of images (NIfTI, .mha, .nrrd, .png)")
-    source.add_argument("--datalist", type=Path, help="MONAI datalist (JSON) instead of folders")
+    source.add_argument("--images", type=named_path, help="folder of images (NIfTI, .mha, .nrrd, .png)")
+    source.add_argument("--datalist", type=named_path, help="MONAI datalist (JSON) instead of folders")
     parser.add_argument("--section", default="training", help="section of the datalist (default: training)")
-    parser.add_argument("--out", type=Path, required=True, help="new folder, or one of an earlier run to go on with")
+    parser.add_argument(
+        "--out", type=named_path, required=True, help="new folder, or one of an earlier run to go on with"
+    )
+
+
+def named_path(text: str) -> Path:
+    """A path of the command line. An empty one, as of a shell variable that is not set, is not the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a path, got an empty text")
+    return Path(text)
 
 
 def add_parallel_work(parser: argparse.ArgumentParser) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any, TYPE_CHECKING
 
 from monai_drdm.commands.arguments import (
@@ -12,6 +11,7 @@ from monai_drdm.commands.arguments import (
     add_draw_options,
     add_parallel_work,
     draw_options,
+    named_path,
     require_matplotlib,
     SKIPPED,
 )
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of both commands."""
     add_cases(parser)
-    parser.add_argument("--labels", type=Path, help="folder of label maps with the file names of the images")
+    parser.add_argument("--labels", type=named_path, help="folder of label maps with the file names of the images")
     add_draw_options(parser)
     parser.add_argument(
         "--label-mode", choices=("nearest", "label"), default="nearest", help="how labels are resampled"

@@ -25,7 +25,7 @@ def add_parser(commands: Commands) -> None:
         action.add_argument(
             "--folder", type=Path, help="where to write (default: MONAI_DRDM_WEIGHTS or the user cache)"
         )
-    verify = actions.add_parser("verify", help="check hash and content of weights")
+    verify = actions.add_parser("verify", help="check hash and content of weights, and draw a field")
     verify.add_argument("network", nargs="+", help="network name or .safetensors file")
     verify.set_defaults(run=run_verify)
 
@@ -60,13 +60,19 @@ def run_convert(options: argparse.Namespace) -> int:
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    """Read networks completely; the hash of a known one must be the one in the registry."""
+    """Read networks completely, and draw a field with each; the hash of a known one must be that of the registry."""
+    from monai_drdm.diffusion.trial import check_draws
     from monai_drdm.networks.weights import read_network
 
     for name in options.network:
         known = name in list_networks()
         path = known_file(name) if known else Path(name)
         expected = network_card(name).sha256 if known else ""
-        card = read_network(path, expected or None).card
+        network = read_network(path, expected or None)
+        card = network.card
+        try:
+            check_draws(network)
+        except ValueError as error:
+            raise ValueError(f"{path}: {error}") from error
         print(f"{name}  ok  {card.kind} {card.spatial_dims}D  sha256 {card.sha256}")
     return 0

@@ -32,7 +32,10 @@ def find_cases(images: str | os.PathLike[str], labels: str | os.PathLike[str] | 
 
     Raises:
         FileNotFoundError: a folder is missing, or holds no image of a known format.
+        ValueError: an empty text, which would be the current folder.
     """
+    if not os.fspath(images):
+        raise ValueError("images must name a folder, got an empty text.")
     folders = [Path(images), *([] if labels is None else [Path(labels)])]
     for folder in folders:
         if not folder.is_dir():

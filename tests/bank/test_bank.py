@@ -20,6 +20,7 @@ from torch.utils.data import ConcatDataset
 
 from monai_drdm import DeformationBank, RandDRDMBankd, RandDRDMDeform
 from monai_drdm.deformation.record import DeformationParams
+from monai_drdm.executors import WorkerLostError
 from monai_drdm.networks import save_network
 
 FIELDS = 3
@@ -163,6 +164,68 @@ def test_a_lost_worker_costs_nothing(build, items, whole, tmp_path):
     with pytest.warns(UserWarning, match="worker was lost"), executor:
         build(items, path=tmp_path / "bank", executor=executor)
     assert contents(tmp_path / "bank") == contents(whole)
+
+
+HERE = os.getpid()
+
+
+def _die_of_narrow_images(module, arguments):
+    """A network that crashes the process on some images, as a library may; never the one that runs the tests."""
+    if os.getpid() != HERE and arguments[0].shape[-1] < arguments[0].shape[-2]:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_an_image_that_kills_its_workers_is_left_out_with_its_name(build, items, small_network, tmp_path):
+    deadly = small_network(2)
+    deadly.register_forward_pre_hook(_die_of_narrow_images)
+    narrow = {"image": torch.rand(1, 40, 20), "name": "narrow"}
+    square = [{"image": torch.rand(1, 30, 30), "name": str(number)} for number in range(2)]
+    with forked(2) as executor, pytest.warns(UserWarning, match="worker was lost"):
+        bank = build([*square, narrow], network=deadly, executor=executor, skip_failed=True, path=tmp_path / "bank")
+    assert set(bank.failed) == {"narrow"}
+    assert "died, and so did the next one" in bank.failed["narrow"]
+    assert len(DeformationBank(tmp_path / "bank")) == 2
+    with (
+        forked(1) as executor,
+        pytest.warns(UserWarning, match="worker was lost"),
+        pytest.raises(WorkerLostError, match=r"^narrow: "),
+    ):
+        build([narrow], network=deadly, executor=executor)
+
+
+def test_two_processes_build_one_bank_at_once(build, items, whole, tmp_path, fork):
+    """They do the work twice, and leave what one leaves; with other settings one of them is refused."""
+    folder = tmp_path / "bank"
+    processes = [fork(lambda: build(items[:2], path=folder) and 0, before=_begin) for _ in range(2)]
+    for one in processes:
+        _, said = one.communicate()
+        assert (one.returncode, said) == (0, "")
+    assert len(contents(folder)) == 3
+    assert contents(folder).items() <= contents(whole).items()
+    other = tmp_path / "other"
+    processes = [fork(lambda k=k: build(items[:2], path=other, seed=k) and 0, before=_begin) for k in (0, 1)]
+    ends = [(one.communicate()[1], one.returncode) for one in processes]
+    (refused,) = [said for said, code in ends if code != 0]
+    assert "is a deformation bank with other settings: seed" in refused
+    assert len(DeformationBank(other)) == 2
+
+
+def test_a_bank_whose_folder_vanishes(build, items, whole, tmp_path):
+    folder = Path(shutil.copytree(whole, tmp_path / "bank"))
+    bank = DeformationBank(folder)
+    kept = bank.entry("ward/0", items[0]["image"])
+    folder.rename(tmp_path / "away")
+    assert torch.equal(kept.field(0).values, bank.entry("ward/0", items[0]["image"]).field(0).values)  # still open
+    with pytest.raises(FileNotFoundError, match="is no longer there"):
+        bank.entry("ward/1", items[1]["image"])
+
+    def vanishing():
+        yield items[0]
+        shutil.rmtree(tmp_path / "third")
+        yield items[1]
+
+    with pytest.raises(OSError, match="the same call goes on from it"):
+        build(vanishing(), path=tmp_path / "third")
 
 
 @pytest.mark.parametrize("damage", ["torn", "flipped", "emptied", "foreign"])

@@ -138,3 +138,25 @@ def test_nothing_was_written(tmp_path):
     with pytest.raises(FileNotFoundError, match="cannot be written"):
         atomically(tmp_path / "a.nii", lambda part: None)
     assert (tmp_path / "a.nii").read_text() == "old"
+
+
+def test_without_replacement_the_first_one_stays(tmp_path, monkeypatch):
+    """Also if it comes while the other is being written, and on file systems that have no links."""
+    path = tmp_path / "a.json"
+    atomically(path, write("first"), replace=False)
+    atomically(path, write("second"), replace=False)
+    assert path.read_text() == "first"
+    path.unlink()
+    atomically(path, lambda part: (write("late")(part), path.write_text("first")), replace=False)
+    assert path.read_text() == "first"
+
+    def no_links(*_):
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", no_links)
+    atomically(path, write("second"), replace=False)
+    assert path.read_text() == "first"
+    path.unlink()
+    atomically(path, write("second"), replace=False)
+    assert path.read_text() == "second"
+    assert os.listdir(tmp_path) == ["a.json"]
