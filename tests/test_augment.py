@@ -466,6 +466,57 @@ def test_a_field_of_a_png_lies_on_it_as_monai_loads_it(folders, network_file):
     assert np.abs(ours - theirs).max() <= 0.51
 
 
+def with_forms(sform, qform, codes, unit="mm"):
+    """A NIfTI header whose two forms may say different places."""
+    file = nib.Nifti1Image(np.zeros((22, 24, 20), np.float32), np.eye(4))
+    file.set_sform(sform, code=codes[0])
+    file.set_qform(qform, code=codes[1])
+    file.header.set_xyzt_units(unit)
+    return file.header
+
+
+TURNED = np.array([[0.0, -1.5, 0, 9], [2, 0, 0, -4], [0, 0, 1.8, 30], [0, 0, 0, 1]])
+
+
+@pytest.mark.parametrize("command_name", ["augment", "pairs"])
+@pytest.mark.parametrize(
+    "header",
+    [
+        with_forms(OBLIQUE, TURNED, (2, 1)),
+        with_forms(OBLIQUE, TURNED, (1, 2)),
+        with_forms(OBLIQUE, TURNED, (0, 1)),
+        with_forms(OBLIQUE, TURNED, (0, 0)),
+        with_forms(OBLIQUE, OBLIQUE, (1, 1), "micron"),
+        with_forms(np.array([[2, 0.8, 0, 0], [0, 1.5, 0.3, 0], [0, 0, 1, 0], [0, 0, 0, 1]]), OBLIQUE, (4, 1)),
+    ],
+    ids=["qform", "sform", "qform alone", "no form", "micron", "sheared sform"],
+)
+def test_a_field_lies_where_itk_and_where_monai_place_the_image(folders, network_file, header, command_name):
+    """Images whose sform and qform disagree: SimpleITK and ApplyDDFd both warp by the file what was written."""
+    (folders / "n").mkdir()
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in (22, 24, 20)), indexing="ij")
+    wave = (100 + 60 * np.sin(4 * axes[0] + 1) + 60 * np.cos(5 * axes[1])).astype(np.float32)
+    given = str(folders / "n" / "x.nii.gz")
+    nib.save(nib.Nifti1Image(wave, None, header), given)
+    out, network = folders / "out", ["--network", str(network_file), "--slice-axis", "2"]
+    how = ["--levels", "0.4"] if command_name == "augment" else ["--no-augmentation", "--synthesis-level", "0.3", "0.4"]
+    assert main([command_name, "--images", str(folders / "n"), "--out", str(out), *network, *how]) == 0
+    [fixed] = map(str, (out / ("images" if command_name == "augment" else "fixed")).iterdir())
+    [field] = map(str, (out / "fields").iterdir())
+
+    moving, target = (SimpleITK.ReadImage(path, SimpleITK.sitkFloat64) for path in (given, fixed))
+    transform = SimpleITK.DisplacementFieldTransform(SimpleITK.ReadImage(field, SimpleITK.sitkVectorFloat64))
+    warped = SimpleITK.Resample(moving, target, transform, SimpleITK.sitkLinear, float("nan"))
+    warped, target, moving = (SimpleITK.GetArrayFromImage(image) for image in (warped, target, moving))
+    there = np.isfinite(warped)
+    assert there.mean() > 0.6
+    assert np.abs(warped - target)[there].mean() < 0.05 * np.abs(moving - target)[there].mean()
+
+    read = Compose([LoadImaged("image", ensure_channel_first=True), ApplyDDFd("image", field)])
+    ours = read({"image": given})["image"][0].numpy()
+    assert np.abs(ours - target.T).max() < 0.02 * np.abs(moving - target).max()
+
+
 def test_files_are_the_same_whatever_the_split(command, folders):
     """Shards, one of them in a worker of its own, which is a new interpreter."""
     assert main(command(out="whole")) == 0

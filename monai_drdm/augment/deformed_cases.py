@@ -12,7 +12,7 @@ import torch
 
 from monai_drdm._version import __version__
 from monai_drdm.augment.dataset_settings import DatasetSettings, Draw, DrawResult, LATER, sample_of
-from monai_drdm.io import ImageFile, save_ddf
+from monai_drdm.io import ImageFile
 from monai_drdm.transforms import RandDRDMDeformd
 
 
@@ -93,7 +93,6 @@ class AugmentSettings(DatasetSettings):
         deformation = transform.last
         assert deformation is not None
         assert deformation.params is not None
-        affine = files["image"].data.affine.numpy()
-        savers: dict[str, Callable[[Path], None]] = {"field": partial(save_ddf, deformation.ddf, affine)}
+        savers: dict[str, Callable[[Path], None]] = {"field": partial(files["image"].save_field, deformation.ddf)}
         savers |= {key: partial(file.save_like, torch.as_tensor(deformed[key])) for key, file in files.items()}
         return DrawResult(savers, asdict(deformation.params), asdict(deformation.statistics))

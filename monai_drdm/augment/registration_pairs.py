@@ -12,7 +12,7 @@ import torch
 
 from monai_drdm._version import __version__
 from monai_drdm.augment.dataset_settings import DatasetSettings, Draw, DrawResult, sample_of
-from monai_drdm.io import ImageFile, save_ddf
+from monai_drdm.io import ImageFile
 from monai_drdm.transforms import RandDRDMPaird
 from monai_drdm.transforms.pairs import DDF, INVERSE_DDF, INVERSE_RESIDUAL, SIDES
 
@@ -75,11 +75,8 @@ class PairSettings(DatasetSettings):
         transform = self.transform(list(files), device)
         out = transform(sample_of(files, draw))
         assert transform.last is not None
-        image = files["image"]
-        affine = image.data.affine.numpy() if image.itk_affine is None else image.itk_affine
         savers: dict[str, Callable[[Path], None]] = {
-            name: partial(save_ddf, out[name], affine, convention="itk", one_slice=image.itk_dims == 3)
-            for name in (DDF, INVERSE_DDF)
+            name: partial(files["image"].save_field, out[name], convention="itk") for name in (DDF, INVERSE_DDF)
         }
         for side in SIDES:
             for key, file in files.items():

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from monai_drdm.io.files import atomically, ITK_FORMATS, suffix_of
 from monai_drdm.io.itk_files import read_with_itk
-from monai_drdm.io.nifti import read_nifti
+from monai_drdm.io.nifti import affine_in_monai, read_nifti
 
 Convention = Literal["nifti", "itk"]
 
@@ -25,6 +25,10 @@ _VECTOR_INTENT = 1007  # written by ITK and ANTs: LPS components
 _LPS = np.diag([-1.0, -1.0, 1.0])
 _PLANAR = "ddf 2D"
 _KIND = "monai_drdm"  # key in the header of ITK files for what NIfTI has as the name of the intent
+_PLACE = (
+    *("qform_code", "quatern_b", "quatern_c", "quatern_d", "qoffset_x", "qoffset_y", "qoffset_z"),
+    *("sform_code", "srow_x", "srow_y", "srow_z"),
+)
 _POSITIONS = ("Mapping", "NREG_TRANS")  # names that SPM and NiftyReg give to fields of positions
 _ITK_SUFFIXES = (".mha", ".nrrd")
 
@@ -56,6 +60,28 @@ def save_ddf(
         ValueError: not a field of 2 or 3 dimensions, another suffix or convention, an affine that is not ``(4, 4)``, or
             a 2D ITK file of a slice whose place in space it cannot hold; or values that are not finite.
     """
+    write_field(ddf, affine, path, convention, one_slice)
+
+
+def write_field(
+    ddf: Tensor,
+    affine: ArrayLike,
+    path: str | os.PathLike[str],
+    convention: Convention | None,
+    one_slice: bool,
+    placed_as: Any = None,
+) -> None:
+    """``save_ddf``, where a NIfTI file may be placed as another one is.
+
+    Args:
+        ddf: as in ``save_ddf``.
+        affine: as in ``save_ddf``; with ``placed_as`` the affine by which ITK places that file.
+        path: as in ``save_ddf``.
+        convention: as in ``save_ddf``.
+        one_slice: as in ``save_ddf``.
+        placed_as: header of a NIfTI image on the same grid, whose sform, qform and units a NIfTI file of a 3D field
+            takes over: whatever program reads it, the field then lies where that program places the image.
+    """
     if ddf.ndim not in (3, 4) or ddf.shape[0] != ddf.ndim - 1:
         raise ValueError(f"save_ddf: ddf must have shape (D, *S) with D = len(S) in {{2, 3}}, got {tuple(ddf.shape)}.")
     if not bool(torch.isfinite(ddf).all()):
@@ -74,17 +100,32 @@ def save_ddf(
         image = _itk_image(world, matrix, ddf.shape[0], one_slice)
         atomically(path, lambda part: SimpleITK.WriteImage(image, part, imageIO=ITK_FORMATS[suffix]))
         return
-    file = nib.Nifti1Image(world.reshape(*_volume(ddf), 1, 3).astype(np.float32), matrix)
+    values = world.reshape(*_volume(ddf), 1, 3).astype(np.float32)
+    if placed_as is None or ddf.shape[0] == 2:
+        file = nib.Nifti1Image(values, matrix)
+        file.header.set_xyzt_units("mm")
+    else:
+        file = nib.Nifti1Image(values, None, _header_placed_as(placed_as))
     intent = _DISPLACEMENT_INTENT if convention == "nifti" else _VECTOR_INTENT
     file.header.set_intent(intent, name=_PLANAR if ddf.shape[0] == 2 else "")
-    file.header.set_xyzt_units("mm")
     atomically(path, lambda part: nib.save(file, part))
+
+
+def _header_placed_as(header: Any) -> nib.Nifti1Header:
+    """A new NIfTI header with all of another one that says where a volume lies."""
+    placed = nib.Nifti1Header()
+    for name in _PLACE:
+        placed[name] = header[name]
+    placed["pixdim"][:4] = header["pixdim"][:4]
+    placed.set_xyzt_units(header.get_xyzt_units()[0])
+    return placed
 
 
 def load_ddf(path: str | os.PathLike[str]) -> MetaTensor:
     """Read a displacement field that ``save_ddf``, SimpleITK or ANTs wrote.
 
-    NIfTI with intent 1006 has RAS components, with intent 1007 LPS components; other formats have LPS components.
+    NIfTI with intent 1006 has RAS components, with intent 1007 LPS components; other formats have LPS components. Where
+    the sform and the qform of a file disagree, its vectors are those of the space in which ITK places it.
 
     Args:
         path: a ``.nii``, ``.nii.gz``, ``.mha`` or ``.nrrd`` file.
@@ -101,11 +142,13 @@ def load_ddf(path: str | os.PathLike[str]) -> MetaTensor:
         raise FileNotFoundError(f"load_ddf: no file {os.fspath(path)}.")
     name = os.fspath(path)
     world, affine, dims = _read_itk(name) if suffix in _ITK_SUFFIXES else _read_nifti(name)
+    place, seen = (affine, dims) if suffix in _ITK_SUFFIXES else itk_place(name)
+    matrix = affine if place is None or seen < 3 else place  # ITK drops the last axis of a NIfTI field of one slice
     if not np.isfinite(world).all():
         raise ValueError(f"load_ddf: {name} holds NaN or infinity.")
     if not np.isfinite(affine).all() or np.linalg.matrix_rank(affine[:3, :dims]) < dims:
         raise ValueError(f"load_ddf: {name} must have an affine that can be inverted, got {affine.tolist()}.")
-    to_voxels = np.linalg.pinv(affine[:3, :dims])  # in 3D the inverse; in 2D it projects vectors onto the plane
+    to_voxels = np.linalg.pinv(matrix[:3, :dims])  # in 3D the inverse; in 2D it projects vectors onto the plane
     ddf = np.moveaxis(world @ to_voxels.T, -1, 0)
     return MetaTensor(torch.from_numpy(np.ascontiguousarray(ddf, dtype=np.float32)), affine=torch.from_numpy(affine))
 
@@ -137,7 +180,8 @@ def _read_nifti(path: str) -> tuple[NDArray[Any], NDArray[Any], int]:
     if vectors.shape[-1] == 2:
         vectors = np.concatenate([vectors, np.zeros_like(vectors[..., :1])], axis=-1)
     world = vectors @ _LPS if intent == _VECTOR_INTENT else vectors
-    return (world[:, :, 0], file.affine, 2) if planar else (world, file.affine, 3)
+    affine = affine_in_monai(file, world.shape[:3])
+    return (world[:, :, 0], affine, 2) if planar else (world, affine, 3)
 
 
 def _read_itk(path: str) -> tuple[NDArray[Any], NDArray[Any], int]:
@@ -171,6 +215,18 @@ def itk_affine(image: SimpleITK.Image | SimpleITK.ImageFileReader) -> NDArray[An
     if dims == 2:
         affine[2, 2] = 1.0
     return affine
+
+
+def itk_place(path: str) -> tuple[NDArray[Any] | None, int]:
+    """The affine of a NIfTI file as ITK reads it, None if ITK refuses it, and its number of spatial axes in ITK."""
+    reader = SimpleITK.ImageFileReader()
+    reader.SetFileName(path)
+    reader.SetImageIO("NiftiImageIO")
+    try:
+        reader.ReadImageInformation()
+    except RuntimeError:
+        return None, 3
+    return itk_affine(reader), min(reader.GetDimension(), 3)
 
 
 def _itk_image(world: NDArray[Any], affine: NDArray[Any], dims: int, one_slice: bool) -> SimpleITK.Image:

@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from monai_drdm.io.compressed import read_to_end
-from monai_drdm.io.ddf import itk_affine
+from monai_drdm.io.ddf import Convention, itk_affine, itk_place, write_field
 from monai_drdm.io.files import atomically, ITK_FORMATS, suffix_of
 from monai_drdm.io.itk_files import read_with_itk
-from monai_drdm.io.nifti import read_nifti
+from monai_drdm.io.nifti import affine_in_monai, read_nifti
 
 IMAGE_SUFFIXES = (".nii", ".nii.gz", ".mha", ".nrrd", ".png")
 """Formats that can be read and written back."""
@@ -35,7 +35,7 @@ class ImageFile:
     """An image, and what is needed to write another one in the same format."""
 
     data: MetaTensor
-    """``(C, *S)`` with the affine of the file, voxel to RAS millimetres; a file without one has the identity."""
+    """``(C, *S)`` with the affine that MONAI gives it, voxel to RAS millimetres; the identity for a file without one."""
     itk_affine: NDArray[Any] | None
     """Voxel to RAS millimetres ``(4, 4)`` as ITK reads the header; None if ITK cannot read the file.
 
@@ -44,6 +44,7 @@ class ImageFile:
     """Number of spatial axes in ITK: 3 for a volume of one slice, although ``data`` may be 2D."""
     suffix: str
     _write: Callable[[NDArray[Any], str], object]
+    _nifti_header: Any = None
 
     def save_like(self, data: Tensor, path: str | os.PathLike[str]) -> None:
         """Write an image ``(C, *S)`` of the same shape with the header and data type of this file.
@@ -61,6 +62,32 @@ class ImageFile:
         plain = data.detach().as_subclass(Tensor).cpu()
         values = (plain.float() if plain.dtype in (torch.float16, torch.bfloat16) else plain).numpy()
         atomically(path, lambda part: self._write(values, part))
+
+    def save_field(self, ddf: Tensor, path: str | os.PathLike[str], *, convention: Convention | None = None) -> None:
+        """Write a displacement field of this image, so that ITK finds it where it finds the image.
+
+        The sform and the qform of a NIfTI image may disagree; ITK takes one, nibabel and MONAI the other. A 3D field in
+        a NIfTI file gets both, and its vectors are those of the space in which ITK places the image. ``load_ddf`` reads
+        them in voxels, with the affine that MONAI gives the image, so that ``ApplyDDFd`` applies the field to it.
+
+        Args:
+            ddf: ``(D, *S)`` voxels, on the grid of the image.
+            path: as in ``save_ddf``.
+            convention: as in ``save_ddf``.
+
+        Raises:
+            OSError: the file cannot be written; no unfinished file is left.
+            ValueError: another grid, or what ``save_ddf`` refuses.
+        """
+        if tuple(ddf.shape[1:]) != tuple(self.data.shape[1:]):
+            raise ValueError(
+                f"save_field: ddf must lie on the grid {tuple(self.data.shape[1:])} of its image, got "
+                f"{tuple(ddf.shape[1:])}."
+            )
+        flat = ddf.shape[0] == 2 or ddf.shape[-1] == 1
+        unseen = flat and Path(path).name.lower().endswith((".nii", ".nii.gz"))  # ITK reads no such field
+        affine = self.data.affine.numpy() if self.itk_affine is None or unseen else self.itk_affine
+        write_field(ddf, affine, path, convention, self.itk_dims == 3, self._nifti_header)
 
 
 def load_image(path: str | os.PathLike[str], *, keep_slice: bool = False) -> ImageFile:
@@ -126,19 +153,7 @@ def _load_nifti(path: str, suffix: str, keep_slice: bool) -> ImageFile:
             raise ValueError(f"{path}: its header cannot be written again: {error}") from error
 
     data = np.ascontiguousarray(np.moveaxis(channels, -1, 0))
-    return _image_file(data, np.asarray(file.affine, dtype=float), _itk_geometry(path), suffix, write)
-
-
-def _itk_geometry(path: str) -> tuple[NDArray[Any] | None, int]:
-    """The affine of a NIfTI image as ITK reads it, and its number of spatial axes in ITK."""
-    reader = SimpleITK.ImageFileReader()
-    reader.SetFileName(path)
-    reader.SetImageIO("NiftiImageIO")
-    try:
-        reader.ReadImageInformation()
-    except RuntimeError:
-        return None, 3
-    return itk_affine(reader), min(reader.GetDimension(), 3)
+    return _image_file(data, affine_in_monai(file, shape), itk_place(path), suffix, write, file.header)
 
 
 def _load_itk(path: str, suffix: str, keep_slice: bool) -> ImageFile:
@@ -191,9 +206,11 @@ def _image_file(
     itk: tuple[NDArray[Any] | None, int],
     suffix: str,
     write: Callable[[NDArray[Any], str], object],
+    nifti_header: Any = None,
 ) -> ImageFile:
     native = values.astype(values.dtype.newbyteorder("="), copy=False)
-    return ImageFile(MetaTensor(torch.from_numpy(native), affine=torch.from_numpy(affine)), *itk, suffix, write)
+    data = MetaTensor(torch.from_numpy(native), affine=torch.from_numpy(affine))
+    return ImageFile(data, *itk, suffix, write, nifti_header)
 
 
 def _as_dtype(values: NDArray[Any], dtype: np.dtype[Any]) -> NDArray[Any]:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import gzip
 import os
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import nibabel as nib
 import numpy as np
 import torch
+from monai.data.utils import correct_nifti_header_if_necessary
 from numpy.typing import ArrayLike, NDArray
 from torch import Tensor
 
@@ -36,6 +40,23 @@ def read_nifti(path: str) -> tuple[Any, NDArray[Any]]:
             return file, values
     except Exception as error:  # on damaged files nibabel raises exceptions of any type
         raise ValueError(f"{path} cannot be read as NIfTI: {reason_of(error)}.") from None
+
+
+def affine_in_monai(file: Any, shape: Sequence[int]) -> NDArray[Any]:
+    """The affine that MONAI gives a NIfTI image: the qform, if the voxels of the sform have another size than the file.
+
+    Args:
+        file: of nibabel.
+        shape: of the image; that of a field is the shape of the image that it belongs to.
+    """
+    affine = np.asarray(file.affine, dtype=float)
+    if not np.isfinite(affine).all():
+        return affine
+    copy = type(file)(np.broadcast_to(np.uint8(0), tuple(shape)), affine, file.header)
+    with warnings.catch_warnings(), suppress(ValueError, nib.spatialimages.HeaderDataError):  # a qform that is none
+        warnings.simplefilter("ignore")  # it changes the copy only
+        copy = correct_nifti_header_if_necessary(copy)
+    return np.asarray(copy.affine, dtype=float)
 
 
 def save_image(image: Tensor, affine: ArrayLike, path: str | os.PathLike[str]) -> None:

@@ -25,8 +25,11 @@ def picture(path, shape=(30, 40), mode="L"):
     return pixels
 
 
-def series(folder, uid, slices, shape=(20, 24), prefix=""):
-    """A DICOM series of CT, numbered against the order of its positions; 1.5 x 1.5 x 3 mm. Returns it as (x, y, z)."""
+def series(folder, uid, slices, shape=(20, 24), prefix="", change=None):
+    """A DICOM series of CT, numbered against the order of its positions; 1.5 x 1.5 x 3 mm. Returns it as (x, y, z).
+
+    ``change`` may give the tags of a slice, by its number, other values.
+    """
     folder.mkdir(exist_ok=True)
     y, x = np.mgrid[-1 : 1 : shape[0] * 1j, -1 : 1 : shape[1] * 1j]
     planes = []
@@ -37,6 +40,7 @@ def series(folder, uid, slices, shape=(20, 24), prefix=""):
         image.SetOrigin((0, 0, 3.0 * k))
         tags = {"0008|0060": "CT", "0020|000d": "1.2.3.9", "0020|000e": uid, "0008|0018": f"{uid}.{k + 1}"}
         tags |= {"0020|0013": str(slices - k), "0020|0032": f"0\\0\\{3.0 * k}", "0020|0037": "1\\0\\0\\0\\1\\0"}
+        tags |= {} if change is None else change(k)
         for tag, value in (tags | {"0028|1052": "0", "0028|1053": "1"}).items():
             image.SetMetaData(tag, value)
         writer = SimpleITK.ImageFileWriter()
@@ -197,6 +201,43 @@ def test_time_points_and_gaps_are_no_volume(tmp_path):
     reasons = "\n".join(bank.skipped)
     assert "several slices lie at one place" in reasons
     assert "slices are missing: most lie 3 mm apart" in reasons
+
+
+SAGITTAL = {"0020|0037": "0\\1\\0\\0\\0\\-1"}
+MIXED_SERIES = {
+    "several orientations": lambda k: SAGITTAL if k >= 20 else {},
+    "slices are missing: most lie 3 mm apart, in the mean": lambda k: {"0020|0032": f"0\\0\\{3.0 * (k + 2 * (k > 8))}"},
+}
+
+
+@pytest.mark.parametrize("reason", MIXED_SERIES)
+def test_slices_that_are_not_one_volume(tmp_path, reason):
+    """What one series may hold in spite of its name; ITK would stack it evenly."""
+    series(tmp_path / "mixed", "1.2.3.1", 30, change=MIXED_SERIES[reason])
+    series(
+        tmp_path / "whole", "1.2.3.2", 12, change=lambda k: {"0020|0032": f"{0.001 * k}\\0\\{3.0 * k + 0.1 * (k % 2)}"}
+    )
+    series(tmp_path / "one missing", "1.2.3.3", 12, change=lambda k: {"0020|0032": f"0\\0\\{3.0 * (k + (k > 6))}"})
+    bank = load_bank(find_scans(tmp_path), spatial_dims=3, working_size=33)
+    assert len(bank) == 2
+    assert len(bank.skipped) == 1
+    assert str(tmp_path / "mixed") in bank.skipped[0]
+    assert reason in bank.skipped[0]
+
+
+def test_slices_without_a_place(tmp_path):
+    """All of a series may be without, as pictures taken of a screen are, but not some."""
+    series(tmp_path / "some", "1.2.3.1", 12)
+    series(tmp_path / "all", "1.2.3.2", 12)
+    place, other = b"\x20\x00\x32\x00", b"\x20\x00\x31\x00"  # tags of implicit representation
+    for path in (tmp_path / "some" / "003.dcm", *(tmp_path / "all").iterdir()):
+        assert path.read_bytes().count(place) == 1
+        path.write_bytes(path.read_bytes().replace(place, other))
+    bank = load_bank(find_scans(tmp_path), spatial_dims=3, working_size=33)
+    assert len(bank) == 1
+    assert [line.split(": ", 1)[1] for line in bank.skipped] == [
+        "cannot be read: 1 of 12 slices do not say where they lie"
+    ]
 
 
 def test_series_in_folders_of_a_listed_one(tmp_path):
