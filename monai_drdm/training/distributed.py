@@ -9,6 +9,8 @@ from functools import cache
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -86,12 +88,12 @@ def _connect(backend: str, rank: int, world_size: int) -> None:
     """
     store = _store()
     number = store.add(f"monai_drdm/opened/{rank}", 1)
-    own = dist.PrefixStore(f"monai_drdm/connection/{number}", store)
+    own = PrefixStore(f"monai_drdm/connection/{number}", store)
     dist.init_process_group(backend, store=own, rank=rank, world_size=world_size)
 
 
 @cache
-def _store() -> dist.Store:
+def _store() -> Store:
     """The store that ``torchrun`` offers. It is kept: all connections of this process are numbered there."""
-    store, _, _ = next(dist.rendezvous("env://"))
+    store: Store = next(rendezvous("env://"))[0]
     return store
