@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import gc
 import os
+from functools import cache
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.distributed_c10d import PrefixStore, Store
+from torch.distributed.rendezvous import rendezvous
 from torch.nn.parallel import DistributedDataParallel
 
 
@@ -31,8 +34,9 @@ class ProcessGroup:
             self.device = torch.empty(0, device=chosen).device
         except (AssertionError, RuntimeError) as error:
             raise ValueError(f"device {device!r} cannot be used: {str(error).splitlines()[0]}") from None
-        if self.world_size > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if self.device.type == "cuda" else "gloo")
+        self.owns_connection = self.world_size > 1 and not dist.is_initialized()
+        if self.owns_connection:
+            _connect("nccl" if self.device.type == "cuda" else "gloo", self.rank, self.world_size)
 
     @property
     def is_rank_zero(self) -> bool:
@@ -64,10 +68,32 @@ class ProcessGroup:
         self.any(False)
 
     def close(self) -> None:
-        """End the connection between the processes.
+        """End the connection between the processes, unless it was there before.
 
-        Its threads must end before the interpreter does: one that is still alive then would abort the process.
+        Its threads must end before the interpreter does: one that is still alive then would abort the process. They
+        need the interpreter's lock to free the tensors of the last messages. PyTorch gives the lock away while it waits
+        for them, but only if no network holds the connection any more. The training loop holds one and is part of a
+        reference cycle, so it is collected first.
         """
-        if self.world_size > 1 and dist.is_initialized():
+        if self.owns_connection and dist.is_initialized():
+            gc.collect()
             dist.destroy_process_group()
-            gc.collect()  # the training loop is part of a reference cycle that holds the connection
+
+
+def _connect(backend: str, rank: int, world_size: int) -> None:
+    """Connect the processes that ``torchrun`` has started.
+
+    They find each other by entries of a store. Every connection has entries of its own: with those of an earlier one,
+    processes would call at doors that are closed.
+    """
+    store = _store()
+    number = store.add(f"monai_drdm/opened/{rank}", 1)
+    own = PrefixStore(f"monai_drdm/connection/{number}", store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=world_size)
+
+
+@cache
+def _store() -> Store:
+    """The store that ``torchrun`` offers. It is kept: all connections of this process are numbered there."""
+    store: Store = next(rendezvous("env://"))[0]
+    return store

@@ -250,7 +250,7 @@ def test_folders_are_respected(tmp_path, capsys):
         os.close(handle)
 
 
-TWICE = """
+THRICE = """
 import faulthandler, os, runpy, sys
 from pathlib import Path
 import torch.distributed as dist
@@ -262,10 +262,12 @@ faulthandler.dump_traceback_later(600, exit=True)  # whoever waits for one that 
 folder, *settings = sys.argv[1:]
 dist.init_process_group('gloo', f'file://{folder}/met', rank=int(os.environ['RANK']), world_size=2)
 config = build_config(settings=settings, data='synthetic')
-fit(config, Path(folder, 'first'), should_stop=lambda: bool(note('during')))
+fit(config, Path(folder, 'first'))
+dist.destroy_process_group()  # it is still there
+fit(config, Path(folder, 'second'), should_stop=lambda: bool(note('during')))
 note('after')
 settings = [part for one in settings for part in ('--set', one)]
-sys.argv[1:] = ['--data', 'synthetic', '--out', str(Path(folder, 'second')), *settings]
+sys.argv[1:] = ['--data', 'synthetic', '--out', str(Path(folder, 'third')), *settings]
 runpy.run_module('monai_drdm.train', run_name='__main__')
 """
 
@@ -273,14 +275,14 @@ runpy.run_module('monai_drdm.train', run_name='__main__')
 def test_two_processes_train_one_network(tmp_path, fork):
     """Both see data of their own: the gradients are those of twice the batch, and the run is the same every time.
 
-    The first run is in a group that the script has made, the second in the one that torchrun offers.
+    The first run is in a group that the script has made, the others in those that torchrun offers.
     """
-    (tmp_path / "script.py").write_text(TWICE)
+    (tmp_path / "script.py").write_text(THRICE)
     script = [str(tmp_path / "script.py"), str(tmp_path), *SMALL, "max_epochs=1", "device=cpu"]
     launcher = fork(lambda: torchrun(["--standalone", "--nproc_per_node=2", *script]))
     _, said = launcher.communicate()
     assert launcher.returncode == 0, said
-    assert rows(tmp_path / "first") == rows(tmp_path / "second")
+    assert rows(tmp_path / "first") == rows(tmp_path / "second") == rows(tmp_path / "third")
     assert [row["step"] for row in rows(tmp_path / "first") if "loss" in row] == list(range(1, 4))
     fit(small("max_epochs=1", "device=cpu"), tmp_path / "alone")
     alone, together = (load_network(tmp_path / name / "network.safetensors") for name in ("alone", "first"))
