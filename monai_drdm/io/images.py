@@ -35,7 +35,7 @@ class ImageFile:
     """An image, and what is needed to write another one in the same format."""
 
     data: MetaTensor
-    """``(C, *S)`` with the affine that MONAI gives it, voxel to RAS millimetres; the identity for a file without one."""
+    """``(C, *S)`` with the affine that MONAI reads, voxel to RAS millimetres; a file without one has the identity."""
     itk_affine: NDArray[Any] | None
     """Voxel to RAS millimetres ``(4, 4)`` as ITK reads the header; None if ITK cannot read the file.
 
