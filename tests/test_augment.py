@@ -395,16 +395,13 @@ def test_weights_are_known_by_what_they_hold(command, folders, network_file, cap
 
 
 def test_one_run_at_a_time(command, folders, capsys):
-    fcntl = pytest.importorskip("fcntl", reason="there are no such locks here")
     (folders / "out").mkdir()
-    handle = os.open(folders / "out", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
+    with locked(folders / "out"):
         assert main(command()) == 1
-        assert "another run" in capsys.readouterr().err
-        assert list((folders / "out").iterdir()) == []
-    finally:
-        os.close(handle)
+        assert main(command(shard="0/2")) == 1
+        assert capsys.readouterr().err.count("another run") == 2
+        assert [path.name for path in (folders / "out").iterdir()] == [".lock-whole"]
+    assert main(command()) == 0
     assert main(command()) == 0
 
 

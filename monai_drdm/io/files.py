@@ -6,15 +6,19 @@ import os
 import re
 import uuid
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, ExitStack, suppress
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 PART = ".part-"
 """Prefix of the names of unfinished files."""
 
 _TAIL = 16
 """Number of last characters of a file name that the name of its unfinished file keeps; the suffix is among them."""
-_UNFINISHED = re.compile(re.escape(PART) + "[0-9a-f]{32}-")
+_LOCK, _LOCK_TIMEOUT_S = ".lock", 30
+_NOT_CONTENT = re.compile(rf"{re.escape(PART)}[0-9a-f]{{32}}-|{re.escape(_LOCK)}(-whole|-part-[0-9a-f]{{32}})?$")
+"""Names of unfinished files and of locks, which a killed run leaves behind."""
 
 ITK_FORMATS = {
     **dict.fromkeys((".mha", ".mhd"), "MetaImageIO"),
@@ -81,13 +85,16 @@ def _put_if_free(part: Path, path: Path) -> None:
 
 
 def is_taken(path: Path) -> bool:
-    """Whether a path is a file, or a folder that holds anything except unfinished files of ``atomically``."""
-    return path.exists() and (not path.is_dir() or not all(_UNFINISHED.match(one.name) for one in path.iterdir()))
+    """Whether a path is a file, or a folder that holds anything except unfinished files and locks."""
+    return path.exists() and (not path.is_dir() or not all(_NOT_CONTENT.match(one.name) for one in path.iterdir()))
 
 
 @contextmanager
 def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
-    """Keep other runs out of a folder. The operating system releases the lock when the process ends, also by a kill.
+    """Keep other runs out of a folder.
+
+    The lock is a file in the folder, which is removed at the end. What keeps others out is not that it is there, but
+    that the operating system has locked it, which ends with the process, also by a kill.
 
     Args:
         folder: the folder to lock.
@@ -96,18 +103,34 @@ def locked(folder: Path, *, shared: bool = False) -> Iterator[None]:
     Raises:
         FileExistsError: another run holds the lock.
     """
-    try:
-        import fcntl
-    except ImportError:  # Windows has no such lock
+    name = f"{_LOCK}-part-{uuid.uuid4().hex}" if shared else f"{_LOCK}-whole"
+    with ExitStack() as held:
+        with _lock(folder / _LOCK, _LOCK_TIMEOUT_S):  # which every run holds only while it looks at the others
+            others = {folder / f"{_LOCK}-whole"} if shared else set(folder.glob(f"{_LOCK}-part-*"))
+            for other in (one for one in others if one.exists()):
+                with _lock(other):
+                    pass  # nobody holds it: it was left by a run that was killed
+            held.enter_context(_lock(folder / name))
         yield
-        return
-    handle = os.open(folder, os.O_RDONLY)
+
+
+@contextmanager
+def _lock(path: Path, timeout: float = 0) -> Iterator[None]:
+    """Hold a file locked, and remove it then.
+
+    Raises:
+        FileExistsError: another process holds it.
+    """
+    lock = FileLock(path, timeout=timeout, thread_local=False)
     try:
-        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
-    except BlockingIOError:
-        os.close(handle)
-        raise FileExistsError(f"another run is writing to {folder}. Wait for it, or choose another folder.") from None
+        lock.acquire()
+    except Timeout:
+        raise FileExistsError(
+            f"another run is writing to {path.parent}. Wait for it, or choose another folder."
+        ) from None
     try:
         yield
     finally:
-        os.close(handle)
+        with suppress(OSError):  # Windows does not remove files that are open
+            path.unlink()  # before the release: who waits for the removed file finds that out, and takes a new one
+        lock.release()

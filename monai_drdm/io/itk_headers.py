@@ -12,7 +12,7 @@ from typing import IO, NamedTuple, TypeVar
 
 _Chosen = TypeVar("_Chosen")
 
-_MAX_LINES, _MAX_LINE, _MAX_TEXT = 10_000, 1 << 14, 250
+_MAX_LINES, _MAX_LINE, _MAX_FIELD, _MAX_TEXT = 10_000, 1 << 14, 800, 250
 _MAX_AXES, _MAX_CHANNELS, _MAX_SIZE = 10, 1 << 16, (1 << 31) - 1
 _MAX_NUMBER = 1e30
 """The squares of larger numbers overflow; ITK decomposes a matrix of infinite numbers without end."""
@@ -139,6 +139,8 @@ _NRRD_ENCODINGS = {
     **dict.fromkeys(("bz2", "bzip2"), "bzip2"),
 }
 _NRRD_OF_AXES = {"sizes", "spacings", "thicknesses", "axismins", "axismaxs", "spacedirections", "kinds", "labels"}
+_NRRD_FREE = {"content", "labels"}
+"""Fields for whose text ITK has any room; others go into a message of limited size if they are wrong."""
 _NRRD_LINE = re.compile(r"([A-Za-z ]{1,40}): (.*)")
 _NRRD_KEY = re.compile(r"[^:=]+:=.*")
 _NRRD_VECTOR = re.compile(r"none|\([^()]*\)")
@@ -190,6 +192,8 @@ def _nrrd_entries(file: IO[bytes]) -> dict[str, str]:
         if match is None:
             raise ValueError(f"its header has a line that is not NAME: VALUE: {line[:80]!r}")
         name = "".join(match[1].lower().split())
+        if len(line) > _MAX_FIELD and name not in _NRRD_FREE:
+            raise ValueError(f"{match[1]} in its header must have at most {_MAX_FIELD} letters, got {len(line)}")
         if name in entries:
             raise ValueError(f"{match[1]} is in its header twice")
         if name in _NRRD_OF_AXES and "dimension" not in entries:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from monai_drdm.documents import Document
-from monai_drdm.io.files import atomically, locked
+from monai_drdm.io.files import atomically, is_taken, locked
 from monai_drdm.training.settings import RunConfig
 
 _CHECKPOINTS = "checkpoints"
@@ -40,15 +40,15 @@ def lock_run_folder(folder: Path, config: RunConfig, resume: bool) -> Iterator[N
     _check_usable(folder, config, resume)
     is_new = not folder.exists()
     folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
-        try:
+    try:
+        with locked(folder):
             _check_usable(folder, config, resume)  # again: another run may have used it before it was locked
             for unfinished in (*folder.rglob(".part-*"), *folder.glob(".*.partial")):
                 unfinished.unlink()  # left by a process that was killed while it wrote a file
             yield
-        finally:
-            if is_new and not any(folder.iterdir()):
-                folder.rmdir()
+    finally:
+        if is_new and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 @contextmanager
@@ -202,7 +202,7 @@ def _check_usable(folder: Path, config: RunConfig, resume: bool) -> None:
     """Raise unless a run with these settings may begin, or be resumed, in the folder; see ``lock_run_folder``."""
     saved = config_file(folder)
     if not resume:
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if is_taken(folder):
             raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another, or --resume.")
         return
     if not saved.is_file():

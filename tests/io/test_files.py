@@ -1,9 +1,10 @@
 import os
+import time
 
 import pytest
 
 from monai_drdm.io import stem_of
-from monai_drdm.io.files import atomically, suffix_of
+from monai_drdm.io.files import atomically, is_taken, locked, suffix_of
 
 SUFFIXES = (".nii", ".nii.gz", ".mha")
 
@@ -160,3 +161,85 @@ def test_without_replacement_the_first_one_stays(tmp_path, monkeypatch):
     atomically(path, write("second"), replace=False)
     assert path.read_text() == "second"
     assert os.listdir(tmp_path) == ["a.json"]
+
+
+# locks
+
+
+def hold(fork, folder, shared=False):
+    """A process that holds the lock of a folder until it is killed."""
+
+    def run():
+        with locked(folder, shared=shared):
+            print("held")
+            time.sleep(60)
+
+    child = fork(run)
+    while not (child.said[0].exists() and "held" in child.said[0].read_text()):
+        assert child.poll() is None
+        time.sleep(0.005)
+    return child
+
+
+def is_locked(folder, shared=False):
+    try:
+        with locked(folder, shared=shared):
+            assert not is_taken(folder)
+    except FileExistsError:
+        return True
+    return False
+
+
+def test_a_lock_keeps_others_out_and_ends_with_the_process(fork, tmp_path):
+    child = hold(fork, tmp_path)
+    assert is_locked(tmp_path)
+    assert is_locked(tmp_path, shared=True)
+    assert not is_taken(tmp_path)
+    child.kill()
+    child.communicate()
+    assert [path.name for path in tmp_path.iterdir()] == [".lock-whole"]  # which nobody holds any more
+    assert not is_taken(tmp_path)
+    assert not is_locked(tmp_path, shared=True)
+    assert not is_locked(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_shared_locks_admit_each_other_and_no_whole_run(fork, tmp_path):
+    children = [hold(fork, tmp_path, shared=True) for _ in range(2)]
+    for child in children:
+        assert is_locked(tmp_path)
+        assert not is_locked(tmp_path, shared=True)
+        child.kill()
+        child.communicate()
+    assert not is_locked(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_called_like_a_lock_is_content(tmp_path):
+    for name in (".lockfile", ".lock-mine", "a.lock"):
+        (tmp_path / name).touch()
+        assert is_taken(tmp_path)
+        (tmp_path / name).unlink()
+
+
+def test_no_two_processes_hold_a_lock_at_once(fork, tmp_path):
+    """Processes that take and leave the lock as fast as they can, and find the mark of another one never."""
+    folder, mark, rounds = tmp_path / "run", tmp_path / "mark", 40
+    folder.mkdir()
+
+    def run():
+        done = 0
+        while done < rounds:
+            try:
+                with locked(folder):
+                    os.close(os.open(mark, os.O_CREAT | os.O_EXCL))  # fails if another process is inside
+                    time.sleep(0.0005)
+                    mark.unlink()
+                    done += 1
+            except FileExistsError as error:
+                if error.errno is not None:
+                    raise
+
+    children = [fork(run) for _ in range(3)]
+    assert [(child.communicate(), child.returncode)[1] for child in children] == [0, 0, 0]
+    assert list(folder.iterdir()) == []

@@ -139,7 +139,8 @@ WHAT_ENDED_PROCESSES = {
         *edits(["space origin"], ["(0,0,1e308)", "0 0 0"]),
         *edits(["type"], ["block", "long double", ""]),
         *edits(["encoding"], ["zrl", "hex", "text", "raw\nbyte skip: 2147483647", "raw\ndata file: LIST", "gzip"]),
-        *edits(["endian"], ["little\n x x 2 inf 9999", "little\n" + "x" * 20000 + ": 1"]),
+        *edits(["endian"], ["little\n x x 2 inf 9999", "little\n" + "x" * 20000 + ": 1", "little " * 300]),
+        *edits(["kinds"], ["domain " * 300, 'domain domain domain\nunits: "' + "m" * 2000 + '" "" ""']),
     ],
 }
 
@@ -184,6 +185,10 @@ HONEST = {
         (r"space directions: .*", "space directions: (1.5, 0, 0) (0,.5,0)  (0,0,2e0)"),
         (r"kinds: .*\n", 'content: a: b\nlabels: "x" "y" "z"\nold min: nan\n'),
         (r"type: float", "type: FLOAT"),
+        (
+            r"endian",
+            "# " + "a" * 9000 + "\nk" + "e" * 3000 + ":=" + "v" * 9000 + "\ncontent: " + "c" * 9000 + "\nendian",
+        ),
     ],
 }
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
 import shutil
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ from PIL import Image
 from torch.distributed.run import main as torchrun
 
 from monai_drdm import load_network, RandDRDMDeformd
+from monai_drdm.io.files import locked
 from monai_drdm.networks import save_network, VelocityUNet
 from monai_drdm.train import build_config, fit
 from monai_drdm.train.__main__ import main
@@ -240,14 +240,8 @@ def test_folders_are_respected(tmp_path, capsys):
     fit(small(), tmp_path / "a", should_stop=stop_after(2))
     with pytest.raises(ValueError, match="batch_size: 2 before, 3 now"):
         fit(small("batch_size=3"), tmp_path / "a", resume=True)
-    fcntl = pytest.importorskip("fcntl", reason="there are no such locks here")
-    handle = os.open(tmp_path / "a", os.O_RDONLY)
-    fcntl.flock(handle, fcntl.LOCK_EX)
-    try:
-        with pytest.raises(FileExistsError, match="another run"):
-            fit(small(), tmp_path / "a", resume=True)
-    finally:
-        os.close(handle)
+    with locked(tmp_path / "a"), pytest.raises(FileExistsError, match="another run"):
+        fit(small(), tmp_path / "a", resume=True)
 
 
 THRICE = """
