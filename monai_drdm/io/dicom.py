@@ -12,6 +12,7 @@ import torch
 from monai.data import MetaTensor
 
 from monai_drdm.io.ddf import itk_affine
+from monai_drdm.io.files import check_utf8
 
 DICOM_SUFFIXES = (".dcm", ".ima")
 _MAX_STRETCH = 0.15  # so that one missing slice of a dozen is accepted
@@ -67,6 +68,8 @@ def load_with_itk(files: Sequence[str]) -> MetaTensor:
     Raises:
         ValueError: it cannot be read, or the slices of a series do not lie at even steps.
     """
+    for file in files:
+        check_utf8(file)
     _check_steps(files)
     try:
         image = SimpleITK.ReadImage(files[0] if len(files) == 1 else list(files))
