@@ -12,7 +12,7 @@ import torch
 from monai.data import MetaTensor
 
 from monai_drdm.io.ddf import itk_affine
-from monai_drdm.io.files import ITK_FORMATS
+from monai_drdm.io.files import check_utf8, ITK_FORMATS
 from monai_drdm.io.itk_files import read_with_itk
 
 DICOM_SUFFIXES = (".dcm", ".ima")
@@ -88,6 +88,8 @@ def load_with_itk(files: Sequence[str]) -> MetaTensor:
     Raises:
         ValueError: it cannot be read, or the slices of a series are not one volume.
     """
+    for file in files:
+        check_utf8(file)
     image = _read_series(files) if len(files) > 1 else read_with_itk(files[0])[0]
     values = SimpleITK.GetArrayFromImage(image)  # (…, y, x[, C])
     dims = image.GetDimension()

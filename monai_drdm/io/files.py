@@ -34,13 +34,29 @@ def suffix_of(path: str | os.PathLike[str], known: Sequence[str], function: str)
     """The suffix of a file name in lower case; ``.nii.gz`` counts as one suffix.
 
     Raises:
-        ValueError: not one of the known suffixes.
+        ValueError: not one of the known suffixes, or a path that is not UTF-8.
     """
+    check_utf8(path)
     name = Path(path).name.lower()
     for suffix in sorted(known, key=len, reverse=True):
         if name.endswith(suffix) and len(name) > len(suffix):
             return suffix
     raise ValueError(f"{function}: the file must end in one of {tuple(known)}, got {os.fspath(path)!r}.")
+
+
+def is_utf8(path: str | os.PathLike[str]) -> bool:
+    """Whether a path is UTF-8, unlike some old names. ITK takes no other, and would end the process."""
+    try:
+        os.fspath(path).encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def check_utf8(path: str | os.PathLike[str]) -> None:
+    """Raise ``ValueError`` for a path that is not UTF-8."""
+    if not is_utf8(path):
+        raise ValueError(f"{os.fspath(path)!r}: ITK reads only paths in UTF-8. Rename the file or folder.")
 
 
 def stem_of(path: str | os.PathLike[str]) -> str:

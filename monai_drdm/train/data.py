@@ -21,6 +21,7 @@ from tqdm import tqdm
 from monai_drdm.diffusion import WorkingGrid
 from monai_drdm.io.datalists import listed_images, read_entries
 from monai_drdm.io.dicom import DICOM_SUFFIXES, find_series, load_with_itk
+from monai_drdm.io.files import is_utf8
 from monai_drdm.io.images import check_plain
 from monai_drdm.samples import spacing_of
 from monai_drdm.training.run_folder import is_run_folder
@@ -232,7 +233,7 @@ def _files_of(path: Path) -> list[list[Path]]:
     DICOM files that belong to no series are scans of their own. A folder without DICOM files stands for the folders
     of DICOM files below it; other images are listed one by one.
     """
-    if not path.is_dir():
+    if not path.is_dir() or not is_utf8(path):  # what is no UTF-8 is reported when it is read
         return [[path]]
     series, rest = find_series(path)
     direct = [[Path(file) for file in files] for files in (*series, *((file,) for file in rest))]
@@ -250,6 +251,8 @@ def _identity(files: Sequence[Path]) -> tuple[str, ...]:
 def _read(files: Sequence[Path]) -> MetaTensor:
     """``(C, *S)`` float32 with its affine."""
     name = files[0].name.lower()
+    if files[0].is_dir() and not is_utf8(files[0]):
+        raise _UnusableError("has a name that is not UTF-8, which ITK does not read; rename the folder")
     if files[0].is_dir():
         raise _UnusableError("is a folder without a DICOM series; list other images one by one")
     try:

@@ -1,10 +1,16 @@
 import os
+import shutil
 import time
 
+import nibabel as nib
+import numpy as np
 import pytest
+import SimpleITK
+import torch
 
-from monai_drdm.io import stem_of
+from monai_drdm.io import load_ddf, load_image, save_ddf, stem_of
 from monai_drdm.io.files import atomically, is_taken, locked, suffix_of
+from monai_drdm.train.data import find_scans, load_bank
 
 SUFFIXES = (".nii", ".nii.gz", ".mha")
 
@@ -139,6 +145,36 @@ def test_nothing_was_written(tmp_path):
     with pytest.raises(FileNotFoundError, match="cannot be written"):
         atomically(tmp_path / "a.nii", lambda part: None)
     assert (tmp_path / "a.nii").read_text() == "old"
+
+
+@pytest.mark.skipif(os.name == "nt", reason="names are no bytes there")
+def test_paths_that_are_not_utf8_are_errors_and_not_the_end_of_the_process(tmp_path, fork):
+    """ITK aborts on them; so this is done in a fork. In training they are skipped and named."""
+    latin = os.fsdecode(b"caf\xe9")
+    nib.save(
+        nib.Nifti1Image(np.random.default_rng(0).random((20, 20)).astype(np.float32), np.eye(4)), tmp_path / "a.nii"
+    )
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.eye(20)), str(tmp_path / "a.mha"))
+    (tmp_path / latin).mkdir()
+    for suffix in (".nii", ".mha"):
+        shutil.copy(tmp_path / f"a{suffix}", tmp_path / f"{latin}{suffix}")
+        shutil.copy(tmp_path / f"a{suffix}", tmp_path / latin / f"a{suffix}")
+    (tmp_path / latin / "a.dcm").write_bytes(b"")
+
+    def read():
+        for suffix in (".nii", ".mha"):
+            for path in (tmp_path / f"{latin}{suffix}", tmp_path / latin / f"a{suffix}"):
+                for reader in (load_image, load_ddf):
+                    with pytest.raises(ValueError, match=r"paths in UTF-8\. Rename"):
+                        reader(path)
+                with pytest.raises(ValueError, match=r"paths in UTF-8\. Rename"):
+                    save_ddf(torch.zeros(2, 8, 8), np.eye(4), path)
+        bank = load_bank(find_scans(tmp_path), spatial_dims=2, working_size=17)
+        assert bank.report().count("UTF-8") == 3, bank.report()
+
+    process = fork(read)
+    _, said = process.communicate()
+    assert process.returncode == 0, said
 
 
 def test_without_replacement_the_first_one_stays(tmp_path, monkeypatch):
