@@ -16,7 +16,7 @@ from monai.config import NdarrayOrTensor
 from monai.data import MetaTensor
 from monai.data.meta_obj import get_track_meta
 from monai.transforms.lazy import functional as lazy
-from monai.utils import convert_to_tensor
+from monai.utils import convert_to_tensor, TraceKeys
 from torch import Tensor
 
 _AFFINE_TOLERANCE = 1e-3
@@ -219,8 +219,22 @@ def apply_pending(data: NdarrayOrTensor) -> NdarrayOrTensor:
     """The data with their pending lazy operations applied: a field belongs to the voxels that are really there."""
     if isinstance(data, MetaTensor) and data.has_pending_operations:
         own = with_metadata_of(data, data.as_tensor())  # MONAI empties the list of what it is given
-        return lazy.apply_pending(own)[0]  # type: ignore[no-any-return]  # MONAI leaves it without types
+        return lazy.apply_pending(own, overrides=_pending_mode(own))[0]  # type: ignore[no-any-return]  # it has no types
     return data
+
+
+def _pending_mode(data: MetaTensor) -> dict[str, Any]:
+    """The interpolation that pending operations agree on: MONAI 1.6.1 records it, and does not look at it again."""
+    modes = {mode for mode in map(_interpolation, data.pending_operations) if mode is not None}
+    return {"mode": modes.pop()} if len(modes) == 1 else {}
+
+
+def _interpolation(operation: Any) -> str | int | None:
+    """The mode in an operation's record, which may hold that of the operation that it is made of."""
+    while isinstance(operation, dict) and TraceKeys.EXTRA_INFO in operation:
+        operation = operation[TraceKeys.EXTRA_INFO]
+    mode = operation.get("mode") if isinstance(operation, dict) else None
+    return mode if mode in ("bilinear", "nearest", 0, 1) else None
 
 
 def _native(data: NdarrayOrTensor) -> Tensor:

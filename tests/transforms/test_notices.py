@@ -118,6 +118,20 @@ def test_labels_that_monai_made_fractions_of_before(scan):
     assert not said(idle(mode=MODES), soft)
 
 
+def test_pending_operations_keep_the_mode_they_were_recorded_with(scan):
+    """Where this transform applies them, labels stay whole, as where MONAI applies them at once."""
+    sample = EnsureTyped(KEYS)(scan((64, 64), torch.float32))
+    options = {"mode": MODES, "prob": 1.0, "rotate_range": 0.4, "padding_mode": "zeros"}
+    at_once, later = (RandAffined(KEYS, lazy=lazy, **options).set_random_state(1)(sample) for lazy in (False, True))
+    assert later["label"].has_pending_operations
+    transform = idle(mode=MODES)
+    assert not said(transform, later)
+    applied = transform(later)
+    assert torch.equal(applied["label"], applied["label"].round())
+    assert (applied["label"] != at_once["label"]).float().mean() < 0.02
+    assert (applied["image"] - at_once["image"])[:, 12:-12, 12:-12].abs().max() < 1e-3
+
+
 # --- layout ---------------------------------------------------------------------------------------------------------
 
 
