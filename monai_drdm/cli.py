@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
-from monai_drdm._version import __version__
-from monai_drdm.commands import augment, bank, demo, pairs, register, train, weights
+from monai_drdm.interrupts import ends_at_once, INTERRUPTED
 
-_COMMANDS = (demo, augment, pairs, bank, weights)
-"""Each adds its arguments to the parser, and the function that runs it."""
-_TRAINING_COMMANDS = {"train": train, "register": register}
-"""Each has a parser of its own, which takes all arguments after its name."""
-_INTERRUPTED = 130
+if TYPE_CHECKING:
+    import argparse
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -23,10 +19,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     commands return their own codes; see ``monai_drdm.training.command.TrainingCommand.run``.
     """
     arguments = sys.argv[1:] if arguments is None else arguments
-    if arguments and arguments[0] in _TRAINING_COMMANDS:
-        training_code: int = _TRAINING_COMMANDS[arguments[0]].main(arguments[1:])
-        return training_code
-    options = _parser().parse_args(arguments)
+    with ends_at_once("monai-drdm"):
+        from monai_drdm.commands import register, train
+
+        training = {"train": train.main, "register": register.main}
+        if arguments and arguments[0] in training:
+            return training[arguments[0]](arguments[1:])
+        options = _parser().parse_args(arguments)
+        _import_modules(options)
     try:
         code: int = options.run(options)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
@@ -34,19 +34,36 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 1
     except KeyboardInterrupt:
         print("monai-drdm: interrupted", file=sys.stderr)
-        return _INTERRUPTED
+        return INTERRUPTED
     return code
 
 
 def _parser() -> argparse.ArgumentParser:
+    """All commands. Each adds its arguments, and the function that runs it.
+
+    The training commands have parsers of their own, which take all arguments after the name.
+    """
+    import argparse
+
+    from monai_drdm._version import __version__
+    from monai_drdm.commands import augment, bank, demo, pairs, register, train, weights
+
     parser = argparse.ArgumentParser(prog="monai-drdm", description="Plausible random anatomy by deformation recovery.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in _COMMANDS:
+    for command in (demo, augment, pairs, bank, weights):
         command.add_parser(commands)
-    for name, training_command in _TRAINING_COMMANDS.items():
-        commands.add_parser(name, help=training_command.HELP, add_help=False)
+    for name, training in (("train", train), ("register", register)):
+        commands.add_parser(name, help=training.HELP, add_help=False)
     return parser
+
+
+def _import_modules(options: argparse.Namespace) -> None:
+    """Import what a command needs before it begins, while Ctrl-C can still end it at once."""
+    import importlib
+
+    for name in getattr(options, "needs", ()):
+        importlib.import_module(name)
 
 
 if __name__ == "__main__":

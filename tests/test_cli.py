@@ -1,7 +1,10 @@
+import argparse
+import dataclasses
 import hashlib
 import io
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import threading
@@ -13,9 +16,13 @@ import pytest
 import torch
 
 from monai_drdm import __version__
-from monai_drdm.cli import main
+from monai_drdm.cli import _parser, main
 from monai_drdm.diffusion.trial import check_draws
 from monai_drdm.networks import list_networks, network_card, registry, save_network, VelocityUNet
+from monai_drdm.networks.kinds import SAMPLERS
+from monai_drdm.registration.config import RegistrationConfig
+from monai_drdm.train.config import TrainConfig
+from monai_drdm.training.command import TrainingCommand
 
 CARDIAC, LUNG = "zheng2026-cmr-2d", "zheng2026-lct-3d"
 
@@ -245,25 +252,86 @@ def test_module_runs(capsys, monkeypatch):
     assert CARDIAC in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["weights", "list"]])
-def test_what_needs_no_torch_starts_without_it(arguments):
-    code = (
-        "import sys\nfrom monai_drdm.cli import main\n"
-        f"try:\n    main({arguments})\nexcept SystemExit:\n    pass\n"
-        "print(sorted({'torch', 'monai', 'numpy'} & set(sys.modules)), file=sys.stderr)"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
-    assert done.stderr.strip() == "[]"
+NO_TORCH = """
+import contextlib, io, sys
+from monai_drdm.cli import main
+for arguments in (["--help"], ["weights", "list"], ["augment", "--help"], ["train", "--help"], ["register", "--help"]):
+    with contextlib.redirect_stdout(io.StringIO()) as said, contextlib.suppress(SystemExit):
+        main(arguments)
+    assert said.getvalue()
+print(sorted({'torch', 'monai', 'numpy'} & set(sys.modules)))
+"""
 
 
-@pytest.mark.parametrize(
-    ("command", "module"), [("train", "monai_drdm.train"), ("register", "monai_drdm.registration.train")]
-)
-def test_training_commands_hand_over_all_arguments(capsys, command, module):
+def test_what_needs_no_torch_starts_without_it():
+    done = subprocess.run([sys.executable, "-c", NO_TORCH], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+STARTS = [
+    ["-c", "import sys; from monai_drdm.cli import main; sys.exit(main(['demo', '--out', sys.argv[1]]))"],
+    ["-m", "monai_drdm.train", "--out"],
+    ["-m", "monai_drdm.registration.train", "--pairs", "none", "--out"],
+]
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process can send Ctrl-C to another here")
+def test_an_interrupt_while_a_command_starts(tmp_path):
+    """All at once, for each takes seconds to import what it needs; -v tells when that has begun."""
+    begun = [
+        subprocess.Popen([sys.executable, "-v", *words, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
+        for words in STARTS
+    ]
+    for process in begun:
+        for line in process.stderr:
+            if line.startswith("import 'torch") or ("code object from" in line and "torch/__init__" in line):
+                break
+        process.send_signal(signal.SIGINT)
+    for process, name in zip(begun, ("monai-drdm", "monai_drdm.train", "monai_drdm.registration.train")):
+        _, said = process.communicate()
+        assert process.returncode == 130
+        assert f"{name}: interrupted" in said
+        assert "Traceback" not in said
+    assert not (tmp_path / "out").exists()
+
+
+def options_of(parser):
+    """All options of a parser and of its commands, each with the words that lead there."""
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for command in action.choices.values():
+                yield from options_of(command)
+        elif action.option_strings:
+            yield parser.prog, action
+
+
+def test_help_says_choices_and_defaults():
+    """Of every option that takes a value and may be left out, and every setting of a training run."""
+    options = list(options_of(_parser()))
+    for config_class in (TrainConfig, RegistrationConfig):
+        command = TrainingCommand("name", "", config_class, {}, lambda: None)
+        options += list(options_of(command._parser("name")))
+        for one in dataclasses.fields(config_class):
+            assert all(str(choice) in one.metadata["help"] for choice in one.metadata["choices"]), one.name
+    assert {"--levels", "--sampler", "--recovery", "--config"} <= {one.option_strings[0] for _, one in options}
+    for program, one in options:
+        if one.nargs != 0 and not one.required and one.option_strings[0] not in ("--images", "--datalist"):
+            assert "default: " in one.help, (program, one.option_strings)
+            if isinstance(one.default, (int, float)):
+                assert f"default: {one.default:g}" in one.help, (program, one.option_strings)
+    (sampler, *_) = [one.help for _, one in options if "--sampler" in one.option_strings]
+    assert all(name in sampler for samplers in SAMPLERS.values() for name in samplers)
+    (steps, *_) = [one.help for _, one in options if "--steps" in one.option_strings]
+    assert {network_card(name).steps for name in list_networks() if name.startswith("anatomy")} == {12}
+    assert "12 for" in steps
+
+
+@pytest.mark.parametrize("command", ["train", "register"])
+def test_training_commands_hand_over_all_arguments(capsys, command):
     with pytest.raises(SystemExit) as exit_:
         main([command, "--help"])
     assert exit_.value.code == 0
-    assert f"usage: python -m {module}" in capsys.readouterr().out
+    assert f"usage: monai-drdm {command}" in capsys.readouterr().out
     with pytest.raises(SystemExit) as exit_:
         main([command, "--max-minutes", "1"])
     assert exit_.value.code == 2

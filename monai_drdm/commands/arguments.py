@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -15,12 +16,19 @@ EXIT_CODES = (
     "Exit codes: 0 all written, 1 an error that is explained, 2 a wrong call, 3 some cases skipped, 130 interrupted."
 )
 
+LEVEL_RANGE = (0.3, 0.8)
+"""The range of deformation levels, unless another is given."""
 _DRAW_OPTIONS = ("network", "seed", "sampler", "steps", "recovery", "slice_axis", "max_displacement_mm")
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
     """Add ``--network``."""
-    parser.add_argument("--network", default="auto", help="network name or .safetensors file (default: auto)")
+    parser.add_argument(
+        "--network",
+        default="auto",
+        help="network name, as monai-drdm weights list shows them, or .safetensors file (default: auto, the network in "
+        "this package for the image's dimensions)",
+    )
 
 
 def add_seed(parser: argparse.ArgumentParser) -> None:
@@ -32,14 +40,33 @@ def add_draw_options(parser: argparse.ArgumentParser) -> None:
     """Add the settings of a draw that ``draw_options`` collects, and the device that it is computed on."""
     add_network(parser)
     add_seed(parser)
-    parser.add_argument("--sampler", default="auto", help="sampler (default: the network's)")
-    parser.add_argument("--steps", type=int, help="recovery steps (default: the network's)")
-    parser.add_argument("--recovery", type=float, default=1.0, help="factor on recovery steps in [0, 1] (default: 1)")
     parser.add_argument(
-        "--slice-axis", type=int, help="deform volumes by one in-plane field across this axis (0, 1, 2)"
+        "--sampler",
+        default="auto",
+        help="velocity, for our networks and your own; fast or reference, as released, for published ones; or auto "
+        "(default: auto, the network's own)",
     )
-    parser.add_argument("--max-displacement-mm", type=float, help="scale fields down to this")
-    parser.add_argument("--device", help="where the network runs (default: cpu)")
+    parser.add_argument(
+        "--steps",
+        type=int,
+        help="recovery steps, 1 or more; reference always takes 80 (default: the network's own, 12 for all in this "
+        "package)",
+    )
+    parser.add_argument(
+        "--recovery",
+        type=float,
+        default=1.0,
+        help="factor on every recovery step in [0, 1], for sampler velocity: less leaves more of the random field "
+        "(default: 1)",
+    )
+    parser.add_argument(
+        "--slice-axis",
+        type=int,
+        metavar="AXIS",
+        help="deform volumes with a 2D network, by one in-plane field across axis 0, 1 or 2 (default: none)",
+    )
+    parser.add_argument("--max-displacement-mm", type=float, help="scale fields down to this (default: no limit)")
+    parser.add_argument("--device", help="where the network runs: cpu, cuda, cuda:1 and so on (default: cpu)")
 
 
 def draw_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -69,8 +96,16 @@ def add_parallel_work(parser: argparse.ArgumentParser) -> None:
     """Add how the work is shared among processes and jobs."""
     parser.add_argument("--workers", type=int, default=1, help="processes that share the work (default: 1)")
     parser.add_argument(
-        "--shard", type=_shard, metavar="I/N", help="only part I of N, counted from 0: for array jobs into one folder"
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="only part I of N, counted from 0: for array jobs into one folder (default: all)",
     )
+
+
+def shown(numbers: Sequence[float]) -> str:
+    """Numbers as they are typed."""
+    return " ".join(f"{number:g}" for number in numbers)
 
 
 def require_matplotlib(what: str) -> None:

@@ -14,6 +14,8 @@ from monai_drdm.commands.arguments import (
     Commands,
     draw_options,
     EXIT_CODES,
+    LEVEL_RANGE,
+    shown,
     SKIPPED,
 )
 
@@ -36,15 +38,20 @@ def add_parser(commands: Commands) -> None:
     add_cases(build)
     build.add_argument("--fields", type=int, default=16, help="fields for each image (default: 16)")
     build.add_argument(
-        "--level", type=float, nargs=2, default=(0.3, 0.8), metavar=("LOW", "HIGH"), help="range of deformation levels"
+        "--level",
+        type=float,
+        nargs=2,
+        default=LEVEL_RANGE,
+        metavar=("LOW", "HIGH"),
+        help=f"range of deformation levels in (0, 1] (default: {shown(LEVEL_RANGE)})",
     )
     add_draw_options(build)
-    build.add_argument("--max-bytes", type=int, help="stop with an error before the bank grows larger")
+    build.add_argument("--max-bytes", type=int, help="stop before the bank grows larger (default: no limit)")
     add_parallel_work(build)
-    build.set_defaults(run=run_build)
+    build.set_defaults(run=run_build, needs=("monai_drdm.bank",))
     info = actions.add_parser("info", help="what a bank holds")
-    info.add_argument("folder", type=Path)
-    info.set_defaults(run=run_info)
+    info.add_argument("folder", type=Path, help="of the bank")
+    info.set_defaults(run=run_info, needs=("monai_drdm.bank",))
 
 
 def run_build(options: argparse.Namespace) -> int:

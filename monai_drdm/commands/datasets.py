@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of both commands."""
     add_cases(parser)
-    parser.add_argument("--labels", type=named_path, help="folder of label maps with the file names of the images")
+    parser.add_argument(
+        "--labels", type=named_path, help="folder of label maps, named as the images are (default: none)"
+    )
     add_draw_options(parser)
     parser.add_argument(
-        "--label-mode", choices=("nearest", "label"), default="nearest", help="how labels are resampled"
+        "--label-mode",
+        choices=("nearest", "label"),
+        default="nearest",
+        help="how labels are resampled: the nearest voxel, or each class linearly (default: nearest)",
     )
     add_parallel_work(parser)
     parser.add_argument("--figure", action="store_true", help="plot the first cases before and after: overview.png")

@@ -21,7 +21,7 @@ def add_parser(commands: Commands) -> None:
     add_network(parser)
     parser.add_argument("--level", type=float, default=0.6, help="deformation level in (0, 1] (default: 0.6)")
     add_seed(parser)
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, needs=("monai_drdm.transforms",))
 
 
 def run(options: argparse.Namespace) -> int:

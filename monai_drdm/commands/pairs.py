@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from monai_drdm.commands.arguments import Commands, EXIT_CODES
+from monai_drdm.commands.arguments import Commands, EXIT_CODES, LEVEL_RANGE, shown
 from monai_drdm.commands.datasets import add_dataset_arguments, common_settings, run_on_dataset
 
 _DESCRIPTION = (
@@ -24,12 +24,12 @@ def add_parser(commands: Commands) -> None:
             f"--{name}-level",
             type=float,
             nargs=2,
-            default=(0.3, 0.8),
+            default=LEVEL_RANGE,
             metavar=("LOW", "HIGH"),
-            help=f"range of levels of the field {text} (default: 0.3 0.8)",
+            help=f"range of levels of the field {text} in (0, 1] (default: {shown(LEVEL_RANGE)})",
         )
     parser.add_argument("--no-augmentation", action="store_true", help="the moving images are the given ones")
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, needs=("monai_drdm.augment",))
 
 
 def run(options: argparse.Namespace) -> int:

@@ -11,4 +11,4 @@ def main(arguments: Sequence[str]) -> int:
     """Run the training command and return its exit code."""
     from monai_drdm.registration.train import main as train
 
-    return train(arguments)
+    return train(arguments, "monai-drdm register")

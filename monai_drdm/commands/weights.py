@@ -16,18 +16,18 @@ def add_parser(commands: Commands) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="known networks and where their weights are").set_defaults(run=run_list)
     pull = actions.add_parser("pull", help="download published weights at a pinned commit, hash checked")
-    pull.add_argument("name", choices=list_published())
-    pull.set_defaults(run=run_pull)
+    pull.add_argument("name", choices=list_published(), help="of the network")
+    pull.set_defaults(run=run_pull, needs=("monai_drdm.networks.release",))
     convert = actions.add_parser("convert", help="convert a published .pth, recognised by its hash")
-    convert.add_argument("file", type=Path)
-    convert.set_defaults(run=run_convert)
+    convert.add_argument("file", type=Path, help="as the authors published it")
+    convert.set_defaults(run=run_convert, needs=("monai_drdm.networks.release",))
     for action in (pull, convert):
         action.add_argument(
             "--folder", type=Path, help="where to write (default: MONAI_DRDM_WEIGHTS or the user cache)"
         )
     verify = actions.add_parser("verify", help="check hash and content of weights, and draw a field")
     verify.add_argument("network", nargs="+", help="network name or .safetensors file")
-    verify.set_defaults(run=run_verify)
+    verify.set_defaults(run=run_verify, needs=("monai_drdm.networks.weights",))
 
 
 def run_list(_: argparse.Namespace) -> int:

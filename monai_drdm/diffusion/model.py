@@ -16,11 +16,9 @@ from monai_drdm.diffusion.schedule import check_precision, check_recovery, level
 from monai_drdm.diffusion.working_grid import WorkingGrid
 from monai_drdm.fields import crop, fractions_to_voxels, mend_folds
 from monai_drdm.networks import RecoveryNetwork, RecResACNet, VelocityUNet
+from monai_drdm.networks.kinds import SAMPLERS
 from monai_drdm.networks.recresacnet import TIME_STEPS
 from monai_drdm.networks.velocity_unet import half_shape
-
-SAMPLERS = {"recresacnet": ("reference", "fast"), "velocity_unet": ("velocity",)}
-"""The samplers of each kind of network."""
 
 
 class DRDM:

@@ -15,6 +15,7 @@ from torch import nn, Tensor
 from monai_drdm.fields import crop, fractions_to_voxels, warp
 from monai_drdm.networks.base import RecoveryNetwork
 from monai_drdm.networks.card import NetworkCard
+from monai_drdm.networks.kinds import WORKING_SIZE
 
 TIME_STEPS = 80
 """T, the number of time steps of the published model."""
@@ -23,8 +24,6 @@ _MULTIPLE = 8
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
-WORKING_SIZE = {2: 256, 3: 128}
-"""Voxels along the longest side, for 2D and 3D networks, unless a card says otherwise."""
 
 
 class AtrousBlock(nn.Module):
@@ -76,7 +75,7 @@ class RecResACNet(RecoveryNetwork):
                 kind="recresacnet",
                 spatial_dims=spatial_dims,
                 in_channels=in_channels,
-                working_size=WORKING_SIZE[spatial_dims],
+                working_size=WORKING_SIZE["recresacnet"][spatial_dims],
             )
         )
         conv, conv_transpose = _CONV[spatial_dims], _CONV_TRANSPOSE[spatial_dims]

@@ -18,11 +18,10 @@ from torch import nn, Tensor
 from monai_drdm.fields import crop
 from monai_drdm.networks.base import RecoveryNetwork
 from monai_drdm.networks.card import NetworkCard
+from monai_drdm.networks.kinds import WORKING_SIZE
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
-WORKING_SIZE = {2: 161, 3: 81}
-"""Voxels along the longest side, for 2D and 3D networks, unless a card says otherwise."""
 _FREQUENCIES = 8
 _EMBEDDING = 64
 _GROUPS = 8
@@ -73,7 +72,7 @@ class VelocityUNet(RecoveryNetwork):
                 kind="velocity_unet",
                 spatial_dims=spatial_dims,
                 in_channels=in_channels,
-                working_size=WORKING_SIZE[spatial_dims],
+                working_size=WORKING_SIZE["velocity_unet"][spatial_dims],
                 sampler="velocity",
                 steps=12,
                 channels=channels,

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from monai_drdm.networks import recresacnet, velocity_unet
-from monai_drdm.train.augmentation import Appearance, Pose
+from monai_drdm.networks.kinds import WORKING_SIZE
+from monai_drdm.train.variation import Appearance, Pose
 from monai_drdm.training.settings import read_config, RunConfig, setting
 
-_KINDS = {"velocity_unet": velocity_unet.WORKING_SIZE, "recresacnet": recresacnet.WORKING_SIZE}
+_KINDS = ("velocity_unet", "recresacnet")
 _LEARNING_RATE = {"velocity_unet": 2e-3, "recresacnet": 1e-4}
 _SMALLEST = 17
 
@@ -101,7 +101,7 @@ class TrainConfig(RunConfig):
             if self.learning_rate is None:
                 known["learning_rate"] = _LEARNING_RATE[kind]
             if not self.working_size and not self.init:
-                known["working_size"] = _KINDS[kind][self.spatial_dims]
+                known["working_size"] = WORKING_SIZE[kind][self.spatial_dims]
         for name, value in known.items():
             object.__setattr__(self, name, value)
 

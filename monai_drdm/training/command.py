@@ -11,8 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic
 
-from monai_drdm.training.run_folder import config_file
-from monai_drdm.training.settings import Config, describe_settings, read_config
+from monai_drdm.training.settings import closest_settings, Config, config_file, describe_settings, read_config
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
@@ -21,7 +20,8 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 class TrainingCommand(Generic[Config]):
     """A command that trains one kind of network.
 
-    Every command has the flags ``--out``, ``--config``, ``--set``, ``--max-minutes`` and ``--resume``.
+    Every command has the flags ``--out``, ``--config``, ``--set``, ``--max-minutes`` and ``--resume``. Its module and
+    this one need no torch, so that ``--help`` and wrong arguments are answered at once.
     """
 
     name: str
@@ -32,40 +32,41 @@ class TrainingCommand(Generic[Config]):
     """The dataclass of its settings."""
     flags: Mapping[str, str]
     """Settings that have a flag of their own, and the help of each."""
-    fit: Callable[..., Path | None]
-    """The function that trains; see ``monai_drdm.train.fit``."""
-    summarize: Callable[[Path], str] | None = None
-    """A line for the user about the weights that were written; None: no line."""
+    load_fit: Callable[[], Callable[..., Path | None]]
+    """Imports the function that trains; see ``monai_drdm.train.fit``."""
 
-    def run(self, arguments: Sequence[str] | None = None) -> int:
+    def run(self, arguments: Sequence[str] | None = None, program: str | None = None) -> int:
         """Run a command line and return its exit code.
 
         0: done. 1: an error, which is printed. 2: wrong arguments. 128 + the number of a signal that ended the run:
-        130 after Ctrl-C, 143 after SIGTERM. The run is saved then, and ``--resume`` continues it.
+        130 after Ctrl-C, 143 after SIGTERM. Once it trains, the run is saved then, and ``--resume`` continues it.
+
+        Args:
+            arguments: of the command line; None: those of this process.
+            program: what the user has typed before them; None: ``python -m`` and the name.
         """
-        options = self._parser().parse_args(arguments)
-        resume_hint = f"go on with --resume --out {options.out}"
+        return self._train(self._options(arguments, program or f"python -m {self.name}"))
+
+    def _train(self, options: argparse.Namespace) -> int:
+        try:
+            config = self._config(options)
+            return self._fit(self.load_fit(), config, options.out, options.resume)
+        except (OSError, TypeError, ValueError, FloatingPointError) as error:
+            print(f"{self.name}: {error}", file=sys.stderr)
+            return 1
+
+    def _fit(self, fit: Callable[..., Path | None], config: Config, out: Path, resume: bool) -> int:
+        resume_hint = f"go on with --resume --out {out}"
         with _signals_received() as received:
             try:
-                weights = self.fit(
-                    self._config(options),
-                    options.out,
-                    resume=options.resume,
-                    progress=True,
-                    should_stop=lambda: bool(received),
-                )
-            except (OSError, TypeError, ValueError, FloatingPointError) as error:
-                print(f"{self.name}: {error}", file=sys.stderr)
-                return 1
+                weights = fit(config, out, resume=resume, progress=True, should_stop=lambda: bool(received))
             except KeyboardInterrupt:
-                begun = config_file(options.out).is_file()
+                begun = config_file(out).is_file()
                 print(f"stopped at once{f'; {resume_hint}' if begun else ''}", file=sys.stderr)
                 return 128 + (received[-1] if received else signal.SIGINT)
         if weights is None:
             print(f"stopped; {resume_hint}", file=sys.stderr)
             return 128 + (received[0] if received else signal.SIGTERM)  # another process may have got the signal
-        if self.summarize is not None:
-            print(self.summarize(weights), file=sys.stderr)
         print(weights)
         return 0
 
@@ -76,21 +77,39 @@ class TrainingCommand(Generic[Config]):
         flags = {name: getattr(options, name) for name in (*self.flags, "max_minutes")}
         return read_config(self.config_class, file, options.set, **flags)
 
-    def _parser(self) -> argparse.ArgumentParser:
+    def _options(self, arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
+        parser = self._parser(program)
+        options, unknown = parser.parse_known_args(arguments)
+        if unknown:
+            flags = [word.partition("=")[0].lstrip("-") for word in unknown if word.startswith("--")]
+            close = closest_settings(self.config_class, flags)
+            meant = f"; did you mean --set {close[0]}=VALUE?" if close else ""
+            parser.error(f"unrecognized arguments: {' '.join(unknown)}{meant}")
+        return options
+
+    def _parser(self, program: str) -> argparse.ArgumentParser:
         parser = argparse.ArgumentParser(
-            prog=f"python -m {self.name}",
+            prog=program,
             description=self.description,
             epilog="settings for --set and --config:\n" + describe_settings(self.config_class),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for name, text in self.flags.items():
             parser.add_argument(f"--{name.replace('_', '-')}", help=text)
-        parser.add_argument("--out", type=Path, required=True, help="new folder for the run")
-        parser.add_argument("--config", type=Path, help="YAML or JSON file of settings")
+        parser.add_argument("--out", type=Path, required=True, help="new folder for the run, or with --resume its own")
+        parser.add_argument("--config", type=Path, help="YAML or JSON file of settings (default: none)")
         parser.add_argument(
-            "--set", action="append", default=[], metavar="KEY=VALUE", help="one setting; may be repeated"
+            "--set",
+            action="append",
+            default=[],
+            metavar="KEY=VALUE",
+            help="one setting; may be repeated (default: those of the list below)",
         )
-        parser.add_argument("--max-minutes", type=float, help="minutes at most")
+        parser.add_argument(
+            "--max-minutes",
+            type=float,
+            help="minutes of training at most; warm-up and validations follow them (default: no limit)",
+        )
         parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
         return parser
 

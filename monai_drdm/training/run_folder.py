@@ -17,7 +17,7 @@ from torch import Tensor
 
 from monai_drdm.documents import Document
 from monai_drdm.io.files import atomically, is_taken, locked
-from monai_drdm.training.settings import RunConfig
+from monai_drdm.training.settings import config_file, RunConfig
 
 _CHECKPOINTS = "checkpoints"
 _DATA = "data.sha256"
@@ -96,11 +96,6 @@ def check_same_data(folder: Path, fingerprint: str, resume: bool) -> None:
             )
         return
     atomically(path, lambda part: Path(part).write_text(fingerprint + "\n", encoding="utf-8"))
-
-
-def config_file(folder: Path) -> Path:
-    """Where the settings of a run are written."""
-    return folder / "config.json"
 
 
 def write_config(folder: Path, config: RunConfig) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
+from difflib import get_close_matches
 from numbers import Integral, Real
 from pathlib import Path
 from reprlib import repr as short
@@ -34,14 +35,14 @@ class RunConfig:
     """
 
     batch_size: int = setting(16, "images in a batch, on each process", low=1, high=4096)
-    epoch_length: int = setting(200, "steps between validations and checkpoints", low=1)
+    epoch_length: int = setting(200, "steps between validations and checkpoints; max_minutes adds some", low=1)
     max_epochs: int = setting(1000, "epochs at most", low=1)
     max_minutes: float = setting(math.inf, "minutes at most, after which the run ends as if done", low=0)
     patience: int = setting(0, "epochs without a better validation after which to stop; 0: never", low=0)
     learning_rate: float | None = setting(
         None, "after warm-up; falls to zero along a cosine; none: what suits the network", low=0, high=1
     )
-    warmup_steps: int = setting(100, "steps of rising learning rate", low=0)
+    warmup_steps: int = setting(100, "steps of rising learning rate; max_minutes shortens them", low=0)
     weight_decay: float = setting(1e-4, "of AdamW", low=0, high=1)
     clip_norm: float = setting(1.0, "largest norm of the gradient; 0: any", low=0)
     ema_decay: float = setting(0.999, "of the averaged weights that are kept", low=0, high=1)
@@ -89,10 +90,23 @@ def read_config(
         values[key.strip()] = _SETTINGS.parse_yaml(value, f"--set {text}")
     values |= {key: value for key, value in overrides.items() if value is not None}
     names = {one.name for one in fields(config_class)}
-    unknown = sorted(set(values) - names)
+    unknown = sorted(str(name) for name in set(values) - names)
     if unknown:
-        raise ValueError(f"unknown settings {unknown}; known are {', '.join(sorted(names))}.")
+        close = closest_settings(config_class, unknown)
+        meant = f"; did you mean {', '.join(close)}?" if close else "."
+        raise ValueError(f"unknown settings {unknown}{meant} Known are {', '.join(sorted(names))}.")
     return config_class(**values)
+
+
+def closest_settings(config_class: type[RunConfig], words: Sequence[str]) -> list[str]:
+    """For each word the setting that is written most like it, if there is one."""
+    names = [one.name for one in fields(config_class)]
+    return [name for word in words for name in get_close_matches(word.lower().replace("-", "_"), names, n=1)]
+
+
+def config_file(folder: Path) -> Path:
+    """Where the settings of a run are written."""
+    return folder / "config.json"
 
 
 def describe_settings(config_class: type[RunConfig]) -> str:

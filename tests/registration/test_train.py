@@ -19,9 +19,10 @@ from monai_drdm.registration import (
     RegistrationNetwork,
     save_registration,
 )
+from monai_drdm.registration.config import KINDS, RegistrationConfig
 from monai_drdm.registration.data import load_images, load_pairs, RegistrationBatch
-from monai_drdm.registration.networks import Structure
-from monai_drdm.registration.task import fit, RegistrationConfig, RegistrationTask
+from monai_drdm.registration.networks import kinds, Structure
+from monai_drdm.registration.task import fit, RegistrationTask
 from monai_drdm.registration.train import main
 from monai_drdm.training.settings import read_config
 
@@ -156,6 +157,10 @@ def test_runs_go_on(pairs, tmp_path):
 def test_wrong_calls_are_explained(tmp_path, more, says, capsys):
     assert main(command(tmp_path / "run", *more)) == 1
     assert says in capsys.readouterr().err
+
+
+def test_settings_know_all_kinds_of_networks():
+    assert sorted(KINDS) == sorted(kinds())
 
 
 def test_datalists_without_pairs_are_refused(tmp_path, scans):

@@ -38,7 +38,10 @@ def test_settings_reach_pose_and_appearance():
 @pytest.mark.parametrize(
     ("settings", "error", "message"),
     [
-        (["batchsize=8"], ValueError, "unknown settings \\['batchsize'\\]"),
+        (["batchsize=8"], ValueError, "unknown settings \\['batchsize'\\]; did you mean batch_size\\? Known are"),
+        (["epochs=8"], ValueError, "unknown settings \\['epochs'\\]; did you mean max_epochs\\? Known are"),
+        (["Max-Minutes=8", "xyz=1"], ValueError, "\\['Max-Minutes', 'xyz'\\]; did you mean max_minutes\\?"),
+        (["xyz=8"], ValueError, "unknown settings \\['xyz'\\]. Known are angle_weight, .*, working_size.$"),
         (["batch_size"], ValueError, "key=value"),
         (["batch_size=0"], ValueError, "batch_size must be in"),
         (["batch_size=2.5"], TypeError, "batch_size must be int"),
@@ -99,6 +102,16 @@ def test_wrong_files_are_refused(tmp_path):
     (tmp_path / "object.yaml").write_text("seed: !!python/object/apply:os.getcwd []\n")
     with pytest.raises(ValueError, match="cannot be read"):
         build_config(tmp_path / "object.yaml")
+
+
+def test_unknown_flags_and_keys_that_are_no_words(tmp_path, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(["--out", str(tmp_path / "run"), "--batch-size", "4"])
+    assert ended.value.code == 2
+    assert "unrecognized arguments: --batch-size 4; did you mean --set batch_size=VALUE?" in capsys.readouterr().err
+    (tmp_path / "keys.yaml").write_text("3: 4\nepochs: 2\n")
+    with pytest.raises(ValueError, match=r"unknown settings \['3', 'epochs'\]; did you mean max_epochs\?"):
+        build_config(tmp_path / "keys.yaml")
 
 
 def test_every_setting_has_a_line_of_help():

@@ -1,0 +1,39 @@
+"""What Ctrl-C does to a command while it starts."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+INTERRUPTED = 128 + signal.SIGINT
+"""Exit code of a command that Ctrl-C has ended."""
+
+
+@contextmanager
+def ends_at_once(command: str) -> Iterator[None]:
+    """Within it, Ctrl-C ends the process with a line and the code 130, not with a traceback.
+
+    It is for the time in which a command imports what it needs, which takes seconds. No file is open then, and
+    libraries that are half imported may turn the ``KeyboardInterrupt`` that Python would raise into other errors.
+
+    Args:
+        command: its name, which begins the line.
+    """
+
+    def end(number: int, frame: FrameType | None) -> None:
+        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{command}: interrupted\n".encode())
+        os._exit(INTERRUPTED)
+
+    if threading.current_thread() is not threading.main_thread():  # signals do not get there
+        yield
+        return
+    before = signal.signal(signal.SIGINT, end)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)

@@ -1,0 +1,53 @@
+"""The settings of a run that trains a registration network. This module needs no torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from monai_drdm.training.settings import RunConfig, setting
+
+KINDS = ("voxelmorph", "regunet", "localnet")
+"""The kinds of registration networks."""
+
+
+@dataclass(frozen=True)
+class RegistrationConfig(RunConfig):
+    """Settings of a run that trains a registration network.
+
+    Raises:
+        TypeError: a setting has a wrong type.
+        ValueError: a setting is out of its range; both or neither of ``pairs`` and ``images`` are set.
+    """
+
+    pairs: str = setting("", "folder of monai-drdm pairs, or its datalist: trains on their known fields")
+    images: str = setting("", "folder or datalist of images: trains to make them resemble each other")
+    labels: str = setting("", "folder of label maps with the file names of the images")
+    section: str = setting("training", "section of the datalist")
+    spatial_dims: int = setting(3, "2 or 3", choices=(2, 3))
+    network: str = setting("voxelmorph", "kind of network: voxelmorph, regunet or localnet", choices=KINDS)
+    channels: int = setting(16, "features on the finest grid of the network", low=2, high=256)
+    depth: int = setting(3, "how often the grid is halved", low=1, high=6)
+    diffeomorphic: bool = setting(True, "the network predicts a velocity, whose flow is the field")
+    stride: int = setting(2, "the network works on a grid this many times coarser", low=1, high=4)
+    forces: bool = setting(True, "the network also sees where demons would push")
+    init: str = setting("", "network.safetensors of an earlier run to go on from, whose structure it takes")
+    error_weight: float = setting(1.0, "of the distance to the known field in voxels; with pairs", low=0)
+    similarity_weight: float = setting(1.0, "of local normalised cross-correlation; with images", low=0)
+    label_weight: float = setting(0.0, "of the overlap of labels (Dice), where there are labels", low=0)
+    smoothness_weight: float = setting(0.1, "of squared differences of the field between neighbours", low=0)
+    folding_weight: float = setting(1.0, "of the folding penalty", low=0)
+    mirror: bool = setting(True, "mirror pairs along every axis at random, the field with them")
+    pose: float = setting(
+        0.02, "how far fixed images with known fields are turned, stretched and shifted", low=0, high=1
+    )
+    repaint: float = setting(0.1, "how differently bright the two images are made, each on its own", low=0, high=1)
+    validation_share: float = setting(0.1, "share of the pairs or images kept for validation", low=0, high=0.5)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if bool(self.pairs) == bool(self.images):
+            raise ValueError("set either pairs (known fields) or images (to resemble each other), not both or neither.")
+        if self.labels and not self.images:
+            raise ValueError("labels goes with images; pairs bring their own.")
+        if self.learning_rate is None:
+            object.__setattr__(self, "learning_rate", 1e-3)
