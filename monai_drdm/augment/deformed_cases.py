@@ -34,12 +34,12 @@ class AugmentSettings(DatasetSettings):
     version: str = __version__
 
     def __post_init__(self) -> None:
+        for level in self.levels:
+            self.transform(level, ["image"])  # wrong arguments fail before the first file is read
         if not self.levels or len({f"{level:g}" for level in self.levels}) != len(self.levels):
             raise ValueError(f"levels must be one or more numbers that differ in six digits, got {self.levels}.")
         if self.draws < 1:
             raise ValueError(f"draws must be 1 or more, got {self.draws}.")
-        for level in self.levels:
-            self.transform(level, ["image"])  # wrong arguments fail before the first file is read
 
     def transform(self, level: float, keys: Sequence[str], device: str | None = None) -> RandDRDMDeformd:
         """The transform of one level; its field depends on the value of ``seed`` in the sample only."""

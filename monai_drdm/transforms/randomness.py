@@ -137,7 +137,7 @@ def checked_prob(prob: object) -> float:
     Raises:
         ValueError: it is not.
     """
-    number = float(prob) if isinstance(prob, Real) else np.nan
+    number: Any = prob if isinstance(prob, Real) else np.nan
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"prob must be in [0, 1], got {prob!r}.")
-    return number
+    return float(number)
