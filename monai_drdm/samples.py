@@ -97,9 +97,12 @@ def checked_pixdim(pixdim: Sequence[float] | None) -> tuple[float, ...] | None:
     """
     if pixdim is None:
         return None
-    numbers = tuple(float(s) for s in pixdim)
+    try:
+        numbers = tuple(float(s) for s in pixdim)
+    except OverflowError:  # of an integer
+        numbers = (np.inf,)
     if len(numbers) not in (2, 3) or not all(0 < s < np.inf for s in numbers):
-        raise ValueError(f"pixdim must be 2 or 3 positive numbers in mm, got {numbers}.")
+        raise ValueError(f"pixdim must be 2 or 3 positive numbers in mm, got {tuple(pixdim)}.")
     return numbers
 
 

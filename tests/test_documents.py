@@ -7,7 +7,8 @@ import pytest
 import torch
 from safetensors.torch import save as to_safetensors
 
-from monai_drdm.augment import AugmentSettings
+from monai_drdm import RandDRDMDeform
+from monai_drdm.augment import AugmentSettings, PairSettings
 from monai_drdm.augment.output_folder import OutputFolder
 from monai_drdm.bank import DeformationBank
 from monai_drdm.deformation.record import BankedParams, DeformationParams, PairParams
@@ -220,6 +221,22 @@ def test_numbers_beyond_every_float_in_settings(tmp_path):
     for text in (f"learning_rate={HUGE}", f"scale={HUGE}", f"seed={HUGE}", "learning_rate=1e400"):
         with pytest.raises((TypeError, ValueError), match=text.split("=", maxsplit=1)[0]):
             read_config(TrainConfig, settings=[text])
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: RandDRDMDeform(deformation_level=HUGE),
+        lambda: RandDRDMDeform(recovery=HUGE),
+        lambda: RandDRDMDeform(prob=HUGE),
+        lambda: RandDRDMDeform(pixdim=(HUGE, 1)),
+        lambda: AugmentSettings(levels=(HUGE,)),
+        lambda: PairSettings(synthesis_level=(0.1, HUGE)),
+    ],
+)
+def test_numbers_beyond_every_float_as_arguments(make):
+    with pytest.raises(ValueError, match=r"must"):
+        make()
 
 
 def test_values_that_refer_to_each_other_are_shown_in_short(tmp_path):

@@ -37,14 +37,14 @@ class AugmentSettings(DatasetSettings):
     """Which of a case's images, counted from 0, the network sees; the field that it gives moves all of them."""
 
     def __post_init__(self) -> None:
+        for level in self.levels:
+            self.transform(level, ["image"])  # wrong arguments fail before the first file is read
         if not self.levels or len({f"{level:g}" for level in self.levels}) != len(self.levels):
             raise ValueError(f"levels must be one or more numbers that differ in six digits, got {self.levels}.")
         if self.draws < 1:
             raise ValueError(f"draws must be 1 or more, got {self.draws}.")
         if self.image_number < 0:
             raise ValueError(f"image_number must be 0 or more, got {self.image_number}.")
-        for level in self.levels:
-            self.transform(level, ["image"])  # wrong arguments fail before the first file is read
 
     def transform(self, level: float, keys: Sequence[str], device: str | None = None) -> RandDRDMDeformd:
         """The transform of one level; its field depends on the value of ``seed`` in the sample only."""

@@ -143,7 +143,7 @@ def checked_prob(prob: object, name: str = "prob") -> float:
     Raises:
         ValueError: it is not.
     """
-    number = float(prob) if isinstance(prob, Real) else np.nan
+    number: Any = prob if isinstance(prob, Real) else np.nan
     if not 0.0 <= number <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {prob!r}.")
-    return number
+    return float(number)
