@@ -150,7 +150,7 @@ def test_warm_up_and_validations_follow_the_time(tmp_path, clock):
     validated = [row["step"] for row in metrics(tmp_path / "run") if "validation_loss" in row]
     assert len(validated) == 5
     assert validated[-1] == 50
-    assert all(8 <= b - a <= 12 for a, b in zip([0, *validated], validated))
+    assert all(10 <= b - a <= 12 for a, b in zip([0, *validated], validated[:-1]))
     assert json.loads(weights.read_text())["shift"] == pytest.approx(3.0, abs=0.3)  # a full learning rate goes so far
 
 
