@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from monai.losses import DiceLoss, DiffusionLoss, LocalNormalizedCrossCorrelationLoss
+from monai.metrics import compute_dice
 from torch import nn, Tensor
 
 from monai_drdm.fields import warp
+from monai_drdm.io.files import atomically
 from monai_drdm.registration.augmentation import intensity_jitter, random_affine, random_flip
 from monai_drdm.registration.config import RegistrationConfig
 from monai_drdm.registration.data import ImageBank, load_images, load_pairs, PairBank, RegistrationBatch
@@ -18,7 +22,7 @@ from monai_drdm.registration.networks import load_registration, RegistrationNetw
 from monai_drdm.training.folding import folding_loss
 from monai_drdm.training.loop import run_task
 from monai_drdm.training.run_folder import tensor_digest
-from monai_drdm.training.task import Batch, DataSummary, Predict
+from monai_drdm.training.task import Batch, DataSummary, Predict, Validation
 from monai_drdm.viz import contact_sheet, Figure, middle_plane, SheetEntry
 
 _SHEET_PAIRS = 6
@@ -112,6 +116,16 @@ class RegistrationTask:
         loss: Tensor = config.similarity_weight * (1 + self.similarity(warp(target.moving, predicted), target.fixed))
         return loss if config.label_weight == 0 else loss + config.label_weight * self._overlap(predicted, target)
 
+    def measures(self, predicted: Tensor, target: RegistrationBatch) -> Mapping[str, float]:
+        """The mean Dice of all structures, where there are labels."""
+        if target.moving_label is None or target.fixed_label is None:
+            return {}
+        moved, fixed = warp(target.moving_label, predicted, "nearest"), target.fixed_label
+        ids = [int(value) for value in torch.unique(fixed) if value > 0]
+        scores = [compute_dice((moved == one).float(), (fixed == one).float()) for one in ids]
+        dice = float(torch.cat(scores).nanmean()) if scores else math.nan
+        return {} if math.isnan(dice) else {"dice": dice}
+
     def loss(self, predicted: Tensor, target: RegistrationBatch) -> Tensor:
         """The error, and the penalties on rough and folding fields."""
         config = self.config
@@ -154,10 +168,17 @@ class RegistrationTask:
         ]
         return contact_sheet(entries[:_SHEET_PAIRS])
 
-    def write(self, network: nn.Module, path: Path, validation_loss: float) -> None:
-        """Write weights and structure."""
+    def write(self, network: nn.Module, path: Path, validation: Validation) -> None:
+        """Write weights and structure, and a JSON file beside them that also says what the network has reached."""
         assert isinstance(network, RegistrationNetwork)
         save_registration(network, path)
+        described = {
+            "structure": asdict(network.structure),
+            "source": "; ".join(filter(None, ["trained with monai_drdm.registration.train", validation.doubt])),
+            "gates": validation.gates(),
+        }
+        text = json.dumps(described, indent=2) + "\n"
+        atomically(path.with_suffix(".json"), lambda part: Path(part).write_text(text, encoding="utf-8"))
 
 
 def _digest(*banks: PairBank | ImageBank) -> str:

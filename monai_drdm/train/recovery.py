@@ -6,6 +6,7 @@ import dataclasses
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn, Tensor
@@ -18,7 +19,7 @@ from monai_drdm.train.config import TrainConfig
 from monai_drdm.train.data import find_scans, load_bank, ScanBank
 from monai_drdm.train.synthetic import synthetic_images
 from monai_drdm.training.run_folder import tensor_digest
-from monai_drdm.training.task import DataSummary
+from monai_drdm.training.task import DataSummary, Validation
 from monai_drdm.viz import contact_sheet, Figure, middle_plane, SheetEntry
 
 _SHEET_IMAGES, _SHEET_LEVEL = 6, 0.5
@@ -85,15 +86,19 @@ class RecoveryTask(ABC):
         ]
         return contact_sheet(entries)
 
-    def write(self, network: nn.Module, path: Path, validation_loss: float) -> None:
+    def measures(self, predicted: Tensor, target: Any) -> Mapping[str, float]:
+        """Nothing beside the error."""
+        return {}
+
+    def write(self, network: nn.Module, path: Path, validation: Validation) -> None:
         """Write the weights, and their card as a JSON file beside them."""
         assert isinstance(network, RecoveryNetwork)
-        network.card = self._card(network, path.parent.resolve().name, {"validation_loss": validation_loss})
+        network.card = self._card(network, path.parent.resolve().name, validation)
         atomically(path, lambda part: save_network(network, part))
         card = network.card.to_json(indent=2) + "\n"
         atomically(path.with_suffix(".json"), lambda part: Path(part).write_text(card, encoding="utf-8"))
 
-    def _card(self, network: RecoveryNetwork, name: str, gates: Mapping[str, float]) -> NetworkCard:
+    def _card(self, network: RecoveryNetwork, name: str, validation: Validation) -> NetworkCard:
         """The card of the trained network."""
         earlier = "" if self.start is None else network.card.training_data
         data = Path(self.config.data).resolve().name
@@ -102,9 +107,9 @@ class RecoveryTask(ABC):
             network.card,
             name=name,
             sha256="",
-            source=f"{source} with monai_drdm.train",
+            source=f"{source} with monai_drdm.train" + (f"; {validation.doubt}" if validation.doubt else ""),
             training_data=f"{earlier}; then {data}" if earlier else data,
-            gates=gates,
+            gates=validation.gates(),
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from ignite.engine import Events
-from ignite.handlers import Checkpoint, ProgressBar
+from ignite.handlers import Checkpoint
 from monai.engines import SupervisedTrainer
 from monai.engines.utils import IterationEvents
 from monai.utils import CommonKeys
@@ -31,10 +31,21 @@ from monai_drdm.training.run_folder import (
     write_config,
 )
 from monai_drdm.training.settings import RunConfig
-from monai_drdm.training.task import Task
+from monai_drdm.training.task import Task, Validation
+from monai_drdm.training.terminal import in_red, RunBar
 
 _WEIGHTS = "network.safetensors"
 _VALIDATION_BATCHES = 4
+_VALIDATION_SHARE = 0.2
+"""Validations under a limit of time are at most this share of it apart, if they take little of it themselves."""
+_TRAINING_PER_VALIDATION = 4
+"""Before another validation within an epoch, training takes at least this many times as long as the last one took."""
+_NO_BETTER = (
+    "This network is no better than doing nothing: do not use it. Train for longer, with another learning_rate, or on "
+    "other data."
+)
+_WARMUP_SHARE = 0.1
+"""Warm-up under a limit of time takes at most this share of it."""
 
 
 def run_task(
@@ -55,7 +66,8 @@ def run_task(
         should_stop: called after every step; once it returns True, the run saves a checkpoint and returns.
 
     Returns:
-        The weights file, or None if ``should_stop`` ended the run.
+        The weights file, or None if ``should_stop`` ended the run. What the network has reached is told on standard
+        error.
 
     Raises:
         FileExistsError: another run uses the folder, or it is not empty and ``resume`` is False.
@@ -120,7 +132,13 @@ class _Loop:
             global_step_transform=lambda engine, _: engine.state.iteration,
         )
         self.reports: Reports | None = None
-        self._attach_handlers(progress)
+        self.shows_bar = progress
+        self.bar: RunBar | None = None
+        self.validations: dict[int, Validation] = {}  # the latest, at its step
+        self.nothing: dict[str, float] | None = None
+        self.time_share = self.validated_at = 0.0
+        self.next_validation: float | None = None
+        self._attach_handlers()
 
     def run(self, resume: bool) -> Path | None:
         """Train to the end, or until ``should_stop``."""
@@ -128,17 +146,36 @@ class _Loop:
         if resume:
             self._restore()
         self.progress.start()
+        self.time_share = self.validated_at = self.processes.from_rank_zero(self.progress.time_share())
         try:
             if not self._has_ended():  # the engine would start a finished run from its beginning
-                self.trainer.run()
+                self._train()
+            return None if self.interrupted else self._finish()
         finally:
             if self.reports is not None:
                 self.reports.close()
-        if self.interrupted:
-            return None
-        weights = self.folder / _WEIGHTS
+
+    def _train(self) -> None:
+        """Take the steps that are left, or as many as time, patience and ``should_stop`` let it."""
+        done, progress = self.trainer.state.iteration, self.progress
+        if self.shows_bar:
+            self.bar = RunBar(self._steps, progress.limit_seconds, done, progress.seconds())
+        try:
+            self.trainer.run()
+        finally:
+            if self.bar is not None:
+                self.bar.close()
+
+    def _finish(self) -> Path:
+        """Validate the last step, unless that is done, and write the network."""
+        weights, step = self.folder / _WEIGHTS, self.trainer.state.iteration
         if self.processes.is_rank_zero:
-            self.task.write(self.averaged.module, weights, self._validation_loss())
+            validation = self.validations.get(step) or self._measure()
+            self._report(step, validation)
+            self.task.write(self.averaged.module, weights, validation)
+            print(validation.summary(), file=sys.stderr)
+            if not validation.beats_nothing:
+                print(in_red(_NO_BETTER), file=sys.stderr)
         self.processes.barrier()  # no process ends before the weights are written
         return weights
 
@@ -168,7 +205,7 @@ class _Loop:
             decollate=False,
         )
 
-    def _attach_handlers(self, progress: bool) -> None:
+    def _attach_handlers(self) -> None:
         """Handlers of one event are called in the order in which they are attached."""
         trainer = self.trainer
         trainer.add_event_handler(Events.ITERATION_STARTED, self._set_learning_rate)
@@ -177,11 +214,10 @@ class _Loop:
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._log_loss)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._validate)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self.save)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._show)
+        trainer.add_event_handler(Events.ITERATION_COMPLETED, self._validate_within_epoch)
         trainer.add_event_handler(Events.ITERATION_COMPLETED, self._stop_within_epoch)
         trainer.add_event_handler(Events.EPOCH_COMPLETED, self._stop_if_needed)
-        if progress:
-            bar = ProgressBar(persist=True)
-            bar.attach(trainer, output_transform=lambda output: {"loss": float(output[CommonKeys.LOSS].detach())})
 
     def _prepare_batch(self, *_: Any) -> tuple[Tensor, Any, tuple[Tensor, ...], dict[str, Any]]:
         """Draw the batch of this step; its random numbers depend on the seed, the rank and the step only."""
@@ -215,11 +251,19 @@ class _Loop:
     def _set_learning_rate(self) -> None:
         """Rise linearly during warm-up, then fall to zero along a cosine as steps, or time, run out."""
         config, done = self.config, self.trainer.state.iteration - 1
-        time_share = self.processes.from_rank_zero(self.progress.time_share())
-        share = max(done / (config.max_epochs * config.epoch_length), time_share)
-        warm = min(1.0, (done + 1) / max(config.warmup_steps, 1))
+        self.time_share = self.processes.from_rank_zero(self.progress.time_share())
+        if self.next_validation is None:
+            cost = self.time_share - self.validated_at
+            self.next_validation = self.time_share + max(_VALIDATION_SHARE, _TRAINING_PER_VALIDATION * cost)
+        share = max(done / self._steps, self.time_share)
+        warm = min(1.0, max((done + 1) / max(config.warmup_steps, 1), self.time_share / _WARMUP_SHARE))
         for group in self.optimizer.param_groups:
             group["lr"] = self.optimizer.defaults["lr"] * warm * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+
+    @property
+    def _steps(self) -> int:
+        """Steps of the whole run, unless something else ends it."""
+        return self.config.max_epochs * self.config.epoch_length
 
     def _clip(self) -> None:
         if self.config.clip_norm > 0:
@@ -239,24 +283,55 @@ class _Loop:
             loss = float(self.trainer.state.output[CommonKeys.LOSS].detach())
             self.reports.log(self.trainer.state.iteration, {"loss": loss})
 
+    def _show(self) -> None:
+        if self.bar is None:
+            return
+        losses = f"loss {float(self.trainer.state.output[CommonKeys.LOSS].detach()):.3g}"
+        if math.isfinite(self.progress.best):
+            losses += f", best validation {self.progress.best:.3g}"
+        self.bar.show(self.trainer.state.iteration, self.progress.seconds(), losses)
+
+    def _validate_within_epoch(self) -> None:
+        """Also validate, and save, when a share of the allowed time is over: an epoch may be longer than all of it."""
+        within = self.trainer.state.iteration % self.config.epoch_length != 0
+        if within and self.next_validation is not None and self.time_share >= self.next_validation:
+            self._validate()
+            self.save(self.trainer)
+
     def _validate(self) -> None:
-        loss, step = self._validation_loss(), self.trainer.state.iteration
-        self.progress.count_validation(loss)
-        if self.reports is not None:
-            self.reports.log(step, {"validation_loss": loss})
+        validation, step = self._measure(), self.trainer.state.iteration
+        self.validations = {step: validation}
+        self.validated_at, self.next_validation = self.time_share, None
+        self.progress.count_validation(validation.network["validation_loss"])
+        self._report(step, validation)
+
+    def _report(self, step: int, validation: Validation) -> None:
+        """Write down what was measured, and a figure, unless both are there."""
+        if self.reports is None:
+            return
+        if not self.reports.has_metric(step, "validation_loss"):
+            self.reports.log(step, validation.network)
+        if not self.reports.has_figure(step):
             figure = self.task.sheet(self.averaged.module, self._generator("sheet", 0))
             if figure is not None:
                 self.reports.save_figure(step, figure)
 
     @torch.no_grad()
-    def _validation_loss(self) -> float:
-        """Mean error of the averaged network on batches that are the same at every validation."""
+    def _measure(self) -> Validation:
+        """What the averaged network reaches on batches that are the same at every validation."""
         network = self.inferer.predictor(self.averaged.module)
-        errors = []
+        reached, nothing = [], []
         for number in range(_VALIDATION_BATCHES):
             batch = self.task.batch(network, self._generator("validate", number), validate=True)
-            errors.append(float(self.task.error(network(batch.images, *batch.conditions), batch.target)))
-        return sum(errors) / len(errors)
+            predicted = network(batch.images, *batch.conditions)
+            reached.append(self._measure_batch(predicted, batch.target))
+            if self.nothing is None:
+                nothing.append(self._measure_batch(torch.zeros_like(predicted), batch.target))
+        self.nothing = self.nothing or _means(nothing)
+        return Validation(_means(reached), self.nothing)
+
+    def _measure_batch(self, predicted: Tensor, target: Any) -> dict[str, float]:
+        return {"validation_loss": float(self.task.error(predicted, target)), **self.task.measures(predicted, target)}
 
     def _stop_within_epoch(self) -> None:
         """Stop after any step but the last of an epoch, after which validation comes first."""
@@ -272,7 +347,7 @@ class _Loop:
     def _has_ended(self) -> bool:
         """Whether all steps are done, the time is up, or patience has run out; the same in all processes."""
         config, progress = self.config, self.progress
-        all_steps = self.trainer.state.iteration >= config.max_epochs * config.epoch_length
+        all_steps = self.trainer.state.iteration >= self._steps
         out_of_patience = 0 < config.patience <= progress.without_improvement
         return self.processes.any(all_steps or out_of_patience or progress.time_share() >= 1)
 
@@ -293,6 +368,13 @@ class _Loop:
             Checkpoint.load_objects(self._state(), saved)
         if self.reports is not None:
             self.reports.drop_after(self.trainer.state.iteration)
+
+
+def _means(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The mean of each entry, over the rows that have it."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: [row[name] for row in rows if name in row] for name in names}
+    return {name: sum(values) / len(values) for name, values in columns.items()}
 
 
 class Progress:

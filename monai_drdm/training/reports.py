@@ -43,11 +43,26 @@ class Reports:
                 kept = "".join(line + "\n" for line in lines if _ROWS.parse_json(line, path)["step"] <= step)
             atomically(path, lambda part: Path(part).write_text(kept, encoding="utf-8"))
 
+    def has_metric(self, step: int, name: str) -> bool:
+        """Whether a metric of a step is logged."""
+        path = self.folder / _METRICS
+        if not path.is_file():
+            return False
+        last = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(f'{{"step": {step},')]
+        return any(name in json.loads(line) for line in last)
+
+    def has_figure(self, step: int) -> bool:
+        """Whether the figure of a step is saved."""
+        return self._figure(step).is_file()
+
     def save_figure(self, step: int, figure: Figure) -> None:
         """Save a figure as ``sheets/step_N.png``."""
-        path = self.folder / "sheets" / f"step_{step}.png"
+        path = self._figure(step)
         path.parent.mkdir(exist_ok=True)
         atomically(path, lambda part: figure.savefig(part, dpi=80))
+
+    def _figure(self, step: int) -> Path:
+        return self.folder / "sheets" / f"step_{step}.png"
 
     def close(self) -> None:
         """Finish writing to TensorBoard."""

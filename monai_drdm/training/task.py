@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, TYPE_CHECKING
 
@@ -14,6 +14,8 @@ from monai_drdm.training.settings import RunConfig
 if TYPE_CHECKING:
     from monai_drdm.viz import Figure
 
+_NOTICEABLE = 0.02
+"""The share of the validation loss of doing nothing by which a network must be better."""
 Predict = Callable[..., Tensor]
 """A network as a function of images and conditions; its prediction is in float32."""
 
@@ -38,13 +40,45 @@ class Batch(NamedTuple):
     """Further inputs of the network, such as deformation levels ``(B,)``."""
 
 
+class Validation(NamedTuple):
+    """What a network has reached on the validation batches, beside doing nothing, which is predicting zero."""
+
+    network: Mapping[str, float]
+    """The mean of ``Task.error`` as ``validation_loss``, and those of ``Task.measures``."""
+    nothing: Mapping[str, float]
+    """The same of doing nothing."""
+
+    @property
+    def beats_nothing(self) -> bool:
+        """Whether the validation loss is noticeably below that of doing nothing."""
+        nothing = self.nothing["validation_loss"]
+        return self.network["validation_loss"] < nothing - _NOTICEABLE * abs(nothing)
+
+    @property
+    def doubt(self) -> str:
+        """What a card says of a network that is no better than doing nothing; empty for a better one."""
+        return "" if self.beats_nothing else "no better than doing nothing on its validation data"
+
+    def gates(self) -> dict[str, float]:
+        """Everything that was measured, for a card."""
+        return {**self.network, **{f"{name}_of_doing_nothing": value for name, value in self.nothing.items()}}
+
+    def summary(self) -> str:
+        """A line for the user."""
+        return "; ".join(
+            f"{name.replace('_', ' ')} {value:.2f} ({self.nothing[name]:.3g} is doing nothing)"
+            for name, value in self.network.items()
+        )
+
+
 class Task(Protocol):
     """What is trained: a network, its batches, its loss, and the file that is written at the end.
 
     The training loop calls ``prepare`` once, then ``build_network``. Every step draws a ``batch``, predicts
-    ``network(images, *conditions)`` and minimises ``loss``. Every validation averages ``error`` over a few validation
-    batches and saves the ``sheet``. After the last step, ``write`` is called. The loop does all the rest: optimizer,
-    learning rate, averaged weights, checkpoints, reports, several processes.
+    ``network(images, *conditions)`` and minimises ``loss``. Every validation averages ``error`` and ``measures`` over a
+    few validation batches and saves the ``sheet``; there is one after the last step in any case. Then ``write`` is
+    called. The loop does all the rest: optimizer, learning rate, averaged weights, checkpoints, reports, several
+    processes.
 
     All randomness of a batch must come from the generator: this makes a resumed run repeat the steps of an
     uninterrupted one.
@@ -80,10 +114,13 @@ class Task(Protocol):
         """The number to minimise."""
 
     def error(self, predicted: Tensor, target: Any) -> Tensor:
-        """The loss without penalties, which validation reports."""
+        """The loss without penalties, which validation reports. A prediction of zero is that of doing nothing."""
+
+    def measures(self, predicted: Tensor, target: Any) -> Mapping[str, float]:
+        """What else validation reports, by name; empty for nothing."""
 
     def sheet(self, network: nn.Module, generator: torch.Generator) -> Figure | None:
         """A figure of what the network does, saved after every validation; None for no figure."""
 
-    def write(self, network: nn.Module, path: Path, validation_loss: float) -> None:
-        """Write the trained network to a file in the run's folder."""
+    def write(self, network: nn.Module, path: Path, validation: Validation) -> None:
+        """Write the trained network, and what it has reached, to files in the run's folder."""

@@ -57,6 +57,10 @@ def pairs(scans):
 SMALL = ["channels=8", "depth=2", "spatial_dims=2", "batch_size=4", "bfloat16=false", "warmup_steps=10"]
 
 
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def command(out, *more, steps=40, epochs=1):
     settings = [*SMALL, f"epoch_length={steps}", f"max_epochs={epochs}"]
     return ["--out", str(out), *(word for one in settings for word in ("--set", one)), *map(str, more)]
@@ -105,8 +109,7 @@ def test_known_fields_are_learned(pairs, tmp_path, capsys):
             score = evaluate_registration(method, one.moving, one.fixed, ddf=one.ddf, inside=one.inside)
             errors[name].append(score.error_vox)
     assert np.mean(errors["network"]) < 0.9 * np.mean(errors["nothing"])
-    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
-    assert len([row for row in metrics if "loss" in row]) == 300
+    assert len([row for row in metrics(tmp_path / "run") if "loss" in row]) == 300
     assert list((tmp_path / "run" / "sheets").glob("*.png"))
 
 
@@ -115,7 +118,12 @@ def test_unsupervised_goes_on_from_supervised(scans, pairs, tmp_path, capsys):
     first = capsys.readouterr().out.strip()
     more = ["--images", scans / "images", "--labels", scans / "labels", "--init", first, "--set", "label_weight=0.5"]
     assert main(command(tmp_path / "second", *more, steps=60)) == 0
-    network = load_registration(capsys.readouterr().out.strip())
+    out, said = capsys.readouterr()
+    network = load_registration(out.strip())
+    gates = json.loads((tmp_path / "second" / "network.json").read_text())["gates"]
+    assert gates["dice"] > gates["dice_of_doing_nothing"] > 0.3
+    assert f"dice {gates['dice']:.2f} ({gates['dice_of_doing_nothing']:.3g} is doing nothing)" in said
+    assert [row["dice"] for row in metrics(tmp_path / "second") if "dice" in row][-1] == gates["dice"]
     bank = load_images(scans / "images", scans / "labels", spatial_dims=2)
     batch = bank.pairs(torch.tensor([0, 1]), torch.tensor([2, 3])).to(torch.device("cpu"))
     dice = []
@@ -131,6 +139,39 @@ def test_unsupervised_goes_on_from_supervised(scans, pairs, tmp_path, capsys):
             )
             dice.append(np.mean(score.dice))
     assert np.mean(dice[:2]) > np.mean(dice[2:])
+
+
+def test_a_run_that_has_learned_nothing_says_so_and_shows_it(scans, tmp_path, capsys):
+    """Stopped by the time within its first epoch, at a learning rate of zero."""
+    settings = ["--images", scans / "images", "--max-minutes", "1e-5", "--set", "learning_rate=0"]
+    assert main(command(tmp_path / "run", *settings)) == 0
+    said = capsys.readouterr().err
+    assert "no better than doing nothing: do not use it" in said
+    written = json.loads((tmp_path / "run" / "network.json").read_text())
+    assert written["source"].endswith("no better than doing nothing on its validation data")
+    assert written["gates"]["validation_loss"] == written["gates"]["validation_loss_of_doing_nothing"]
+    assert "dice" not in written["gates"]  # there are no labels
+    step = metrics(tmp_path / "run")[-1]["step"]
+    assert step < 40
+    assert (tmp_path / "run" / "sheets" / f"step_{step}.png").stat().st_size > 10_000
+
+
+def test_dice_of_the_validation():
+    """Squares, moved onto each other by a field that is a whole number of voxels; the second one is missing."""
+    task = RegistrationTask(RegistrationConfig(images="unread", spatial_dims=2))
+    fixed = torch.zeros(2, 1, 20, 20, dtype=torch.uint8)
+    fixed[0, 0, 4:10, 4:10], fixed[0, 0, 12:18, 4:10] = 1, 7
+    fixed[1, 0, 4:10, 4:10] = 1
+    moving = fixed.roll(3, dims=-1)
+    image, ddf = torch.zeros(2, 1, 20, 20), torch.zeros(2, 2, 20, 20)
+    batch = RegistrationBatch(image, image, image.bool(), None, moving, fixed)
+    overlap = 2 * ((moving == 1) & (fixed == 1)).sum() / ((moving == 1).sum() + (fixed == 1).sum())
+    assert task.measures(ddf, batch) == {"dice": pytest.approx(float(overlap))}  # the same for all three squares
+    ddf[:, 1] = 3
+    assert task.measures(ddf, batch) == {"dice": 1.0}
+    empty = RegistrationBatch(image, image, image.bool(), None, fixed * 0, fixed * 0)
+    assert task.measures(ddf, empty) == {}
+    assert task.measures(ddf, RegistrationBatch(image, image, image.bool())) == {}
 
 
 def test_runs_go_on(pairs, tmp_path):

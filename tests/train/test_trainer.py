@@ -139,6 +139,8 @@ def test_time_is_a_limit(tmp_path, monkeypatch):
     clock[0] += 30
     assert fit(config, tmp_path / "run", resume=True, should_stop=step).exists()
     assert rows(tmp_path / "run")[-1]["step"] == 8
+    assert "validation_loss" in rows(tmp_path / "run")[-1]
+    assert (tmp_path / "run" / "sheets" / "step_8.png").stat().st_size > 10_000
     assert stays_as_it_is(config, tmp_path / "run")
 
 
