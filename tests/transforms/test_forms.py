@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import pickle
+import random
+import signal
+import time
 
 import numpy as np
 import pytest
@@ -340,3 +343,32 @@ def test_the_hash_of_a_network_in_memory_is_that_of_its_file(tiny, tmp_path):
             network.out.weight.data.copy_(torch.randn_like(network.out.weight))
         else:
             network.card = dataclasses.replace(network.card, working_size=33)
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in ("array", "given")])
+def test_a_call_that_is_interrupted(fork, tiny, scan, form):
+    """Ctrl-C at any moment inside a call: the next call does what it would have done, and no mode of torch stays on."""
+    sample = sample_of(scan, PLANAR)
+    transform = build(form, tiny, sample, seed_key="name")
+
+    def interrupted():
+        signal.signal(signal.SIGALRM, signal.default_int_handler)
+        expected, moments = call(form, transform, sample)[0]["image"].as_tensor(), random.Random(2)
+        begun = time.perf_counter()
+        call(form, transform, sample)
+        duration, count = time.perf_counter() - begun, 0
+        for _ in range(15):
+            try:
+                signal.setitimer(signal.ITIMER_REAL, duration * moments.uniform(0.05, 0.7))
+                call(form, transform, sample)
+                signal.setitimer(signal.ITIMER_REAL, 0)
+            except KeyboardInterrupt:
+                count += 1
+            assert torch.is_grad_enabled()
+            again = call(form, transform, sample)[0]["image"].as_tensor()
+            assert torch.allclose(again, expected, atol=1e-4)
+        assert count > 0
+
+    process = fork(interrupted)
+    _, errors = process.communicate()
+    assert process.returncode == 0, errors
