@@ -164,12 +164,12 @@ def test_edited_records_are_none_and_lead_nowhere(run, out, whole, change):
     record = json.loads(path.read_text())
     change(record)
     path.write_text(json.dumps(record))
-    with pytest.warns(UserWarning, match=f"{path.name} is not the record of a draw"):
+    with pytest.warns(UserWarning, match=f"{path.name} cannot be read as the record of a draw"):
         assert run(out) == 0
     assert hashes(out) == hashes(whole)
     foreign = path.with_name("case7_level0.5_draw0.json")  # of a case that is not in this run
     foreign.write_text(json.dumps({**record, "name": foreign.stem}))
-    with pytest.warns(UserWarning, match=f"{foreign.name} is not the record of a draw"):
+    with pytest.warns(UserWarning, match=f"{foreign.name} cannot be read as the record of a draw"):
         assert run(out) == 0
     assert listed(out) == listed(whole)
 
@@ -206,9 +206,9 @@ def test_what_is_no_record_of_a_draw(change):
     names = {"source", "inputs_sha256", "params", "statistics"}
     record = {**{name: {} for name in names}, "files": {"image": "images/case1_draw0.nii"}, "settings_sha256": "ab"}
     record["name"] = "case1_draw0"
-    assert DrawRecord.from_json(json.dumps(record), "case1_draw0", ["images"]).outputs == {}
+    assert DrawRecord.of(record, "case1_draw0", ["images"]).outputs == {}
     with pytest.raises((TypeError, ValueError)):
-        DrawRecord.from_json(json.dumps({**record, **change}), "case1_draw0", ["images"])
+        DrawRecord.of({**record, **change}, "case1_draw0", ["images"])
 
 
 @pytest.mark.parametrize(("kind", "force"), [(0, []), (-1, ["--force"]), ("records", [])])
@@ -380,7 +380,7 @@ def test_a_folder_that_vanishes_during_a_run(run, whole, tmp_path, fork):
 
 def test_records_say_what_their_folder_holds(whole):
     for path in (whole / "records").iterdir():
-        record = DrawRecord.from_json(path.read_text(), path.stem, [one.name for one in whole.iterdir()])
+        record = DrawRecord.of(json.loads(path.read_text()), path.stem, [one.name for one in whole.iterdir()])
         for kind, file in record.files.items():
             data = (whole / file).read_bytes()
             assert record.outputs[kind] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -16,6 +16,7 @@ from monai.networks.blocks import Warp
 
 from monai_drdm import (
     ApplyDDFd,
+    BatchRandDRDMBankd,
     BatchRandDRDMDeformd,
     DeformationBank,
     RandDRDMBankd,
@@ -35,6 +36,7 @@ FORMS = {
     "batch": kinds.BatchOptions,
     "pair": kinds.PairOptions,
     "bank": kinds.BankedOptions,
+    "bank batch": kinds.BatchBankedOptions,
     "given": kinds.ApplyOptions,
 }
 CHOICES = {
@@ -60,7 +62,14 @@ CHOICES = {
     "image_key": ["image"],
     "seed_key": ["name"],
     "pixdim": [(2.0, 1.0)],
+    "displacement_scale": [0.5],
+    "rotate_range": [0.3],
+    "shear_range": [0.1],
+    "translate_range": [1.0],
+    "scale_range": [0.1],
+    "flip_prob": [1.0],
 }
+BATCHES = ("batch", "bank batch")
 ELSEWHERE = {"compiled"}  # takes half a minute: tests/transforms/test_batch.py
 MATRIX = [
     (form, name, value)
@@ -100,12 +109,13 @@ def build(form, network, sample, **options):
     if "mode" in options and form != "array":
         options["mode"] = [options["mode"], "nearest"]
     options = keyed | options
-    if form == "bank":
+    if form.startswith("bank"):
         drawing = {"slice_axis": 2} if sample["image"].ndim == 4 else {}
         bank = DeformationBank.build(
             [sample], id_key="name", network=network, fields_per_image=1, progress=False, **drawing
         )
-        return RandDRDMBankd(bank=bank, id_key="name", prob=1.0, **options)
+        kind = RandDRDMBankd if form == "bank" else BatchRandDRDMBankd
+        return kind(bank=bank, id_key="name", prob=1.0, **options)
     if form == "given":
         generator, shape = torch.Generator().manual_seed(3), sample["image"].shape[1:]
         small = torch.randn(1, len(shape), *(3 for _ in shape), generator=generator)
@@ -124,7 +134,7 @@ def call(form, transform, sample):
     """What a form makes of a sample: a dictionary, and the field that made its image."""
     if form == "array":
         return {"image": transform(sample["image"])}, transform.last.ddf
-    if form == "batch":
+    if form in BATCHES:
         return transform(list_data_collate([sample, sample])), torch.stack([one.ddf for one in transform.last])
     out = transform(sample)
     if form == "pair":
@@ -179,7 +189,7 @@ def check_inverse(form, transform, out, *, invertible, like):
         inverse, moved = transform.inverse, out["image"]
     else:
         names = {"image": "fixed", "label": "fixed_label"} if form == "pair" else {"image": "image"}
-        one = decollate_batch(out)[0] if form == "batch" else out
+        one = decollate_batch(out)[0] if form in BATCHES else out
         given = {names[key]: one[key] for key in names if one.get(key) is not None}
         transform.point_keys, transform.box_keys, transform.allow_missing_keys = (), (), True
         inverse, moved = transform.inverse, given
@@ -235,8 +245,8 @@ def test_arrays_of_every_layout(tiny, scan, form, kind, fires):
         np.testing.assert_array_equal(laid_out[key], sample[key])
     outs = []
     for one in (sample, laid_out):
-        if form == "batch":
-            one = {key: value if key == "name" else value[None] for key, value in one.items()}
+        if form in BATCHES:
+            one = {key: [value] if key == "name" else value[None] for key, value in one.items()}
         if form != "given":
             transform.set_random_state(2)
         outs.append({"image": transform(one["image"])} if form == "array" else transform(one))
@@ -281,7 +291,7 @@ def test_what_a_pickled_transform_says_of_its_last_call(tiny, scan, form):
     before = transform.last
     call(form, transform, sample)
     assert transform.last
-    assert pickle.loads(pickle.dumps(transform)).last == before == ([] if form == "batch" else None)
+    assert pickle.loads(pickle.dumps(transform)).last == before == ([] if form in BATCHES else None)
 
 
 @pytest.mark.parametrize("form", [form for form in FORMS if form != "array"])
