@@ -216,7 +216,7 @@ def test_a_network_of_other_dimensions_is_refused(tmp_path, scans, small_network
     path = tmp_path / "net.safetensors"
     save_network(small_network(2), path)
     assert main(command(tmp_path / "run", "--images", scans / "images", "--init", path)) == 1
-    assert "cannot be read as a registration network" in capsys.readouterr().err
+    assert "net.safetensors cannot be read as a registration network" in capsys.readouterr().err
 
 
 @pytest.fixture
