@@ -48,8 +48,8 @@ class Reports:
         path = self.folder / _METRICS
         if not path.is_file():
             return False
-        last = [line for line in path.read_text(encoding="utf-8").splitlines() if line.startswith(f'{{"step": {step},')]
-        return any(name in json.loads(line) for line in last)
+        last = [line for line in _ROWS.read_text(path).splitlines() if line.startswith(f'{{"step": {step},')]
+        return any(name in _ROWS.parse_json(line, path) for line in last)
 
     def has_figure(self, step: int) -> bool:
         """Whether the figure of a step is saved."""
