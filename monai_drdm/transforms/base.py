@@ -386,12 +386,18 @@ def _check_shape(transform: TracedTransform, data: MetaTensor, name: str, shape:
         return
     count = len(data.applied_operations)
     classes = [str(one.get(TraceKeys.CLASS_NAME)) for one in data.applied_operations[max(0, count - later) :]]
+    if "PadListDataCollate" in classes:
+        advice = "Take back the padding of the batch first (monai.transforms.PadListDataCollate.inverse)."
+    elif classes:
+        advice = f"Take back {', '.join(classes)} first, which came later."
+    else:
+        advice = (
+            "Take back first what changed it. If it was padded to the batch (TestTimeAugmentation after crops of "
+            "varying size, pad_list_data_collate), MONAI leaves that padding on predictions: use batch_size=1."
+        )
     raise ValueError(
         f"{type(transform).__name__}.inverse: {name} must have the spatial shape {shape} that was deformed, got "
-        f"{tuple(data.shape[1:])}. "
-        + (f"Take back {', '.join(classes)} first, which came later. " if classes else "")
-        + "If samples of several shapes were padded to one batch (pad_list_data_collate, TestTimeAugmentation after "
-        "crops of varying size), MONAI leaves that padding on predictions: use batch_size=1."
+        f"{tuple(data.shape[1:])}. {advice}"
     )
 
 
