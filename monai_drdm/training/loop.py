@@ -41,8 +41,8 @@ _VALIDATION_SHARE = 0.2
 _TRAINING_PER_VALIDATION = 4
 """Before another validation within an epoch, training takes at least this many times as long as the last one took."""
 _NO_BETTER = (
-    "This network is no better than doing nothing: do not use it. Train for longer, with another learning_rate, or on "
-    "other data."
+    "This network is no better than doing nothing on its validation data. Train for longer, with another "
+    "learning_rate, on other data, or from a trained network (init); look at the figures in sheets before you use it."
 )
 _WARMUP_SHARE = 0.1
 """Warm-up under a limit of time takes at most this share of it."""

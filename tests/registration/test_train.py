@@ -146,7 +146,7 @@ def test_a_run_that_has_learned_nothing_says_so_and_shows_it(scans, tmp_path, ca
     settings = ["--images", scans / "images", "--max-minutes", "1e-5", "--set", "learning_rate=0"]
     assert main(command(tmp_path / "run", *settings)) == 0
     said = capsys.readouterr().err
-    assert "no better than doing nothing: do not use it" in said
+    assert "This network is no better than doing nothing" in said
     written = json.loads((tmp_path / "run" / "network.json").read_text())
     assert written["source"].endswith("no better than doing nothing on its validation data")
     assert written["gates"]["validation_loss"] == written["gates"]["validation_loss_of_doing_nothing"]

@@ -203,7 +203,7 @@ def test_doing_nothing_is_called_that(tmp_path, capsys):
         said = capsys.readouterr().err
         assert written["validation_loss_of_doing_nothing"] == pytest.approx(1 / 3, abs=0.05)  # the mean square
         assert f"validation loss {written['validation_loss']:.2f} (0.3" in said
-        assert ("no better than doing nothing: do not use it" in said) == (name == "lazy")
+        assert ("This network is no better than doing nothing" in said) == (name == "lazy")
     assert written["validation_loss"] < 0.1
 
 

@@ -314,7 +314,7 @@ def test_a_run_ends_with_what_it_is_worth(told):
     nothing = card["gates"].pop("validation_loss_of_doing_nothing")
     assert nothing == pytest.approx(1, abs=1e-4)  # by how the loss is defined
     assert card["gates"] == {"validation_loss": validations[-1]}
-    assert (validations[-1] > 0.98) == ("no better than doing nothing: do not use it" in said)
+    assert (validations[-1] > 0.98) == ("This network is no better than doing nothing" in said)
     assert (validations[-1] > 0.98) == ("; no better than doing nothing" in card["source"])
     card["gates"]["validation_loss_of_doing_nothing"] = nothing
     assert card == json.loads(load_network(folder / "network.safetensors").card.to_json())
