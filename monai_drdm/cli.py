@@ -18,7 +18,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     0 done, 1 an error that is explained, 2 a wrong call, 3 done but for some cases, 130 interrupted. The training
     commands return their own codes; see ``monai_drdm.training.command.TrainingCommand.run``.
     """
-    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return _run(sys.argv[1:] if arguments is None else arguments)
+    except ImportError as error:  # of an extra, which says what to install
+        return _explained(error)
+
+
+def _run(arguments: Sequence[str]) -> int:
     with ends_at_once("monai-drdm"):
         from monai_drdm.commands import register, train
 
@@ -30,12 +36,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         code: int = options.run(options)
     except (OSError, RuntimeError, TypeError, ValueError) as error:
-        print(f"monai-drdm: {error}", file=sys.stderr)
-        return 1
+        return _explained(error)
     except KeyboardInterrupt:
         print("monai-drdm: interrupted", file=sys.stderr)
         return INTERRUPTED
     return code
+
+
+def _explained(error: Exception) -> int:
+    print(f"monai-drdm: {error}", file=sys.stderr)
+    return 1
 
 
 def _parser() -> argparse.ArgumentParser:

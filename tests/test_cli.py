@@ -336,3 +336,18 @@ def test_training_commands_hand_over_all_arguments(capsys, command):
         main([command, "--max-minutes", "1"])
     assert exit_.value.code == 2
     assert "--out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["train", "register"])
+def test_an_extra_that_is_missing_is_named(fork, tmp_path, command):
+    def call():
+        for name in [name for name in sys.modules if name.startswith(("monai_drdm.train", "monai_drdm.registration"))]:
+            del sys.modules[name]
+        sys.modules["ignite"] = None
+        sys.exit(main([command, "--out", str(tmp_path / "run")]))
+
+    child = fork(call)
+    said = child.communicate()
+    assert child.returncode == 1
+    assert "pip install 'monai-drdm[train]'" in said[1]
+    assert "Traceback" not in said[1]
