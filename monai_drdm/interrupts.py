@@ -29,8 +29,9 @@ def ends_at_once(command: str) -> Iterator[None]:
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{command}: interrupted\n".encode())
         os._exit(INTERRUPTED)
 
-    if threading.current_thread() is not threading.main_thread():  # signals do not get there
-        yield
+    elsewhere = threading.current_thread() is not threading.main_thread()  # where signals do not get
+    if elsewhere or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield  # also where Ctrl-C is ignored, as in the background of a script, or is another program's
         return
     before = signal.signal(signal.SIGINT, end)
     try:

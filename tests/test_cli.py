@@ -18,6 +18,7 @@ import torch
 from monai_drdm import __version__
 from monai_drdm.cli import _parser, main
 from monai_drdm.diffusion.trial import check_draws
+from monai_drdm.interrupts import ends_at_once
 from monai_drdm.networks import list_networks, network_card, registry, save_network, VelocityUNet
 from monai_drdm.networks.kinds import SAMPLERS
 from monai_drdm.registration.config import RegistrationConfig
@@ -351,3 +352,43 @@ def test_an_extra_that_is_missing_is_named(fork, tmp_path, command):
     assert child.returncode == 1
     assert "pip install 'monai-drdm[train]'" in said[1]
     assert "Traceback" not in said[1]
+
+
+EMPTY = [
+    ["demo", "--out"],
+    ["demo", "--image"],
+    ["demo", "--label"],
+    ["bank", "info"],
+    ["weights", "convert"],
+    ["weights", "pull", "zheng2026-cmr-2d", "--folder"],
+    *([command, "--out", "run", flag] for command in ("train", "register") for flag in ("--init", "--config")),
+    ["train", "--out"],
+    ["train", "--out", "run", "--data"],
+    ["register", "--out", "run", "--images", "images", "--labels"],
+]
+
+
+@pytest.mark.parametrize("words", EMPTY, ids=" ".join)
+def test_an_empty_path_is_no_default(words, tmp_path, monkeypatch, capsys):
+    """As of a shell variable that is not set: it is neither the current folder nor the same as no path."""
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stopped:
+        main([*words, ""])
+    assert stopped.value.code == 2
+    assert "got an empty text" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no process can send Ctrl-C to another here")
+def test_who_ignores_interrupts_goes_on_to_ignore_them(fork):
+    """As a command does that a script has started in the background."""
+
+    def ignoring():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        with ends_at_once("monai-drdm"):
+            signal.raise_signal(signal.SIGINT)
+        return 0
+
+    process = fork(ignoring)
+    process.communicate()
+    assert process.returncode == 0

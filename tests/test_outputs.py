@@ -384,3 +384,45 @@ def test_records_say_what_their_folder_holds(whole):
         for kind, file in record.files.items():
             data = (whole / file).read_bytes()
             assert record.outputs[kind] == {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+
+
+@pytest.mark.parametrize("change", [{"params": {}}, {"params": {"synthesis": 1, "slice_axis": 1}, "source": {}}])
+def test_a_figure_names_the_record_that_it_cannot_use(run, out, capsys, change):
+    record = next((out / "records").glob("case0_*"))
+    record.write_text(json.dumps({**json.loads(record.read_text()), **change}))
+    assert run(out, "--figure") == 1
+    assert f"{record} cannot be read as the record of a draw" in capsys.readouterr().err
+
+
+def test_inputs_that_are_no_files_are_skipped(run, inputs, tmp_path, capsys):
+    """Reading a pipe that nobody writes to would not end, nor would reading a device."""
+    for name in ("images", "labels"):
+        shutil.copytree(inputs / name, tmp_path / name)
+    (tmp_path / "images" / "case1.nii.gz").unlink()
+    os.mkfifo(tmp_path / "images" / "case1.nii.gz")
+    (tmp_path / "labels" / "case2.nii.gz").unlink()
+    (tmp_path / "labels" / "case2.nii.gz").symlink_to("/dev/zero")
+    signal.alarm(60)
+    code = run(tmp_path / "out", "--images", tmp_path / "images", "--labels", tmp_path / "labels")
+    signal.alarm(0)
+    assert code == 3
+    said = capsys.readouterr().err
+    assert f"{tmp_path / 'images' / 'case1.nii.gz'} is not a file" in said
+    assert f"{tmp_path / 'labels' / 'case2.nii.gz'} is not a file" in said
+
+
+def test_a_run_that_wrote_nothing_leaves_its_folder_free(run, tmp_path, capsys):
+    assert run(tmp_path / "out", "--sampler", "reference") == 1  # which this network does not have
+    assert "none of 3 cases can be used" in capsys.readouterr().err
+    assert [path.name for path in (tmp_path / "out").iterdir() if not path.name.startswith(".lock")] == []
+    assert run(tmp_path / "out") == 0
+
+
+def test_a_run_that_wrote_nothing_leaves_what_was_there(run, out, inputs, tmp_path):
+    (tmp_path / "images").mkdir()
+    (tmp_path / "images" / "other.nii.gz").write_bytes(b"no image")
+    before = hashes(out)
+    assert run(out, "--force", "--images", tmp_path / "images") == 1
+    assert {name: one for name, one in hashes(out).items() if name != "datalist.json"} == {
+        name: one for name, one in before.items() if name != "datalist.json"
+    }

@@ -8,9 +8,10 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import stat
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +27,6 @@ _RUN = Document(
     "the settings of a run over a data set", "Choose another folder, or use --force to draw everything again."
 )
 RECORD = Document("the record of a draw", "Remove it and run again, which draws it anew.")
-
-
-_PARTS = {"name": str, "source": dict, "inputs_sha256": dict, "files": dict}
-"""Entries that every record has, and their types."""
 
 
 class BadCaseError(Exception):
@@ -151,6 +148,13 @@ class OutputFolder:
             )
         return todo
 
+    def give_up(self) -> None:
+        """Remove the settings and the empty folders of a run that has written nothing: another one may begin here."""
+        with suppress(OSError):  # a folder that is not empty
+            for name in ("records", *self.settings.folders):
+                (self.folder / name).rmdir()
+            (self.folder / _SETTINGS).unlink()
+
     def load(self, case: Case) -> dict[str, ImageFile]:
         """Read image and label of a case.
 
@@ -252,8 +256,12 @@ def hash_inputs(case: Case) -> dict[str, str]:
     Raises:
         BadCaseError: a file cannot be read.
     """
+    paths = input_paths(case)
     try:
-        return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in input_paths(case).items()}
+        for path in paths.values():
+            if not stat.S_ISREG(path.stat().st_mode):
+                raise BadCaseError(f"{path} is not a file.")  # devices and pipes can be read without end
+        return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items()}
     except FileNotFoundError as error:
         raise BadCaseError(f"no file {error.filename}.") from error
     except OSError as error:

@@ -58,22 +58,26 @@ def _deformed_case(folder: Path, entry: Mapping[str, Any]) -> SheetEntry | None:
     several = not isinstance(entry["image"], str)
     image = entry["image"][0] if several else entry["image"]
     name = stem_of(image).removesuffix("_0") if several else stem_of(image)
-    record = RECORD.read_json(folder / "records" / f"{name}.json")
-    sources = record["source"]
+    path = folder / "records" / f"{name}.json"
+    record = RECORD.read_json(path)
+    with RECORD.reading(path):
+        sources, axis = record["source"], record["params"]["slice_axis"]
+        images = (sources["image"], folder / image)
+        labels = (sources["label"], folder / entry["label"]) if "label" in entry else None
     if not all(Path(source).is_file() for source in sources.values()):
         return None
-    images = (sources["image"], folder / image)
-    labels = (sources["label"], folder / entry["label"]) if "label" in entry else None
-    return _sheet_entry(name, images, labels, record["params"]["slice_axis"], "deformed")
+    return _sheet_entry(name, images, labels, axis, "deformed")
 
 
 def _pair(folder: Path, entry: Mapping[str, str]) -> SheetEntry:
     """A moving image beside the fixed one."""
     name = stem_of(entry["fixed"])
-    record = RECORD.read_json(folder / "records" / f"{name}.json")
+    path = folder / "records" / f"{name}.json"
+    record = RECORD.read_json(path)
+    with RECORD.reading(path):
+        axis = record["params"]["synthesis"]["slice_axis"]
     moving, fixed = (folder / entry[side] for side in SIDES)
     labels = [folder / entry[key] for key in (f"{side}_label" for side in SIDES) if key in entry]
-    axis = record["params"]["synthesis"]["slice_axis"]
     return _sheet_entry(name, (moving, fixed), (labels[0], labels[1]) if labels else None, axis, "fixed")
 
 

@@ -125,6 +125,7 @@ def _run(
             tally.take(case, result)
         datalist = output.write_datalist(cases, tally.changed)
         if tally.failed and not tally.written + tally.kept and parts == 1:
+            output.give_up()
             raise ValueError(none_usable(tally.failed))
         tally.bar.say_skipped()
         return AugmentReport(tally.written, tally.kept, tally.failed, datalist)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import asdict
-from pathlib import Path
 
 from monai_drdm.commands.arguments import (
     add_cases,
@@ -15,6 +14,7 @@ from monai_drdm.commands.arguments import (
     draw_options,
     EXIT_CODES,
     LEVEL_RANGE,
+    named_path,
     shown,
     SKIPPED,
 )
@@ -50,7 +50,7 @@ def add_parser(commands: Commands) -> None:
     add_parallel_work(build)
     build.set_defaults(run=run_build, needs=("monai_drdm.bank",))
     info = actions.add_parser("info", help="what a bank holds")
-    info.add_argument("folder", type=Path, help="of the bank")
+    info.add_argument("folder", type=named_path, help="of the bank")
     info.set_defaults(run=run_info, needs=("monai_drdm.bank",))
 
 

@@ -6,7 +6,7 @@ import argparse
 import hashlib
 from pathlib import Path
 
-from monai_drdm.commands.arguments import Commands
+from monai_drdm.commands.arguments import Commands, named_path
 from monai_drdm.networks.registry import known_file, list_networks, list_published, network_card, weights_folder
 
 
@@ -19,11 +19,11 @@ def add_parser(commands: Commands) -> None:
     pull.add_argument("name", choices=list_published(), help="of the network")
     pull.set_defaults(run=run_pull, needs=("monai_drdm.networks.release",))
     convert = actions.add_parser("convert", help="convert a published .pth, recognised by its hash")
-    convert.add_argument("file", type=Path, help="as the authors published it")
+    convert.add_argument("file", type=named_path, help="as the authors published it")
     convert.set_defaults(run=run_convert, needs=("monai_drdm.networks.release",))
     for action in (pull, convert):
         action.add_argument(
-            "--folder", type=Path, help="where to write (default: MONAI_DRDM_WEIGHTS or the user cache)"
+            "--folder", type=named_path, help="where to write (default: MONAI_DRDM_WEIGHTS or the user cache)"
         )
     verify = actions.add_parser("verify", help="check hash and content of weights, and draw a field")
     verify.add_argument("network", nargs="+", help="network name or .safetensors file")

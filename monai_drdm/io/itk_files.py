@@ -85,10 +85,13 @@ def _check_values(file: IO[bytes], values: Values) -> None:
 
 
 def _check_tiff(path: Path) -> bool:
-    """Compare the checksums of a TIFF file that zlib has compressed; those of other kinds have none."""
+    """Check that the pages of a TIFF file are all there, with their checksums if zlib has compressed them.
+
+    Other kinds have none. Without the sizes of strips ITK may compute without end.
+    """
     from PIL.TiffImagePlugin import ImageFileDirectory_v2  # an extra that only training needs
 
-    compressed = False
+    compressed, length = False, path.stat().st_size
     with path.open("rb") as file:
         head = file.read(8)
         try:
@@ -98,9 +101,12 @@ def _check_tiff(path: Path) -> bool:
                 seen.add(pages.next)
                 file.seek(pages.next)
                 pages.load(file)
+                parts = [part for tags in _TIFF_PARTS for part in zip(*(pages.get(tag, ()) for tag in tags))]
+                if not parts or any(place + size > length for place, size in parts):
+                    raise ValueError("its pages do not say where their values are, or these are cut off")
                 if pages.get(_TIFF_COMPRESSION) in _TIFF_ZLIB:
                     compressed = True
-                    for place, size in (part for tags in _TIFF_PARTS for part in zip(*map(pages.get, tags, ((), ())))):
+                    for place, size in parts:
                         file.seek(place)
                         read_to_end(decoder("zlib", file, size))
         except (ArithmeticError, LookupError, MemoryError, SyntaxError, TypeError, struct.error) as error:

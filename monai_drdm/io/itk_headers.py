@@ -89,6 +89,8 @@ def metaimage_values(path: Path) -> Values:
     stored = _whole(entries, "CompressedDataSize", 0, 1 << 62, "0") if encoding == "zlib" else 0
     data = entries["ElementDataFile"]
     local = data.lower() == "local"
+    if encoding == "zlib" and local and not stored:  # ITK would begin to decompress at the header, and go on
+        raise ValueError("CompressedDataSize is missing in its header")
     if skipped and encoding != "raw":
         raise ValueError("HeaderSize in its header goes with raw values only")
     values = path if local else _one_file(path, data, "ElementDataFile")

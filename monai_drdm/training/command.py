@@ -95,9 +95,9 @@ class TrainingCommand(Generic[Config]):
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         for name, text in self.flags.items():
-            parser.add_argument(f"--{name.replace('_', '-')}", help=text)
-        parser.add_argument("--out", type=Path, required=True, help="new folder for the run, or with --resume its own")
-        parser.add_argument("--config", type=Path, help="YAML or JSON file of settings (default: none)")
+            parser.add_argument(f"--{name.replace('_', '-')}", type=_given, help=text)
+        parser.add_argument("--out", type=_path, required=True, help="new folder for the run, or with --resume its own")
+        parser.add_argument("--config", type=_path, help="YAML or JSON file of settings (default: none)")
         parser.add_argument(
             "--set",
             action="append",
@@ -112,6 +112,17 @@ class TrainingCommand(Generic[Config]):
         )
         parser.add_argument("--resume", action="store_true", help="go on with the run in --out")
         return parser
+
+
+def _given(text: str) -> str:
+    """A text of the command line. An empty one, as of a shell variable that is not set, is not the default."""
+    if not text:
+        raise argparse.ArgumentTypeError("expected a name or path, got an empty text")
+    return text
+
+
+def _path(text: str) -> Path:
+    return Path(_given(text))
 
 
 @contextmanager

@@ -112,7 +112,9 @@ class BatchRandDRDMBankd(BankedDeformation):
             item = {self.id_key: values_of_samples(valid.data[self.id_key], len(valid.images), "id_key")[number]}
         elif isinstance(image, MetaTensor):
             names = valid.data[self.image_key].meta.get("filename_or_obj")
-            image = MetaTensor(image, meta={} if names is None else {"filename_or_obj": names[number]})
+            if names is not None:
+                names = values_of_samples(names, len(valid.images), "filename_or_obj")
+                image = MetaTensor(image, meta={"filename_or_obj": names[number]})
         return self._known(item, image, valid.images.device)
 
 

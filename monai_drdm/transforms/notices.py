@@ -5,7 +5,10 @@ Only the first calls of a transform are looked at, so that later ones lose no ti
 
 from __future__ import annotations
 
+import hashlib
 import math
+import mmap
+import uuid
 import warnings
 from collections.abc import Hashable, Sequence
 from typing import Any
@@ -25,6 +28,8 @@ _SMALLER_BY = 4  # patches, than what they were cut from
 _ROWS_PER_AXIS, _OF_BATCH = 16, 4
 _FEW_VALUES, _SOME_VALUES = 16, 64
 _ALIKE, _MOSTLY_ALIKE = 0.5, 0.8
+_SAID = mmap.mmap(-1, 1 << 22)
+"""A byte for what a worker of a loader has said, in memory that forked workers share: every epoch may have new ones."""
 
 
 class Notices:
@@ -36,6 +41,7 @@ class Notices:
 
     def __init__(self, owner: str) -> None:
         self.owner = owner
+        self._identity = uuid.uuid4().hex
         self._calls = 0
         self._settled: set[Hashable] = set()
         """What was said, and keys about which nothing need be said."""
@@ -103,6 +109,12 @@ class Notices:
 
     def _say(self, what: Hashable, message: str) -> None:
         self._settled.add(what)
+        if torch.utils.data.get_worker_info() is not None:
+            digest = hashlib.sha256(f"{self._identity}/{what!r}".encode()).digest()
+            place = int.from_bytes(digest[:8], "big") % len(_SAID)
+            if _SAID[place]:
+                return
+            _SAID[place] = 1
         warnings.warn(f"{self.owner}: {message}", UserWarning, stacklevel=2)
 
 

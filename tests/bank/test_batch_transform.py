@@ -142,3 +142,15 @@ def test_what_does_not_fit(banked):
         transform({**data, "name": [*data["name"][:3], "unknown"]})
     with pytest.raises(ValueError, match="drawn on another image"):
         transform({**data, "name": data["name"][::-1]})
+
+
+def test_a_batch_that_was_not_collated_has_one_name(banked):
+    """MONAI collates names to a list; a sample that was given a batch axis by hand still has one of them."""
+    samples, settings = banked(names=None)
+    transform = BatchRandDRDMBankd(**{**settings, "keys": ["image"], "mode": "bilinear"})
+    image = samples[1]["image"]
+    meta = {"filename_or_obj": "/data/scan1.nii"}
+    transform({"image": MetaTensor(image[None], meta=meta)})
+    assert transform.last[0].banked.identity == "/data/scan1.nii"
+    with pytest.raises(ValueError, match="filename_or_obj must hold one value per sample: 2, got 1"):
+        transform({"image": MetaTensor(torch.stack([image, image]), meta=meta)})

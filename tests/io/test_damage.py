@@ -163,6 +163,26 @@ def test_cut_files_are_refused(kind, tmp_path, missing):
         read(tmp_path / name)
 
 
+@pytest.mark.parametrize("line", [b"", b"compressedDataSize = 99\n", b"CompressedDataSize = 0\n"])
+def test_compressed_values_of_no_known_size_are_refused(tmp_path, line):
+    """ITK takes them from the beginning of the file, header and all, and returns what that gives."""
+    itk(tmp_path / "a.mha")
+    data = (tmp_path / "a.mha").read_bytes()
+    start = data.index(b"CompressedDataSize")
+    (tmp_path / "a.mha").write_bytes(data[:start] + line + data[data.index(b"\n", start) + 1 :])
+    with pytest.raises(ValueError, match=r"a\.mha cannot be read: CompressedDataSize is missing"):
+        load_image(tmp_path / "a.mha")
+
+
+def test_pictures_cut_at_any_byte_are_named(tmp_path):
+    picture(tmp_path / "whole.png")
+    data = (tmp_path / "whole.png").read_bytes()
+    for size in range(60):
+        (tmp_path / "a.png").write_bytes(data[:size])
+        with pytest.raises(ValueError, match=r"a\.png"):
+            load_image(tmp_path / "a.png")
+
+
 @pytest.mark.parametrize("kind", ["image .mha", "image .nrrd", "field .mha"])
 def test_compressed_values_of_another_number_are_refused(kind, tmp_path):
     """A whole stream with a right checksum, but of more or fewer values than the header says."""

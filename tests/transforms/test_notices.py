@@ -299,3 +299,6 @@ def test_of_several_workers_one_speaks(scan):
     sayings = Sayings([scan((24, 24))] * 4, idle())
     loader = DataLoader(sayings, num_workers=2, batch_size=1, multiprocessing_context="fork")
     assert [int(count) for count in loader] == [1, 0, 0, 0]
+    assert [int(count) for count in loader] == [0, 0, 0, 0]  # another epoch, with other workers
+    again = DataLoader(Sayings(sayings.samples, idle()), num_workers=2, batch_size=1, multiprocessing_context="fork")
+    assert [int(count) for count in again] == [1, 0, 0, 0]
