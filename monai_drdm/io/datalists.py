@@ -162,5 +162,8 @@ def _named(pairs: Sequence[tuple[Path, Path | None]]) -> list[Case]:
     ]
     repeated = sorted({name for name in names if names.count(name) > 1})
     if repeated:
-        raise ValueError(f"several images would be called alike: {repeated[:5]}. Give their files different names.")
+        raise ValueError(
+            f"several images would be called alike: {repeated[:5]}. Give their files different names, and list every "
+            "file once."
+        )
     return [Case(name, image, label) for name, (image, label) in zip(names, pairs)]

@@ -174,6 +174,16 @@ def test_compressed_values_of_no_known_size_are_refused(tmp_path, line):
         load_image(tmp_path / "a.mha")
 
 
+def test_pages_without_the_sizes_of_their_strips_are_refused(tmp_path):
+    """ITK guesses them, and does not come to an end with some."""
+    tiff(tmp_path / "a.tif")
+    data = (tmp_path / "a.tif").read_bytes()
+    sizes = re.search(rb"\x17\x01[\x03\x04]\x00\x01\x00\x00\x00", data)  # the tag 279
+    (tmp_path / "a.tif").write_bytes(data[: sizes.start()] + b"\x18" + data[sizes.start() + 1 :])
+    with pytest.raises(ValueError, match=r"a\.tif cannot be read: its pages do not say where their values are"):
+        itk_values(tmp_path / "a.tif")
+
+
 def test_pictures_cut_at_any_byte_are_named(tmp_path):
     picture(tmp_path / "whole.png")
     data = (tmp_path / "whole.png").read_bytes()
