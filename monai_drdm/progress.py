@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 import sys
+import time
 from collections.abc import Mapping
 from types import TracebackType
+from typing import Any
 
 from tqdm import tqdm
-
-_AT_FIRST_STEP_S = 1e-3  # tqdm shows no bar before this time, and it looks only when there is a step
 
 
 class LateBar:
@@ -25,21 +25,25 @@ class LateBar:
     """
 
     def __init__(self, total: int | None, unit: str, desc: str | None = None, *, shown: bool = True) -> None:
-        self._bar = tqdm(total=total, desc=desc, unit=unit, disable=not shown, delay=_AT_FIRST_STEP_S)
+        self._options = {"total": total, "desc": desc, "unit": unit, "disable": not shown}
+        self._started = time.time()
+        self._bar: tqdm[Any] | None = None
         self._held: list[str] = []
         self._waiting = 0
-        self._begun = False
 
     def __enter__(self) -> LateBar:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
-        self._bar.close()
+        if self._bar is not None:
+            self._bar.close()
 
     def done(self, steps: int = 1) -> None:
         """So many steps more are done; before the first of them come those that were skipped."""
-        self._begun = True
         self.say_skipped()
+        if self._bar is None:
+            self._bar = tqdm(**self._options)
+            self._bar.start_t = self._started  # what came before the first step took its time too
         self._bar.update(self._waiting + steps)
         self._waiting = 0
 
@@ -47,13 +51,13 @@ class LateBar:
         """So many steps were left out, and why: a line that is shown as soon as something else is done."""
         self._waiting += steps
         self._held += [] if line is None else [line]
-        if self._begun:
+        if self._bar is not None:
             self.done(0)
 
     def say_skipped(self) -> None:
         """Show the lines that are still held back."""
         for line in self._held:
-            self._bar.write(line, file=sys.stderr)
+            tqdm.write(line, file=sys.stderr)
         self._held.clear()
 
 
