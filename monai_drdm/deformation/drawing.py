@@ -23,6 +23,7 @@ from monai_drdm.diffusion import DRDM, SAMPLERS
 from monai_drdm.diffusion.schedule import check_precision, check_recovery
 from monai_drdm.fields import fold_fraction, shrink_to_fold_limit, voxels_to_mm
 from monai_drdm.networks import network_sha256, RecoveryNetwork
+from monai_drdm.networks.kinds import MAX_STEPS
 
 FOLD_POLICIES = ("rescale", "resample", "skip", "keep", "raise")
 _MAX_REDRAWS = 4
@@ -85,8 +86,8 @@ class FieldDrawer:
         known = sorted({one for samplers in SAMPLERS.values() for one in samplers})
         if self.sampler not in ("auto", *known):
             raise ValueError(f"sampler must be 'auto' or one of {known}, got {self.sampler!r}.")
-        if self.steps is not None and self.steps < 1:
-            raise ValueError(f"steps must be 1 or more, or None, got {self.steps}.")
+        if self.steps is not None and not 1 <= self.steps <= MAX_STEPS:
+            raise ValueError(f"steps must be from 1 to {MAX_STEPS}, or None, got {self.steps}.")
 
     def model(self, network: RecoveryNetwork) -> DRDM:
         """A network with this drawer's sampler."""

@@ -16,7 +16,7 @@ from monai_drdm.diffusion.schedule import check_precision, check_recovery, level
 from monai_drdm.diffusion.working_grid import WorkingGrid
 from monai_drdm.fields import crop, fractions_to_voxels, mend_folds
 from monai_drdm.networks import RecoveryNetwork, RecResACNet, VelocityUNet
-from monai_drdm.networks.kinds import SAMPLERS
+from monai_drdm.networks.kinds import MAX_STEPS, SAMPLERS
 from monai_drdm.networks.recresacnet import TIME_STEPS
 from monai_drdm.networks.velocity_unet import half_shape
 
@@ -67,8 +67,8 @@ class DRDM:
             self.steps = network.card.steps if steps is None else operator.index(steps)
             if self.sampler == "fast":
                 strided_times(self.steps)
-            elif self.steps < 1:
-                raise ValueError(f"sampler 'velocity': steps must be 1 or more, got {self.steps}.")
+            elif not 1 <= self.steps <= MAX_STEPS:
+                raise ValueError(f"sampler 'velocity': steps must be from 1 to {MAX_STEPS}, got {self.steps}.")
         self.recovery = check_recovery(recovery)
         if self.recovery != 1.0 and self.sampler != "velocity":
             raise ValueError(f"recovery below 1 needs sampler 'velocity', got {recovery} for {self.sampler!r}.")

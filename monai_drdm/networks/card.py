@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 
 from monai_drdm.documents import Document, Origin
+from monai_drdm.networks.kinds import MAX_STEPS
 
 _CARD = Document("a network card", "Write weights with save_network, which writes the card too.")
 
@@ -86,7 +87,7 @@ class NetworkCard:
         for name in ("name", "kind", "sampler", "source", "licence", "training_data"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"NetworkCard: {name} must be text, got {getattr(self, name)!r}.")
-        for name, limit in (("spatial_dims", 3), ("working_size", 4096), ("in_channels", 64), ("steps", 1000)):
+        for name, limit in (("spatial_dims", 3), ("working_size", 4096), ("in_channels", 64), ("steps", MAX_STEPS)):
             value = getattr(self, name)
             if type(value) is not int or not 1 <= value <= limit:
                 raise ValueError(f"NetworkCard: {name} must be an integer from 1 to {limit}, got {value!r}.")

@@ -437,9 +437,9 @@ def test_published_networks_do_not_know_velocities(filled_network):
         DRDM(filled_network(2), "velocity")
 
 
-@pytest.mark.parametrize("steps", [0, -2])
-def test_model_refuses_too_few_steps(network, steps):
-    with pytest.raises(ValueError, match="steps must be 1 or more"):
+@pytest.mark.parametrize("steps", [0, -2, 1001, 10**14])
+def test_model_refuses_too_few_and_too_many_steps(network, steps):
+    with pytest.raises(ValueError, match=f"steps must be from 1 to 1000, got {steps}"):
         DRDM(network(2), steps=steps)
 
 

@@ -390,6 +390,7 @@ def test_editing_the_output_leaves_the_input_alone(small_network, scan):
         ({"network": "no-such-network"}, "zheng2026-cmr-2d"),
         ({"sampler": "bogus"}, "sampler"),
         ({"steps": -3}, "steps"),
+        ({"steps": 10**14}, "steps"),
         ({"pixdim": (0.0, 1.0)}, "pixdim"),
         ({"prob": "0.5"}, "prob"),
     ],
