@@ -279,10 +279,12 @@ STARTS = [
 @pytest.mark.skipif(sys.platform == "win32", reason="no process can send Ctrl-C to another here")
 def test_an_interrupt_while_a_command_starts(tmp_path):
     """All at once, for each takes seconds to import what it needs; -v tells when that has begun."""
-    begun = [
-        subprocess.Popen([sys.executable, "-v", *words, str(tmp_path / "out")], stderr=subprocess.PIPE, text=True)
-        for words in STARTS
-    ]
+
+    def heeding():  # the tests may have been started in the background, where Ctrl-C is ignored
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+    options = {"stderr": subprocess.PIPE, "text": True, "preexec_fn": heeding}
+    begun = [subprocess.Popen([sys.executable, "-v", *words, str(tmp_path / "out")], **options) for words in STARTS]
     for process in begun:
         for line in process.stderr:
             if line.startswith("import 'torch") or ("code object from" in line and "torch/__init__" in line):
