@@ -7,10 +7,10 @@ The names below are imported when they are first used, so that ``monai_drdm.fiel
 the like need neither MONAI nor the time it takes to import it.
 """
 
-import importlib
-from typing import Any, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from monai_drdm._version import __version__
+from monai_drdm.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from monai_drdm.bank import DeformationBank
@@ -46,15 +46,6 @@ __all__ = [
     "load_network",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import a public name when it is first asked for."""
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{_FROM.get(name, 'transforms')}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy_names(
+    __name__, {name: _FROM.get(name, "transforms") for name in __all__ if name != "__version__"}
+)

@@ -15,7 +15,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 CORE = {
     "fields": {"fields"},
-    "networks": {"fields", "networks", "documents"},
+    "networks": {"fields", "networks", "documents", "lazy_names"},
     "diffusion": {"fields", "networks", "diffusion"},
     "metrics": {"fields", "metrics"},
     "deformation": {"fields", "networks", "diffusion", "metrics", "deformation", "documents", "_version"},

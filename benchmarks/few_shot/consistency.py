@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from monai.losses import DiceCELoss
 from monai.transforms import CutMix
 from torch import nn, Tensor
@@ -32,8 +31,10 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # the recipe that is measured
 from arms import INTENSITY, Setting
 from common.rows import append_rows, machine, read_rows
+from few_labels import unlabelled_loss
 from fields import Fields
 from protocols import autocast, build_segmenter, Case, labelled, PRECISION, Protocol, PROTOCOLS, subjects
 from segmentation import chosen_setting, has, judge, mean_dice
@@ -192,16 +193,6 @@ def mix(cutmix: CutMix, prob: float, generator: torch.Generator, *batches: Tenso
     chosen = torch.rand(len(batches[0]), generator=generator) < prob
     form = (-1, *(1,) * (batches[0].ndim - 1))
     return [torch.where(chosen.view(form), cutmix(batch, randomize=False), batch) for batch in batches]
-
-
-def unlabelled_loss(logits: Tensor, label: Tensor, counts: Tensor) -> Tensor:
-    """Mean of cross-entropy and Dice loss over voxels that count; logits ``(B, K, *S)``, the others ``(B, 1, *S)``."""
-    entropy = (F.cross_entropy(logits, label[:, 0].long(), reduction="none") * counts[:, 0]).mean()
-    there = F.one_hot(label[:, 0].long(), logits.shape[1]).movedim(-1, 1) * counts
-    guess = logits.softmax(1) * counts
-    axes = (0, *range(2, logits.ndim))
-    overlap = (2 * (guess * there).sum(axes) + 1e-5) / (guess.sum(axes) + there.sum(axes) + 1e-5)
-    return (entropy + 1 - overlap.mean()) / 2
 
 
 def train(
