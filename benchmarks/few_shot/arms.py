@@ -119,6 +119,8 @@ ARMS = {
     "bigaug": Arm("elastic", setting_of="elastic", stacked=True),
     "drdm-published": Arm("drdm", network="zheng2026-cmr-2d", setting_of="drdm", recovers=False),
     "drdm-only": Arm("drdm", setting_of="drdm", posed=False),
+    "elastic-only": Arm("elastic", setting_of="elastic", posed=False),
+    "random-only": Arm("random", setting_of="random", posed=False),
 }
 CORE = ("affine", "elastic", "random", "drdm", "drdm-tuned")
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import json
 import sys
 import time
 from collections.abc import Iterator
@@ -23,6 +24,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from monai.losses import DiceCELoss
 from monai.transforms import CutMix
@@ -37,7 +39,8 @@ from common.rows import append_rows, machine, read_rows
 from few_labels import unlabelled_loss
 from fields import Fields
 from protocols import autocast, build_segmenter, Case, labelled, PRECISION, Protocol, PROTOCOLS, subjects
-from segmentation import chosen_setting, has, judge, mean_dice
+from segmentation import chosen_setting, has, judge, mean_dice, results
+from table import apart, by_structure, case_means, p_value, Row, split, spread
 
 from monai_drdm.fields import identity_grid, sample
 from monai_drdm.train.augmentation import Appearance, change_appearance, Pose, random_pose
@@ -79,7 +82,11 @@ class Recipe:
         return hashlib.sha256(repr(self).encode()).hexdigest()[:8]
 
 
-RECIPES = {"acdc": Recipe(4000, 8, 12, bank=2), "hippocampus": Recipe(2000, 2, 3, bank=2)}
+RECIPES = {
+    "acdc": Recipe(4000, 8, 12, bank=2),
+    "hippocampus": Recipe(2000, 2, 3, bank=2),
+    "ixi": Recipe(2000, 2, 3, bank=2),
+}
 SEARCHED = 0.5
 """Length of a training of the search, as a share of the recipe's."""
 
@@ -333,7 +340,7 @@ def main() -> None:
     parser.add_argument("--fields", type=Path, default=Path("few_shot_fields"), help="folder for fields drawn ahead")
     args = parser.parse_args()
     if args.what == "table":
-        print(table(read_rows(ROWS)))
+        print(table(read_rows(ROWS), [row for name in RECIPES for row in read_rows(results(name))]))
         return
     protocol, fields = PROTOCOLS[args.protocol], Fields(args.fields, args.network)
     trainings = Trainings(protocol, fields)
@@ -351,25 +358,72 @@ def main() -> None:
                     trainings.train("test", arm, trainings.chosen(arm), count, seed)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row], supervised: list[Row]) -> str:
     """Markdown tables of the search and of the tests."""
+    parts = [search_table([row for row in rows if row["what"] == "search"])]
+    for name in RECIPES:
+        tested = [row for row in rows if (row["what"], row["protocol"]) == ("test", name)]
+        if tested:
+            known, _ = split([row for row in supervised if row["protocol"] == name])
+            parts += [f"## {name}: test subjects", test_table(tested, known), comparison(tested, known)]
+    return "\n\n".join(parts)
+
+
+def search_table(rows: list[Row]) -> str:
+    """Validation Dice of every view by draw of the labelled subject."""
     lines = ["| protocol | arm | strength | where | validation Dice %, by draw | mean |", "|---|---|---|---|---|---|"]
-    for protocol, arm, view, found in _grouped(rows, "search"):
-        values = [100 * row["validation"] for row in found]
+    for _, found in sorted(_grouped(rows, "protocol", "arm", "view").items()):
+        view, values = found[0]["view"], [100 * row["validation"] for row in sorted(found, key=lambda row: row["seed"])]
         strength = f"{view['low']:g} to {view['high']:g}" if view["fields"] else "–"
         place = f"{view['where']}, {'same pose' if view['posed'] else 'teacher unposed'}"
         each = " / ".join(f"{value:.1f}" for value in values)
-        lines.append(f"| {protocol} | {arm} | {strength} | {place} | {each} | {sum(values) / len(values):.1f} |")
+        mean = f"{sum(values) / len(values):.1f}"
+        lines.append(f"| {found[0]['protocol']} | {found[0]['arm']} | {strength} | {place} | {each} | {mean} |")
     return "\n".join(lines)
 
 
-def _grouped(rows: list[dict[str, Any]], what: str) -> Iterator[tuple[str, str, dict[str, Any], list[dict[str, Any]]]]:
-    groups: dict[str, list[dict[str, Any]]] = {}
+def test_table(rows: list[Row], supervised: list[Row]) -> str:
+    """Test Dice of every arm, mean ± standard deviation over draws; supervised arms of the same subjects first."""
+    structures = PROTOCOLS[rows[0]["protocol"]].structures
+    lines = [f"| labelled | arm | draws | Dice % | by draw | {' | '.join(structures)} | seconds |"]
+    lines.append("|" + "---|" * (6 + len(structures)))
+    for kind, group in (("labelled scans only", supervised), ("with unlabelled", rows)):
+        for (count, arm), found in sorted(_grouped(group, "subjects", "arm").items()):
+            dice = 100 * np.array([by_structure(row, "dice") for row in sorted(found, key=lambda row: row["seed"])])
+            each = " / ".join(f"{value:.1f}" for value in dice.mean(1))
+            cells = [f"{arm}, {kind}", f"{len(found)}", spread(dice.mean(1)), each, *(spread(one) for one in dice.T)]
+            lines.append(f"| {count} | {' | '.join(cells)} | {np.median([row['seconds'] for row in found]):.0f} |")
+    return "\n".join(lines)
+
+
+def comparison(rows: list[Row], supervised: list[Row]) -> str:
+    """Every arm minus consistency without deformation, and that minus poses on labelled scans alone."""
+    lines = ["| labelled | arm | minus | Dice points | by draw | p, patients |", "|" + "---|" * 6]
+    groups, alone = _grouped(rows, "subjects", "arm"), _grouped(supervised, "subjects", "arm")
+    for (count, arm), ours in sorted(groups.items()):
+        base = arm in ("none", "poses")
+        others = {"labelled scans only, poses": alone.get((count, "affine"))} if base else {}
+        others |= {other: groups.get((count, other)) for other in ("none", "poses", "elastic", "random") if not base}
+        for name, theirs in others.items():
+            seeds = {row["seed"] for row in ours} & {row["seed"] for row in theirs or []}
+            if not seeds or name == arm or theirs is None:
+                continue
+            a, b = (case_means(group, seeds) for group in (ours, theirs))
+            patients: dict[str, list[float]] = {}
+            for case in a:
+                patients.setdefault(case.split("-")[0], []).append(a[case] - b[case])
+            points = [float(np.mean(values)) for values in patients.values()]
+            each = " / ".join(f"{100 * apart(ours, theirs, seed):+.1f}" for seed in sorted(seeds))
+            lines.append(f"| {count} | {arm} | {name} | {100 * np.mean(points):+.2f} | {each} | {p_value(points)} |")
+    return "\n".join(lines)
+
+
+def _grouped(rows: list[Row], *names: str) -> dict[tuple[Any, ...], list[Row]]:
+    groups: dict[tuple[Any, ...], list[Row]] = {}
     for row in rows:
-        if row["what"] == what:
-            groups.setdefault(repr([row[k] for k in ("protocol", "recipe", "arm", "view", "network")]), []).append(row)
-    for found in groups.values():
-        yield found[0]["protocol"], found[0]["arm"], found[0]["view"], found
+        key = tuple(json.dumps(row[name]) if isinstance(row[name], dict) else row[name] for name in names)
+        groups.setdefault(key, []).append(row)
+    return groups
 
 
 if __name__ == "__main__":

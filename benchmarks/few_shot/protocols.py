@@ -4,6 +4,7 @@
 |---|---|---|---|---|
 | `acdc` | cardiac MR slices at 96², both phases of a patient | patients 1-60 | 61-70 | 71-80 |
 | `hippocampus` | hippocampus T1 crops, 48×64×48 voxels of 1 mm | cases 1-140 | 141-160 | 161-200 |
+| `ixi` | brains in T1, 40×48×40 voxels of 4 mm, 12 structures | subjects 1-26 | 27-30 | 31-40 |
 
 A case is a volume: Dice and HD95 are taken over all its slices at once.
 """
@@ -84,6 +85,23 @@ PROTOCOLS = {
             (48, 64, 48),
             False,
             ("anterior", "posterior"),
+            (16, 32, 64),
+            batch=2,
+            cap=2000,
+            least=800,
+            patience=600,
+            every=100,
+            bank=16,
+        ),
+        Protocol(
+            "ixi",
+            "ixi3d",
+            (40, 48, 40),
+            True,
+            (
+                *("hippocampus", "amygdala", "caudate", "putamen", "pallidum", "thalamus", "lateral ventricles"),
+                *("brainstem", "cerebellum", "white matter", "cortex", "3rd and 4th ventricle, CSF"),
+            ),
             (16, 32, 64),
             batch=2,
             cap=2000,

@@ -40,7 +40,7 @@ def summary_table(rows: dict[str, list[Row]]) -> str:
         groups = _groups(chosen)
         for count in sorted({count for count, _ in groups}):
             runs = [groups.get((count, arm), []) for arm in CORE]
-            cells = [_spread([100 * _by_structure(row, "dice").mean() for row in one]) if one else "–" for one in runs]
+            cells = [spread([100 * by_structure(row, "dice").mean() for row in one]) if one else "–" for one in runs]
             lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -86,10 +86,10 @@ def final_table(rows: list[Row]) -> str:
     heads = f"subjects | arm | seeds | Dice % | {' | '.join(structures)} | HD95 vox | Dice 0 | iterations"
     lines = [f"| {heads} | precision | training s | fields s |", "|" + "---|" * (11 + len(structures))]
     for (count, arm), group in sorted(_groups(rows).items()):
-        dice = np.array([_by_structure(row, "dice") for row in group])
-        hd95 = [float(np.nanmean(_by_structure(row, "hd95"))) for row in group]
+        dice = np.array([by_structure(row, "dice") for row in group])
+        hd95 = [float(np.nanmean(by_structure(row, "hd95"))) for row in group]
         missing = [np.mean([d == 0 for case in row["dice"].values() for d in case if d is not None]) for row in group]
-        cells = [_spread(100 * dice.mean(axis=1)), *(_spread(100 * column) for column in dice.T), _spread(hd95)]
+        cells = [spread(100 * dice.mean(axis=1)), *(spread(100 * column) for column in dice.T), spread(hd95)]
         cells += [f"{100 * np.mean(missing):.1f} %", f"{np.mean([row['iterations'] for row in group]):.0f}"]
         precisions = Counter(row.get("precision", "bfloat16") for row in group)
         cells.append(", ".join(f"{name} × {n}" if len(precisions) > 1 else name for name, n in precisions.items()))
@@ -114,25 +114,25 @@ def comparison_table(rows: list[Row]) -> str:
                 continue
             seeds = {row["seed"] for row in ours} & {row["seed"] for row in theirs}
             if seeds:
-                a, b = (_case_means(group, seeds) for group in (ours, theirs))
+                a, b = (case_means(group, seeds) for group in (ours, theirs))
                 difference = {case: a[case] - b[case] for case in a}
                 patients: dict[str, list[float]] = defaultdict(list)
                 for case, value in difference.items():
                     patients[case.split("-")[0]].append(value)
                 points = f"{100 * np.mean(list(difference.values())):+.2f}"
-                by_seed = " / ".join(f"{100 * _apart(ours, theirs, seed):+.1f}" for seed in sorted(seeds))
-                tests = [_p(list(difference.values())), _p([float(np.mean(v)) for v in patients.values()])]
+                by_seed = " / ".join(f"{100 * apart(ours, theirs, seed):+.1f}" for seed in sorted(seeds))
+                tests = [p_value(list(difference.values())), p_value([float(np.mean(v)) for v in patients.values()])]
                 cells = tests if len(seeds) > 1 else ["–", "–"]
                 lines.append(f"| {count} | {arm} | {other} | {points} | {by_seed} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def _apart(ours: list[Row], theirs: list[Row], seed: int) -> float:
-    means = [np.mean(list(_case_means(group, {seed}).values())) for group in (ours, theirs)]
+def apart(ours: list[Row], theirs: list[Row], seed: int) -> float:
+    means = [np.mean(list(case_means(group, {seed}).values())) for group in (ours, theirs)]
     return float(means[0] - means[1])
 
 
-def _p(differences: list[float]) -> str:
+def p_value(differences: list[float]) -> str:
     p = float(wilcoxon(differences).pvalue) if np.any(differences) else 1.0
     return f"{p:.2g} ({len(differences)})"
 
@@ -144,12 +144,12 @@ def _groups(rows: list[Row]) -> dict[tuple[int, str], list[Row]]:
     return groups
 
 
-def _by_structure(row: Row, key: str) -> np.ndarray:
+def by_structure(row: Row, key: str) -> np.ndarray:
     """Mean over cases of every structure, ``(structures,)``."""
     return np.nanmean(np.array(list(row[key].values()), dtype=float), axis=0)
 
 
-def _case_means(rows: list[Row], seeds: set[int]) -> dict[str, float]:
+def case_means(rows: list[Row], seeds: set[int]) -> dict[str, float]:
     chosen = [row for row in rows if row["seed"] in seeds]
     cases = chosen[0]["dice"]
     return {
@@ -157,7 +157,7 @@ def _case_means(rows: list[Row], seeds: set[int]) -> dict[str, float]:
     }
 
 
-def _spread(values: Any) -> str:
+def spread(values: Any) -> str:
     """Mean ± sample standard deviation; only the mean if there is one value."""
     mean = f"{np.mean(values):.1f}"
     return f"{mean} ± {np.std(values, ddof=1):.1f}" if len(values) > 1 else mean
