@@ -25,11 +25,11 @@ autodoc_typehints_format = "short"
 python_use_unqualified_type_names = True
 python_maximum_signature_line_length = 88
 add_module_names = False
+toc_object_entries_show_parents = "hide"
 napoleon_numpy_docstring = False
 
 html_theme = "pydata_sphinx_theme"
 html_title = "monai_drdm"
-html_logo = None
 html_static_path = ["static"]
 html_css_files = ["site.css"]
 html_show_sourcelink = False

@@ -25,7 +25,7 @@ from monai_drdm.deformation.options import options_of
 from monai_drdm.networks import list_networks, network_card
 from monai_drdm.training.settings import RunConfig
 
-_WIDTH = "96"
+_WIDTH = "86"
 """Columns of a command's help."""
 
 
