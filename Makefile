@@ -11,7 +11,7 @@ OUT ?= demo_output/$(shell date +%Y%m%d-%H%M%S)
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
 
-.PHONY: demo test test-long mutate lint wheel clean
+.PHONY: demo test test-long mutate lint docs wheel clean
 
 # torch first: anything that depends on it would otherwise choose a build of its own
 # not compiled ahead: Python compiles what it imports, and all of it would take a minute
@@ -40,9 +40,18 @@ lint: $(VENV)/.ready
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+$(VENV)/.docs-ready: $(VENV)/.ready
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[docs]'
+	touch $@
+
+# the documentation site, in docs/_build/html
+docs: $(VENV)/.docs-ready
+	$(BIN)/python -m sphinx -b html -W --keep-going --quiet docs docs/_build/html
+	@echo "open docs/_build/html/index.html"
+
 wheel: $(VENV)/.ready
 	rm -rf build dist
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .mutation
+	rm -rf $(VENV) build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .mutation
