@@ -22,7 +22,7 @@ $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/.ready
-	$(BIN)/monai-drdm demo --seed 4 --level 0.6 --out $(OUT)
+	$(BIN)/monai-drdm demo --out $(OUT)
 
 test: $(VENV)/.ready
 	$(BIN)/python -m pytest

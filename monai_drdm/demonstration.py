@@ -5,9 +5,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Mapping
-from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,8 +14,7 @@ from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 from numpy.typing import ArrayLike
 from torch import Tensor
 
-from monai_drdm.diffusion import DRDM
-from monai_drdm.fields import warp
+from monai_drdm.drawn_chest import draw_chest, SPACING_MM
 from monai_drdm.io import save_ddf, save_image
 from monai_drdm.io.images import check_plain
 from monai_drdm.networks import auto_network, load_network, RecoveryNetwork
@@ -32,61 +29,67 @@ def run_demo(
     label: str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     network: str = "auto",
-    level: float = 0.6,
+    level: float = 0.4,
     seed: int = 0,
 ) -> list[Path]:
-    """Deform a scan and its label and write both, the field, the record and a figure.
+    """Deform a scan and its label and write both, the field, the record, a figure and an animation.
 
     If the network is 2D and the scan 3D, one in-plane field deforms the whole stack of slices. It is drawn for the
     middle slice across the axis with the largest spacing.
 
     Args:
-        image: NIfTI image; None is the MR volume in nibabel's test data.
-        label: NIfTI label map; None marks voxels brighter than a quarter of the scan's 99th percentile.
+        image: NIfTI image; None is a drawn slice through a chest, with its label map.
+        label: NIfTI label map of the image; None marks voxels brighter than a quarter of the scan's 99th percentile.
         out: a folder that is new or empty.
         network: registry name or safetensors file; ``auto`` is the default 2D network.
         level: deformation level in (0, 1].
         seed: fixes the field.
 
     Returns:
-        The files written.
+        The files written; the last one is the figure.
 
     Raises:
-        ValueError: a file that cannot be read, or one that does not suit the network.
+        ValueError: a file that cannot be read, or one that does not suit the network; a label without its image.
         FileNotFoundError: a file or the weights do not exist.
         FileExistsError: the folder is not empty.
     """
     folder = Path(out)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another with --out.")
-    source = Path(image) if image is not None else Path(str(files("nibabel"))) / "tests" / "data" / "example4d.nii.gz"
-    scan = _load(source, np.float32)
-    segmentation = _foreground(scan) if label is None else _load(Path(label), None)
+    scans = _scans(image, label)
     loaded = load_network(auto_network(2) if network == "auto" else network)
-    planar = scan.ndim == 4 and loaded.card.spatial_dims == 2
-    axis = int(np.argmax(spacing_of(scan, None, "image"))) if planar else None
-
+    planar = scans["image"].ndim == 4 and loaded.card.spatial_dims == 2
     transform = RandDRDMDeformd(
         keys=["image", "label"],
         mode=["bilinear", "nearest"],
         prob=1.0,
         deformation_level=level,
         network=loaded,
-        slice_axis=axis,
+        slice_axis=int(np.argmax(spacing_of(scans["image"], None, "image"))) if planar else None,
     )
     transform.set_random_state(seed)
-    scans = {"image": scan, "label": segmentation}
-    deformed = _tensors(transform(scans))
+    deformed = {key: torch.as_tensor(value).as_subclass(Tensor) for key, value in transform(scans).items()}
     deformation = transform.last
     assert deformation is not None
     folder.parent.mkdir(parents=True, exist_ok=True)
     # files are moved into place at the end, so that an error leaves none of them behind
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
-        written = _write(Path(partial), deformed, deformation, scan.affine.cpu().numpy())
-        written.append(Path(partial) / "figure.png")
-        _plot(_tensors(scans), deformed, deformation, loaded, written[-1])
+        written = _write(Path(partial), deformed, deformation, scans["image"].affine.cpu().numpy())
+        written += _plot(scans, deformation, loaded, Path(partial))
         folder.mkdir(exist_ok=True)
         return [path.replace(folder / path.name) for path in written]
+
+
+def _scans(image: str | os.PathLike[str] | None, label: str | os.PathLike[str] | None) -> dict[str, MetaTensor]:
+    """The image and the label that files hold, or the drawn ones."""
+    if image is None:
+        if label is not None:
+            raise ValueError(f"--label {label} needs --image, the scan that it belongs to.")
+        drawn = draw_chest()
+        affine = torch.diag(torch.tensor([-SPACING_MM, SPACING_MM, 1.0, 1.0], dtype=torch.float64))
+        return {key: MetaTensor(value, affine=affine) for key, value in zip(("image", "label"), drawn)}
+    scan = _load(Path(image), np.float32)
+    return {"image": scan, "label": _foreground(scan) if label is None else _load(Path(label), None)}
 
 
 def _write(folder: Path, sample: Mapping[str, Tensor], deformation: Deformation, affine: ArrayLike) -> list[Path]:
@@ -126,53 +129,31 @@ def _foreground(scan: MetaTensor) -> MetaTensor:
 
 
 def _plot(
-    before: Mapping[str, Tensor],
-    after: Mapping[str, Tensor],
-    deformation: Deformation,
-    network: RecoveryNetwork,
-    path: Path,
-) -> None:
-    """Save the figure of a deformation; of a volume it shows one slice."""
-    from monai_drdm.viz import deformation_figure  # needs matplotlib, which is an extra
+    scans: Mapping[str, MetaTensor], deformation: Deformation, network: RecoveryNetwork, folder: Path
+) -> list[Path]:
+    """Save the animation of the recovery and the figure of the deformation; of a volume they show one slice."""
+    from monai_drdm.viz import animate_recovery, deformation_figure, recovery_steps  # matplotlib is an extra
 
     record, numbers = deformation.params, deformation.statistics
     assert record is not None
-    planar = record.slice_axis is not None
-    hidden_axis = record.slice_axis if planar else 2 if deformation.ddf.shape[0] == 3 else None
-    in_plane = [d for d in range(deformation.ddf.shape[0]) if d != hidden_axis]
-    spacing = [deformation.spacing[d] for d in in_plane]
-
-    def plane(volume: Tensor) -> Tensor:
-        """The middle slice across the axis that the figure leaves out."""
-        return volume if hidden_axis is None else volume.select(hidden_axis + 1, volume.shape[hidden_axis + 1] // 2)
-
-    image = before["image"].float()
-    network_input = plane(image) if planar else image
-    model = DRDM(network, record.sampler, record.steps)
-    random_field = model.diffuse(
-        network_input.shape[1:], record.deformation_level, [record.seed], spacing if planar else deformation.spacing
-    )
-    diffused = warp(network_input[None], random_field)[0]
-    title = (
-        f"{record.network}, sampler {record.sampler}, level {record.deformation_level:.2f}: mean displacement "
-        f"{numbers.mean_displacement_mm:.1f} mm, largest {numbers.max_displacement_mm:.1f} mm"
-    )
+    found = recovery_steps(scans["image"], record, scans["label"], network=network)
+    before, random, after = found.original, found.steps[0], found.steps[-1]
     figure = deformation_figure(
-        plane(image)[0],
-        (diffused if planar else plane(diffused))[0],
-        plane(after["image"])[0],
-        plane(deformation.ddf)[in_plane],
-        plane(before["label"])[0],
-        plane(after["label"])[0],
-        spacing,
-        title,
+        before.image,
+        random.image,
+        after.image,
+        after.ddf,
+        before.label,
+        after.label,
+        found.spacing,
+        f"One field of level {record.deformation_level:.2f}, drawn by {record.network}: it moves voxels by "
+        f"{numbers.mean_displacement_mm:.1f} mm on average, {numbers.max_displacement_mm:.1f} mm at most",
+        random.label,
     )
-    figure.savefig(path, dpi=110)
-
-
-def _tensors(sample: Mapping[Any, object]) -> dict[Any, Tensor]:
-    """The image and label of a sample as plain tensors."""
-    return {key: value.as_tensor() for key, value in sample.items() if isinstance(value, MetaTensor)}
+    paths = [folder / "recovery.gif", folder / "figure.png"]
+    animate_recovery(found).save(paths[0], writer="pillow", dpi=80)
+    figure.savefig(paths[1], dpi=110)
+    return paths
 
 
 def _as_meta_tensor(tensor: Tensor) -> MetaTensor:

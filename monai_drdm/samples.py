@@ -17,6 +17,7 @@ from monai.data import MetaTensor
 from monai.data.meta_obj import get_track_meta
 from monai.transforms.lazy import functional as lazy
 from monai.utils import convert_to_tensor, TraceKeys
+from numpy.typing import NDArray
 from torch import Tensor
 
 _AFFINE_TOLERANCE = 1e-3
@@ -80,6 +81,20 @@ def spacing_of(data: NdarrayOrTensor, pixdim: Sequence[float] | None, name: str)
     if len(spacing) != dims or not all(np.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"{name}: need {dims} positive spacings in mm, got {spacing}. Check the affine or pixdim.")
     return tuple(spacing)
+
+
+def directions_of(data: NdarrayOrTensor) -> NDArray[np.float64]:
+    """Where each spatial axis of ``(C, *S)`` points: ``(3, D)`` to the right, the front and the head.
+
+    The columns of the affine, or the identity if the data have none.
+    """
+    dims = data.ndim - 1
+    if not isinstance(data, MetaTensor):
+        return np.eye(3)[:, :dims]
+    columns = data.affine.detach().cpu().double().numpy()[:-1, :dims]
+    directions = np.zeros((3, dims))
+    directions[: len(columns)] = columns
+    return directions
 
 
 def _turned_axes(columns: Tensor) -> list[int] | None:

@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 import SimpleITK
 import torch
+from matplotlib.figure import Figure
 from monai.data import load_decathlon_datalist
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
+from PIL import Image
 
 from monai_drdm import ApplyDDFd
 from monai_drdm.augment import augment, AugmentSettings
@@ -288,9 +290,56 @@ def test_two_raters_of_an_image(folders, tmp_path):
         read_cases(tmp_path / "list.json")
 
 
-def test_figure(command, folders):
-    assert main([*command(), "--figure"]) == 0
+@pytest.fixture
+def figures(monkeypatch):
+    """Every figure that is saved."""
+    saved, save = [], Figure.savefig
+    monkeypatch.setattr(
+        Figure, "savefig", lambda self, *args, **kwargs: (saved.append(self), save(self, *args, **kwargs))
+    )
+    return saved
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_figure_has_one_row_a_case(command, folders, figures, labelled):
+    """Its original once, the first draw of each level, and a grid; the slice is the middle one of the label."""
+    if not labelled:
+        shutil.rmtree(folders / "labels")
+    labels = {} if labelled else {"labels": None}
+    assert main([*command(draws=2, **labels), "--figure"]) == 0
     assert (folders / "out" / "overview.png").read_bytes()[:4] == b"\x89PNG"
+    (figure,) = figures
+    assert [text.get_text() for text in figure.texts] == ["case0", "case1", "case2"]
+    assert [axis.get_title() for axis in figure.axes] == [
+        "original",
+        "level 0.3",
+        "level 0.6",
+        "field of level 0.6",
+    ] * 3
+    for number, size in enumerate((5, 4, 6)):
+        paths = [f"images/case{number}.nii.gz"]
+        paths += [f"out/images/case{number}_level{level}_draw0.nii.gz" for level in LEVELS]
+        middle = {5: 2, 4: 1 if labelled else 2, 6: 2 if labelled else 3}[size]  # four and six have two middle slices
+        for axis, path in zip(figure.axes[4 * number :], paths):
+            # the first axis of these files points to the left side, the second one to the front
+            expected = np.asarray(nib.load(folders / path).dataobj)[:, :, middle]
+            np.testing.assert_array_equal(axis.images[0].get_array(), expected.T)
+            outlined = [one for one in axis.collections if len(one.get_paths())]
+            assert len(outlined) == (2 if labelled else 0)
+            assert axis.get_aspect() == pytest.approx(np.linalg.norm(OBLIQUE[:3, 1]) / np.linalg.norm(OBLIQUE[:3, 0]))
+
+
+def test_figure_of_a_colour_image(command, folders, figures):
+    """As it was, not its first channel upside down."""
+    shutil.rmtree(folders / "images")
+    (folders / "images").mkdir()
+    colours = np.random.default_rng(0).integers(0, 255, (24, 40, 3), dtype=np.uint8)
+    Image.fromarray(colours).save(folders / "images" / "cells.png")
+    arguments = [one for one in command(labels=None) if one not in ("--slice-axis", "2")]
+    assert main([*arguments, "--figure"]) == 0
+    shown = np.asarray(figures[0].axes[0].images[0].get_array())
+    top = np.percentile(colours, 99.8)
+    np.testing.assert_allclose(shown[::-1], (colours / top).clip(0, 1), atol=0.01)
 
 
 @pytest.mark.parametrize(

@@ -2,15 +2,20 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from importlib.resources import files
 
 import nibabel as nib
 import numpy as np
 import pytest
+from PIL import Image
+from scipy.ndimage import map_coordinates
 
 from monai_drdm.cli import main
+from monai_drdm.drawn_chest import draw_chest, SPACING_MM, STRUCTURES
+from monai_drdm.io import load_ddf
 from monai_drdm.networks import save_network, VelocityUNet
 
-FILES = ["field.nii.gz", "figure.png", "image.nii.gz", "label.nii.gz", "record.json"]
+FILES = ["field.nii.gz", "figure.png", "image.nii.gz", "label.nii.gz", "record.json", "recovery.gif"]
 AFFINE = np.diag([2.1, 0.7, 1.0, 1.0])
 
 
@@ -42,29 +47,52 @@ def run(*arguments):
 def test_default_scan_and_network_need_no_download(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("MONAI_DRDM_WEIGHTS", str(tmp_path / "empty"))
     out = tmp_path / "out"
-    assert run("--out", out, "--level", 0.4) == 0
+    assert run("--out", out) == 0
     assert not (tmp_path / "empty").exists()
     assert sorted(p.name for p in out.iterdir()) == FILES
-    assert capsys.readouterr().out.count("\n") == len(FILES)
-    source = nib.load(_nibabel_scan())
+    said = capsys.readouterr().out.splitlines()
+    assert {str(out / name) for name in FILES} <= set(said)
+    assert said[-1] == f"Open {out / 'figure.png'}"
+    drawn, drawn_label = (one[0].numpy() for one in draw_chest())
+    image, label = (nib.load(out / f"{key}.nii.gz") for key in ("image", "label"))
+    assert nib.aff2axcodes(image.affine)[:2] == ("L", "A")
+    np.testing.assert_allclose(image.header.get_zooms()[:2], SPACING_MM)
+    moved, moved_label = image.get_fdata().squeeze(), label.get_fdata().squeeze()
+    assert moved.shape == moved_label.shape == drawn.shape
+    assert np.abs(moved - drawn).mean() > 0.02
+    # the label goes where the image goes: every structure keeps its intensity
+    for value in STRUCTURES:
+        assert moved[moved_label == value].mean() == pytest.approx(drawn[drawn_label == value].mean(), abs=0.04)
+    field = load_ddf(out / "field.nii.gz").as_tensor()
+    at = np.stack(np.meshgrid(*map(np.arange, drawn.shape), indexing="ij")) + field.numpy()
+    np.testing.assert_allclose(moved, map_coordinates(drawn, at, order=1, mode="nearest"), atol=1e-3)
+    record = json.loads((out / "record.json").read_text())
+    assert (record["network"], record["deformation_level"]) == ("anatomy-2d", 0.4)
+    with Image.open(out / "figure.png") as figure, Image.open(out / "recovery.gif") as animation:
+        assert figure.size[0] > 1000
+        assert animation.n_frames > record["steps"]
+
+
+def test_a_volume_is_moved_in_plane(network_file, tmp_path):
+    """By a 2D network: the stack of its thick slices, and no slice to another place."""
+    scan = str(files("nibabel") / "tests" / "data" / "example4d.nii.gz")
+    assert run("--network", network_file, "--image", scan, "--out", tmp_path / "out") == 0
+    source = nib.load(scan)
     for name in ("image.nii.gz", "label.nii.gz", "field.nii.gz"):
-        np.testing.assert_allclose(nib.load(out / name).affine, source.affine, atol=1e-5)
-    image, label = (nib.load(out / f"{key}.nii.gz").get_fdata() for key in ("image", "label"))
+        np.testing.assert_allclose(nib.load(tmp_path / "out" / name).affine, source.affine, atol=1e-5)
+    image, label = (nib.load(tmp_path / "out" / f"{key}.nii.gz").get_fdata() for key in ("image", "label"))
     assert image.shape == label.shape == source.shape[:3]
     assert set(np.unique(label)) == {0, 1}
-    original = source.get_fdata()[..., 0]
-    assert np.abs(image - original).mean() > 1
-    # the label still is the bright foreground of the deformed scan
-    assert image[label == 1].mean() > 3 * image[label == 0].mean()
-    field = nib.load(out / "field.nii.gz")
-    assert field.shape == (*source.shape[:3], 1, 3)
-    # an in-plane field: in voxels, nothing moves across slices
+    assert image[label == 1].mean() > 3 * image[label == 0].mean()  # still what is bright
+    field = nib.load(tmp_path / "out" / "field.nii.gz")
     voxels = field.get_fdata()[:, :, :, 0] @ np.linalg.inv(source.affine[:3, :3]).T
     assert np.abs(voxels[..., 2]).max() < 1e-3
     assert np.abs(voxels[..., :2]).max() > 1
-    record = json.loads((out / "record.json").read_text())
-    assert (record["network"], record["deformation_level"]) == ("anatomy-2d", 0.4)
-    assert (out / "figure.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_label_alone_is_refused(network_file, own, tmp_path, capsys):
+    assert run("--network", network_file, *own[2:], "--out", tmp_path / "out") == 1
+    assert "needs --image" in capsys.readouterr().err
 
 
 def test_same_seed_same_files_and_nothing_overwritten(network_file, own, tmp_path, capsys):
@@ -106,9 +134,3 @@ def test_demo_with_published_weights(published_weights, own, tmp_path):
     options = ("--network", "zheng2026-cmr-2d", "--level", 0.05)
     assert run("--out", tmp_path / "out", *own, *options) == 0
     assert json.loads((tmp_path / "out" / "record.json").read_text())["network"] == "zheng2026-cmr-2d"
-
-
-def _nibabel_scan():
-    from importlib.resources import files
-
-    return str(files("nibabel") / "tests" / "data" / "example4d.nii.gz")

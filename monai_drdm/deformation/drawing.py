@@ -161,6 +161,18 @@ class FieldDrawer:
             for spacing, view, ddf, one in zip(spacings, views, drawn, params)
         ]
 
+    def replay_steps(self, image: Tensor, spacing: Sequence[float], params: DeformationParams) -> list[StoredField]:
+        """The fields on the way to the one that a record describes: before recovery, and after each step of it.
+
+        Arguments and errors are those of ``replay``. The last field is the one that ``replay`` gives.
+        """
+        view = _network_view(image, spacing, params.image_channel, params.slice_axis)
+        model = self._recorded_model(self._network(view, image.device), params)
+        steps = model.sample_steps(
+            view.image[None], params.deformation_level, [params.seed], view.spacing, compact=True
+        )
+        return [StoredField.quantised(ddf[0] * params.scale, view.shape, view.slice_axis) for ddf in steps]
+
     def _network(self, view: _View, image_device: torch.device) -> RecoveryNetwork:
         return self.source.load(view.image.ndim - 1, image_device if self.device is None else self.device)
 

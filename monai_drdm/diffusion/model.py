@@ -117,6 +117,29 @@ class DRDM:
             # a field may fold on a coarser grid although it does not on the working grid
             return ddf if self.sampler == "reference" else mend_folds(ddf)
 
+    def sample_steps(
+        self,
+        images: Tensor,
+        level: float | Sequence[float],
+        seeds: Sequence[int],
+        spacing: Sequence[float] | None = None,
+        *,
+        compact: bool = False,
+    ) -> list[Tensor]:
+        """The fields on the way to what ``sample`` draws: the random one, then the field after every recovery step.
+
+        The arguments and errors are those of ``sample``. The last field is the one that ``sample`` returns; all of them
+        are held in memory at once, which ``compact`` keeps small.
+        """
+        grid = self._grid(images.shape[2:], spacing)
+        sized = grid.ddf_to_compact if compact else grid.ddf_to_full
+        with torch.no_grad(), torch.autocast(self.device.type, enabled=False):
+            fields = [sized(self._diffuse(grid, level, seeds, images.shape[0]))]
+        drawn = self.sample(
+            images, level, seeds, spacing, compact=compact, callback=lambda step: fields.append(sized(step.ddf))
+        )
+        return [*fields[:-1], drawn]
+
     @torch.no_grad()
     def diffuse(
         self,

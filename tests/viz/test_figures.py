@@ -8,7 +8,7 @@ from monai_drdm.fields import fold_fraction, identity_grid, warp
 
 matplotlib_figure = pytest.importorskip("matplotlib.figure")
 
-from monai_drdm.viz import deformation_figure, plot_jacobian, plot_warped_grid  # noqa: E402  needs matplotlib
+from monai_drdm.viz import deformation_figure, plot_jacobian, plot_labels, plot_warped_grid, show_image  # noqa: E402
 from monai_drdm.viz.figures import grey_range  # noqa: E402
 
 
@@ -87,6 +87,35 @@ def test_labels_are_outlined_before_and_after():
     assert len(axis.collections) == 4  # two labels, before and after
 
 
+def test_every_image_has_its_labels_in_the_same_colours():
+    """Two classes, outlined in the panels of the three images, each in one colour."""
+    axes = figure_of(24, 24).axes
+    colours = [[tuple(one.get_edgecolor()[0]) for one in axis.collections] for axis in axes[:3]]
+    assert colours[0] == colours[2]
+    assert len(set(colours[0])) == 2
+    assert colours[1] == []  # no label was given for the diffused image
+
+
+def test_many_classes_are_filled_in_their_own_place():
+    label = torch.zeros(20, 16, dtype=torch.int64)
+    label[2:15, 3:9] = torch.arange(10, 23)[:, None]
+    shown = matplotlib_figure.Figure().subplots()
+    plot_labels(shown, label)
+    (filled,) = shown.images
+    np.testing.assert_array_equal(np.ma.getmaskarray(filled.get_array()), label.numpy().T == 0)
+    assert len(shown.collections) == 0
+
+
+def test_colours_are_shown_as_colours(axis):
+    image = torch.zeros(3, 8, 6, dtype=torch.uint8)
+    image[0, 5, 1] = 200
+    show_image(axis, image, (1.0, 2.0), "red", vmin=0, vmax=200)
+    shown = np.asarray(axis.images[0].get_array())
+    assert shown.shape == (6, 8, 3)
+    np.testing.assert_array_equal(np.argwhere(shown > 0), [[1, 5, 0]])
+    assert axis.get_aspect() == 2.0
+
+
 def test_images_share_the_grey_scale_of_the_original():
     limits = {axis.images[0].get_clim() for axis in figure_of(24, 24).axes[:4]}
     assert len(limits) == 1
@@ -110,20 +139,20 @@ def test_folds_are_drawn(axis):
     assert folded.mean() == pytest.approx(float(fold_fraction(ddf[None])[0]))
     assert folded[10].all()
     assert folded.sum() == 19
-    assert f"folds {folded.mean():.2%}" in axis.get_title()
+    assert f"{folded.mean():.2%} of cells fold" in axis.get_title()
     assert tuple(mappable.cmap.get_bad()) == (0.0, 0.0, 0.0, 1.0)
 
 
 def test_no_folds_no_black(axis):
     mappable = plot_jacobian(axis, gentle_field(20, 24))
     assert not np.ma.getmaskarray(mappable.get_array()).any()
-    assert "folds 0.00%" in axis.get_title()
+    assert "0.00% of cells fold" in axis.get_title()
 
 
-def test_jacobian_map_holds_the_determinant(axis):
+def test_jacobian_map_holds_the_logarithm_of_the_determinant(axis):
     ddf = torch.stack([0.5 * identity_grid((12, 10))[0], torch.zeros(12, 10)])
     shown = plot_jacobian(axis, ddf).get_array()
-    np.testing.assert_allclose(shown, 1.5, atol=1e-5)
+    np.testing.assert_allclose(shown, np.log(1.5), atol=1e-5)
 
 
 def test_grid_lines_are_where_the_original_grid_ends_up(axis):
