@@ -5,20 +5,21 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 VENV := .venv
 BIN := $(VENV)/bin
+BUNDLES ?= dist/bundles
 OUT ?= demo_output/$(shell date +%Y%m%d-%H%M%S)
 
 # What Python compiles is kept, so that the many processes of the tests do not compile torch and MONAI again.
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
 
-.PHONY: demo test test-long mutate lint docs wheel clean
+.PHONY: demo test test-long test-oldest mutate lint docs bundles wheel dist clean
 
 # torch first: anything that depends on it would otherwise choose a build of its own
 # not compiled ahead: Python compiles what it imports, and all of it would take a minute
 $(VENV)/.ready: setup.cfg pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --no-compile $(TORCH)
-	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[test,train,viz]'
+	$(BIN)/python -m pip install --quiet --no-compile --constraint constraints.txt --editable '.[bundle,release,test,train,viz]'
 	touch $@
 
 demo: $(VENV)/.ready
@@ -49,8 +50,12 @@ docs: $(VENV)/.docs-ready
 	$(BIN)/python -m sphinx -b html -W --keep-going --quiet docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
+# MONAI bundles: one of each network in the package, and one that trains a segmenter
+bundles: $(VENV)/.ready
+	$(BIN)/python bundles/make.py --out $(BUNDLES)
+
 wheel: $(VENV)/.ready
-	rm -rf build dist
+	rm -rf build dist/*.whl
 	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
 
 clean:

@@ -12,6 +12,7 @@ from monai_drdm.transforms.banked import RandDRDMBankD, RandDRDMBankd, RandDRDMB
 from monai_drdm.transforms.batch import BatchRandDRDMDeformD, BatchRandDRDMDeformd, BatchRandDRDMDeformDict
 from monai_drdm.transforms.batch_banked import BatchRandDRDMBankD, BatchRandDRDMBankd, BatchRandDRDMBankDict
 from monai_drdm.transforms.deform import RandDRDMDeform, RandDRDMDeformD, RandDRDMDeformd, RandDRDMDeformDict
+from monai_drdm.transforms.field_network import FieldNetwork
 from monai_drdm.transforms.pairs import DeformedPair, RandDRDMPairD, RandDRDMPaird, RandDRDMPairDict
 
 __all__ = [
@@ -29,6 +30,7 @@ __all__ = [
     "DeformationParams",
     "DeformationStatistics",
     "DeformedPair",
+    "FieldNetwork",
     "PairParams",
     "RandDRDMBankD",
     "RandDRDMBankDict",
