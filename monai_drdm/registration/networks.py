@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 
 from monai_drdm.documents import Document
-from monai_drdm.fields import compose, crop, exp_svf, warp
+from monai_drdm.fields import crop, exp_svf
 from monai_drdm.io.files import atomically
 from monai_drdm.registration.aligner import check_levels, ResidualAlignerNet, SEPARABLE_STRUCTURES
 from monai_drdm.registration.forces import demons_forces, WIDTHS
@@ -25,7 +25,6 @@ from monai_drdm.registration.forces import demons_forces, WIDTHS
 _NETWORK = Document("a registration network", "Give it the network.safetensors of a registration run.")
 _META = "monai_drdm_registration"
 _SQUARINGS = 6
-_RANGE_TOLERANCE = 0.01
 _GAIN = 4.0
 """Forces of half a voxel at most, brought to the size of what else a network sees."""
 
@@ -194,39 +193,6 @@ def _at_voxels(ddf: Tensor, stride: int) -> Tensor:
 def _padded(images: Tensor, multiple: int) -> Tensor:
     room = [-n % multiple for n in images.shape[2:]]
     return F.pad(images, [p for r in reversed(room) for p in (0, r)], "replicate")
-
-
-@torch.no_grad()
-def register(network: nn.Module, moving: Tensor, fixed: Tensor, *, rounds: int = 1) -> Tensor:
-    """The field that warps moving onto fixed images.
-
-    Args:
-        network: from ``load_registration``, or another that takes both images as channels.
-        moving: ``(B, 1, *S)`` in [0, 1], such as ``unit_range`` makes of an image.
-        fixed: ``(B, 1, *S)`` in [0, 1].
-        rounds: number of registrations; every one after the first starts from the moving images warped so far.
-
-    Returns:
-        ``(B, D, *S)`` voxels: ``fixed(x)`` is to look like ``moving(x + ddf(x))``.
-
-    Raises:
-        ValueError: ``rounds`` is below 1, or images are not in [0, 1].
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds must be 1 or more, got {rounds}.")
-    for name, image in (("moving", moving), ("fixed", fixed)):
-        low, high = float(image.min()), float(image.max())
-        if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
-            raise ValueError(
-                f"{name} must be in [0, 1], as networks were trained, got {low:g} to {high:g}. Use unit_range(image)."
-            )
-    training = network.training
-    network.eval()
-    ddf: Tensor = network(torch.cat([moving, fixed], dim=1))
-    for _ in range(rounds - 1):
-        ddf = compose(ddf, network(torch.cat([warp(moving, ddf), fixed], dim=1)))
-    network.train(training)
-    return ddf
 
 
 def save_registration(network: RegistrationNetwork, path: str | os.PathLike[str]) -> None:
