@@ -5,16 +5,23 @@ from typing import TYPE_CHECKING
 from monai_drdm.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from monai_drdm.registration.affine import apply_affine, find_affine
+    from monai_drdm.registration.aligner import ResidualAlignerNet, SEPARABLE_STRUCTURES
+    from monai_drdm.registration.alignment import register
     from monai_drdm.registration.data import unit_range
     from monai_drdm.registration.evaluate import evaluate_registration, RegistrationScore
-    from monai_drdm.registration.networks import load_registration, register, RegistrationNetwork, save_registration
+    from monai_drdm.registration.networks import load_registration, RegistrationNetwork, save_registration
     from monai_drdm.registration.separability import motion_separability, separability_bound, SeparabilityBound
 
 __all__ = [
+    "SEPARABLE_STRUCTURES",
     "RegistrationNetwork",
     "RegistrationScore",
+    "ResidualAlignerNet",
     "SeparabilityBound",
+    "apply_affine",
     "evaluate_registration",
+    "find_affine",
     "load_registration",
     "motion_separability",
     "register",
@@ -28,11 +35,15 @@ __getattr__, __dir__ = lazy_names(
     {
         "RegistrationNetwork": "networks",
         "RegistrationScore": "evaluate",
+        "ResidualAlignerNet": "aligner",
+        "SEPARABLE_STRUCTURES": "aligner",
         "SeparabilityBound": "separability",
+        "apply_affine": "affine",
         "evaluate_registration": "evaluate",
+        "find_affine": "affine",
         "load_registration": "networks",
         "motion_separability": "separability",
-        "register": "networks",
+        "register": "alignment",
         "save_registration": "networks",
         "separability_bound": "separability",
         "unit_range": "data",

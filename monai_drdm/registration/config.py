@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from monai_drdm.training.settings import RunConfig, setting
 
-KINDS = ("voxelmorph", "regunet", "localnet")
+KINDS = ("voxelmorph", "aligner", "regunet", "localnet")
 """The kinds of registration networks."""
 
 
@@ -24,12 +24,16 @@ class RegistrationConfig(RunConfig):
     labels: str = setting("", "folder of label maps with the file names of the images")
     section: str = setting("training", "section of the datalist")
     spatial_dims: int = setting(3, "2 or 3", choices=(2, 3))
-    network: str = setting("voxelmorph", "kind of network: voxelmorph, regunet or localnet", choices=KINDS)
+    network: str = setting("voxelmorph", "kind of network: voxelmorph, aligner, regunet or localnet", choices=KINDS)
     channels: int = setting(16, "features on the finest grid of the network", low=2, high=256)
     depth: int = setting(3, "how often the grid is halved", low=1, high=6)
     diffeomorphic: bool = setting(True, "the network predicts a velocity, whose flow is the field")
     stride: int = setting(2, "the network works on a grid this many times coarser", low=1, high=4)
     forces: bool = setting(True, "the network also sees where demons would push")
+    pool_sizes: tuple[int, ...] = setting(
+        (2, 2, 2, 2, 1), "of the levels of network aligner, coarse to fine; [16,8,4,2,1] is a classical pyramid", low=1
+    )
+    dilations: tuple[int, ...] = setting((8, 4, 2, 1, 1), "of the levels of network aligner, coarse to fine", low=1)
     init: str = setting("", "network.safetensors of an earlier run to go on from, whose structure it takes")
     error_weight: float = setting(1.0, "of the distance to the known field in voxels; with pairs", low=0)
     similarity_weight: float = setting(1.0, "of local normalised cross-correlation; with images", low=0)

@@ -1,4 +1,4 @@
-"""MONAI's registration networks behind one face: two images in, a displacement field out."""
+"""Registration networks behind one face: two images in, a displacement field out."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 
 from monai_drdm.documents import Document
-from monai_drdm.fields import compose, crop, exp_svf, warp
+from monai_drdm.fields import crop, exp_svf
 from monai_drdm.io.files import atomically
+from monai_drdm.registration.aligner import check_levels, ResidualAlignerNet, SEPARABLE_STRUCTURES
 from monai_drdm.registration.forces import demons_forces, WIDTHS
 
 _NETWORK = Document("a registration network", "Give it the network.safetensors of a registration run.")
 _META = "monai_drdm_registration"
 _SQUARINGS = 6
-_RANGE_TOLERANCE = 0.01
 _GAIN = 4.0
 """Forces of half a voxel at most, brought to the size of what else a network sees."""
 
@@ -38,7 +38,7 @@ class Structure:
     """
 
     kind: str = "voxelmorph"
-    """``voxelmorph``, or ``regunet`` or ``localnet``, which normalise by batches and need larger ones."""
+    """``voxelmorph``, ``aligner``, or ``regunet`` or ``localnet``, which normalise by batches and need larger ones."""
     spatial_dims: int = 3
     channels: int = 16
     """Features on the finest grid."""
@@ -51,6 +51,10 @@ class Structure:
     only the finest details of fields are lost."""
     forces: bool = True
     """Whether the network also gets the forces of demons as input."""
+    pool_sizes: tuple[int, ...] = SEPARABLE_STRUCTURES[3][0]
+    """Of kind ``aligner``, coarse to fine; see ``ResidualAlignerNet``. Other kinds have none."""
+    dilations: tuple[int, ...] = SEPARABLE_STRUCTURES[3][1]
+    """Of kind ``aligner``, coarse to fine."""
 
     def __post_init__(self) -> None:
         if self.kind not in _BACKBONES:
@@ -60,12 +64,24 @@ class Structure:
                 "a registration network needs spatial_dims 2 or 3, channels of 2 or more, and depth and stride of 1 or "
                 f"more, got {self.spatial_dims}, {self.channels}, {self.depth} and {self.stride}."
             )
+        for name in ("pool_sizes", "dilations"):  # JSON has lists
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        check_levels(self.pool_sizes, self.dilations)
 
     @property
     def in_channels(self) -> int:
         """Input channels of the backbone: the voxels of a block of both images, and the forces."""
-        forces = len(WIDTHS) * self.spatial_dims if self.forces else 0
-        return int(2 * self.stride**self.spatial_dims) + forces
+        return int(2 * self.stride**self.spatial_dims) + self.force_channels
+
+    @property
+    def force_channels(self) -> int:
+        """Input channels that hold forces."""
+        return len(WIDTHS) * self.spatial_dims if self.forces else 0
+
+    @property
+    def multiple(self) -> int:
+        """What the size of images is padded to be a multiple of; the backbone of kind ``aligner`` pads by itself."""
+        return self.stride * (1 if self.kind == "aligner" else 2**self.depth)
 
 
 def _regunet(structure: Structure) -> nn.Module:
@@ -98,15 +114,28 @@ def _voxelmorph(structure: Structure) -> nn.Module:
     return network
 
 
+def _aligner(structure: Structure) -> nn.Module:
+    return ResidualAlignerNet(
+        structure.spatial_dims,
+        structure.pool_sizes,
+        structure.dilations,
+        in_channels=structure.stride**structure.spatial_dims,
+        pair_channels=structure.force_channels,
+        channels=structure.channels,
+        depth=structure.depth,
+    )
+
+
 _BACKBONES: dict[str, Callable[[Structure], nn.Module]] = {
     "regunet": _regunet,
     "localnet": _localnet,
     "voxelmorph": _voxelmorph,
+    "aligner": _aligner,
 }
 
 
 class RegistrationNetwork(nn.Module):
-    """A registration network of MONAI that takes images of any size and, untrained, predicts the identity.
+    """A registration network that takes images of any size and, untrained, predicts the identity.
 
     Args:
         structure: kind and size of the network.
@@ -133,7 +162,7 @@ class RegistrationNetwork(nn.Module):
         if images.ndim != dims + 2 or images.shape[1] != 2:
             raise ValueError(f"images must have shape (B, 2, *S) with {dims} spatial axes, got {tuple(images.shape)}.")
         stride = self.structure.stride
-        padded = _padded(images, stride * 2**self.structure.depth)
+        padded = _padded(images, self.structure.multiple)
         inputs = _blocks_as_channels(padded, stride)
         with torch.autocast(inputs.device.type, enabled=False):
             if self.structure.forces:
@@ -164,39 +193,6 @@ def _at_voxels(ddf: Tensor, stride: int) -> Tensor:
 def _padded(images: Tensor, multiple: int) -> Tensor:
     room = [-n % multiple for n in images.shape[2:]]
     return F.pad(images, [p for r in reversed(room) for p in (0, r)], "replicate")
-
-
-@torch.no_grad()
-def register(network: nn.Module, moving: Tensor, fixed: Tensor, *, rounds: int = 1) -> Tensor:
-    """The field that warps moving onto fixed images.
-
-    Args:
-        network: from ``load_registration``, or another that takes both images as channels.
-        moving: ``(B, 1, *S)`` in [0, 1], such as ``unit_range`` makes of an image.
-        fixed: ``(B, 1, *S)`` in [0, 1].
-        rounds: number of registrations; every one after the first starts from the moving images warped so far.
-
-    Returns:
-        ``(B, D, *S)`` voxels: ``fixed(x)`` is to look like ``moving(x + ddf(x))``.
-
-    Raises:
-        ValueError: ``rounds`` is below 1, or images are not in [0, 1].
-    """
-    if rounds < 1:
-        raise ValueError(f"rounds must be 1 or more, got {rounds}.")
-    for name, image in (("moving", moving), ("fixed", fixed)):
-        low, high = float(image.min()), float(image.max())
-        if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
-            raise ValueError(
-                f"{name} must be in [0, 1], as networks were trained, got {low:g} to {high:g}. Use unit_range(image)."
-            )
-    training = network.training
-    network.eval()
-    ddf: Tensor = network(torch.cat([moving, fixed], dim=1))
-    for _ in range(rounds - 1):
-        ddf = compose(ddf, network(torch.cat([warp(moving, ddf), fixed], dim=1)))
-    network.train(training)
-    return ddf
 
 
 def save_registration(network: RegistrationNetwork, path: str | os.PathLike[str]) -> None:

@@ -120,30 +120,34 @@ class SeparabilityBound(NamedTuple):
         return self.plateaus[stair - 1] if stair else 0
 
 
-def separability_bound(pool_sizes: Sequence[int], dilations: Sequence[int]) -> SeparabilityBound:
+def separability_bound(
+    pool_sizes: Sequence[int], *, dilations: Sequence[int], convolutions: int = 2
+) -> SeparabilityBound:
     """The upper bound of motion separability that a coarse-to-fine registration network has by its structure.
 
-    Level ``k`` sees ``p_k``-fold pooled features and looks ``r_k`` of them far, so it can displace by
-    ``a_k = p_k r_k``; points that share all levels coarser than ``k''`` differ by no more than what is left:
-    ``Δ(p) = Σ_{k ≥ k''} 2 a_k`` for ``p_{k''} + Σ_{k > k''} a_k ≤ p < p_{k''-1} + Σ_{k ≥ k''} a_k``.
+    Level ``k`` sees ``p_k``-fold pooled features and looks ``r_k`` of them far: stacked convolutions of size 3 look as
+    far as their dilations in sum. So it can displace by ``a_k = p_k r_k``. Points that share all levels coarser than
+    ``k''`` differ by no more than what is left: ``Δ(p) = Σ_{k ≥ k''} 2 a_k`` for
+    ``p_{k''} + Σ_{k > k''} a_k ≤ p < p_{k''-1} + Σ_{k ≥ k''} a_k``.
 
     The thresholds are those of the paper's figure; the formula in its appendix is printed with another one.
 
     Args:
         pool_sizes: ``p_k`` of each level, coarse to fine.
-        dilations: ``r_k`` of each level, coarse to fine.
+        dilations: of the convolutions with which each level compares both images, coarse to fine.
+        convolutions: how many of them a level stacks: two in ``ResidualAlignerNet``.
 
     Returns:
         The staircase.
 
     Raises:
-        ValueError: different numbers of both, none, sizes below 1, or pool sizes that grow.
+        ValueError: different numbers of pool sizes and dilations, none, numbers below 1, or pool sizes that grow.
     """
-    pools, reaches = [int(p) for p in pool_sizes], [int(r) for r in dilations]
+    pools, reaches = [int(p) for p in pool_sizes], [int(d) * int(convolutions) for d in dilations]
     if not pools or len(pools) != len(reaches) or min(*pools, *reaches) < 1:
         raise ValueError(
-            f"separability_bound: pool_sizes and dilations must be as many numbers of 1 or more, got {pools} and "
-            f"{reaches}."
+            f"separability_bound: pool_sizes and dilations must be as many numbers of 1 or more, and convolutions 1 or "
+            f"more, got {pools}, {list(dilations)} and {convolutions}."
         )
     if any(coarse < fine for coarse, fine in pairwise(pools)):
         raise ValueError(f"separability_bound: levels must be ordered coarse to fine, got pool_sizes {pools}.")

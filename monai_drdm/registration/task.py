@@ -85,6 +85,8 @@ class RegistrationTask:
                     config.diffeomorphic,
                     config.stride,
                     config.forces,
+                    config.pool_sizes,
+                    config.dilations,
                 )
             )
         return network.train().requires_grad_(True)

@@ -93,11 +93,15 @@ def test_refuses_what_does_not_fit(arguments, says):
 
 @pytest.mark.parametrize(
     ("pools", "dilations", "starts"),
-    [((16, 8, 4, 2, 1), (2, 2, 2, 2, 2), (1, 4, 10, 22, 46)), ((1,) * 5, (32, 16, 8, 4, 2), (1, 3, 7, 15, 31))],
-    ids=["q=0", "q=4"],
+    [
+        ((16, 8, 4, 2, 1), (1, 1, 1, 1, 1), (1, 4, 10, 22, 46)),
+        ((2, 2, 2, 2, 1), (8, 4, 2, 1, 1), (1, 4, 8, 16, 32)),
+        ((1,) * 5, (16, 8, 4, 2, 1), (1, 3, 7, 15, 31)),
+    ],
+    ids=["q=0", "q=3", "q=4"],
 )
 def test_bounds_of_the_published_structures(pools, dilations, starts):
-    bound = separability_bound(pools, dilations)
+    bound = separability_bound(pools, dilations=dilations)
     assert bound.plateaus == (4, 12, 28, 60, 124)
     assert bound.starts == starts
     assert [bound.at(p) for p in (0, 0.5, *starts)] == [0, 0, *bound.plateaus]
@@ -105,7 +109,18 @@ def test_bounds_of_the_published_structures(pools, dilations, starts):
     assert bound.at(1000) == 124
 
 
+def test_other_numbers_of_stacked_convolutions():
+    assert separability_bound((2, 1), dilations=(3, 2), convolutions=1) == ((1, 4), (4, 16))
+    assert separability_bound((2, 1), dilations=(3, 2), convolutions=3).plateaus == (12, 48)
+
+
+def test_dilations_are_named():
+    """What was the second argument were the reaches, twice the dilations."""
+    with pytest.raises(TypeError):
+        separability_bound((2, 1), (3, 2))
+
+
 @pytest.mark.parametrize("pools", [(), (2,), (0, 1), (1, 2)])
 def test_bounds_need_levels_from_coarse_to_fine(pools):
     with pytest.raises(ValueError, match="separability_bound"):
-        separability_bound(pools, (2, 2))
+        separability_bound(pools, dilations=(2, 2))

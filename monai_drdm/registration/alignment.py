@@ -1,0 +1,96 @@
+"""One pair of images registered: affine map, network and refinement, in one field."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn, Tensor
+
+from monai_drdm.fields import compose, identity_grid, sample, warp
+from monai_drdm.registration.affine import apply_affine, find_affine
+from monai_drdm.registration.refinement import Look, refine_field
+
+_RANGE_TOLERANCE = 0.01
+
+
+@torch.no_grad()
+def register(
+    network: nn.Module,
+    moving: Tensor,
+    fixed: Tensor,
+    *,
+    rounds: int = 1,
+    affine: bool = False,
+    refine: int = 0,
+    to_moving: Tensor | None = None,
+) -> Tensor:
+    """The field that warps moving onto fixed images.
+
+    However many stages there are, the result is one field, by which an image is resampled once.
+
+    Args:
+        network: from ``load_registration``, or another that takes both images as channels.
+        moving: ``(B, 1, *S)`` in [0, 1], such as ``unit_range`` makes of an image.
+        fixed: ``(B, 1, *S)`` in [0, 1].
+        rounds: number of registrations; every one after the first starts from the moving images warped so far.
+        affine: first look for the affine map with which both images correlate best. Different people differ in pose
+            and size, which networks are not trained to find.
+        refine: number of steps by which the field is at last adapted to this pair, by local correlation. The result
+            does not fold. Some dozens are enough.
+        to_moving: ``(1, D, D + 1)``: voxels of the moving image from those of the fixed image, where moving images lie
+            on another grid ``(B, 1, *T)``. Then ``warp`` does not apply the field; use
+            ``sample(moving, apply_affine(to_moving, identity_grid(S) + ddf))``.
+
+    Returns:
+        ``(B, D, *S)`` voxels of the fixed image: ``fixed(x)`` is to look like ``moving(x + ddf(x))``, or with
+        ``to_moving`` like ``moving(to_moving(x + ddf(x)))``.
+
+    Raises:
+        ValueError: ``rounds`` is below 1 or ``refine`` below 0; images are not in [0, 1], or not on one grid without
+            ``to_moving``.
+    """
+    _check(moving, fixed, rounds, refine, to_moving)
+    grid = identity_grid(fixed.shape[2:], device=fixed.device)[None]
+    matrix = find_affine(moving, fixed, to_moving) if affine else None
+
+    def pose(ddf: Tensor) -> Tensor:
+        return ddf if matrix is None else apply_affine(matrix, grid + ddf) - grid
+
+    def look(ddf: Tensor) -> Tensor:
+        if to_moving is None:
+            return warp(moving, pose(ddf))
+        return sample(moving, apply_affine(to_moving.to(fixed), grid + pose(ddf)))
+
+    untouched = moving if matrix is None and to_moving is None else look(grid.new_zeros(1, *grid.shape[1:]))
+    ddf = _by_network(network, untouched, fixed, rounds, look)
+    return pose(refine_field(look, fixed, ddf, refine) if refine else ddf)
+
+
+def _by_network(network: nn.Module, moving: Tensor, fixed: Tensor, rounds: int, look: Look) -> Tensor:
+    training = network.training
+    network.eval()
+    ddf: Tensor = network(torch.cat([moving, fixed], dim=1))
+    for _ in range(rounds - 1):
+        ddf = compose(ddf, network(torch.cat([look(ddf), fixed], dim=1)))
+    network.train(training)
+    return ddf
+
+
+def _check(moving: Tensor, fixed: Tensor, rounds: int, refine: int, to_moving: Tensor | None) -> None:
+    if rounds < 1:
+        raise ValueError(f"rounds must be 1 or more, got {rounds}.")
+    if refine < 0:
+        raise ValueError(f"refine must be 0 or more steps, got {refine}.")
+    for name, image in (("moving", moving), ("fixed", fixed)):
+        low, high = float(image.min()), float(image.max())
+        if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
+            raise ValueError(
+                f"{name} must be in [0, 1], as networks were trained, got {low:g} to {high:g}. Use unit_range(image)."
+            )
+    if to_moving is None and moving.shape != fixed.shape:
+        raise ValueError(
+            f"moving must have the shape of fixed, got {tuple(moving.shape)} and {tuple(fixed.shape)}. Give to_moving "
+            "for images on different grids."
+        )
+    dims = fixed.ndim - 2
+    if to_moving is not None and to_moving.shape != (1, dims, dims + 1):
+        raise ValueError(f"to_moving must have shape (1, {dims}, {dims + 1}), got {tuple(to_moving.shape)}.")

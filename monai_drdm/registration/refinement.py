@@ -1,0 +1,63 @@
+"""A field adapted to one pair of images by optimisation: what a network has not seen in training, it finds here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TypeAlias
+
+import torch
+from monai.losses import LocalNormalizedCrossCorrelationLoss
+from torch import Tensor
+
+from monai_drdm.fields import compose, exp_svf, mend_folds, resize_ddf, shrink_to_fold_limit
+from monai_drdm.training.folding import folding_loss
+
+Look: TypeAlias = Callable[[Tensor], Tensor]
+"""The moving images ``(B, 1, *S)`` as they are seen through a field ``(B, D, *S)`` in voxels."""
+
+_WINDOW = 7
+_RATE = 0.1
+_SMOOTHNESS = 0.5
+_SQUARINGS = 4
+_COARSER = 2
+"""How many times coarser the grid is on which the field is changed."""
+
+
+def refine_field(look: Look, fixed: Tensor, ddf: Tensor, steps: int) -> Tensor:
+    """Improve a field by gradient steps on the pair itself.
+
+    A velocity, whose flow is composed with the field, is optimised for local normalised cross-correlation and smooth
+    fields without folds. What still folds is smoothed there and, if that is not enough, scaled down.
+
+    Args:
+        look: the moving images through a field; differentiable.
+        fixed: ``(B, 1, *S)`` in [0, 1].
+        ddf: ``(B, D, *S)`` voxels: where to begin.
+        steps: number of gradient steps.
+
+    Returns:
+        ``(B, D, *S)`` voxels, without folds.
+    """
+    shape = fixed.shape[2:]
+    coarse = [-(-n // _COARSER) for n in shape]
+    similarity = LocalNormalizedCrossCorrelationLoss(len(shape), _WINDOW)
+    velocity = ddf.new_zeros(*ddf.shape[:2], *coarse).requires_grad_()
+    optimizer = torch.optim.Adam([velocity], lr=_RATE)
+    with torch.enable_grad():
+        for _ in range(steps):
+            optimizer.zero_grad()
+            refined = _refined(ddf, velocity, shape)
+            loss = similarity(look(refined), fixed) + _SMOOTHNESS * _roughness(refined) + folding_loss(refined)
+            loss.backward()
+            optimizer.step()
+    return shrink_to_fold_limit(mend_folds(_refined(ddf, velocity.detach(), shape)), 0.0)[0]
+
+
+def _refined(ddf: Tensor, velocity: Tensor, shape: Sequence[int]) -> Tensor:
+    return compose(ddf, exp_svf(resize_ddf(velocity, shape), _SQUARINGS))
+
+
+def _roughness(ddf: Tensor) -> Tensor:
+    """Mean squared difference of neighbours along each axis, summed over the axes."""
+    axes = [axis for axis, size in enumerate(ddf.shape[2:], 2) if size > 1]
+    return sum((torch.diff(ddf, dim=axis).square().mean() for axis in axes), ddf.new_zeros(()))

@@ -1,0 +1,146 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from monai.networks.blocks import Warp
+from scipy.ndimage import affine_transform, gaussian_filter, map_coordinates
+
+from monai_drdm.fields import fold_fraction, identity_grid, sample
+from monai_drdm.registration import apply_affine, find_affine, register
+
+MIDDLE = ((30, 34), (22, 24, 26))
+
+
+class Still(torch.nn.Module):
+    """A network that moves nothing."""
+
+    def forward(self, images):
+        return images.new_zeros(len(images), images.ndim - 2, *images.shape[2:])
+
+
+def anatomy(shape, seed=0):
+    """A bright blob with structure, dark at the border."""
+    rng = np.random.default_rng(seed)
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij")
+    window = np.clip(1.2 - np.sqrt(sum(axis**2 for axis in axes)), 0, 0.6)
+    texture = gaussian_filter(rng.normal(size=shape), 2)
+    image = window * (1 + 2 * texture / texture.std() / 3)
+    return torch.from_numpy(np.clip(image / image.max(), 0, 1)).float()[None, None]
+
+
+def transformed(image, matrix, shift):
+    """``image(matrix x + shift)`` by SciPy."""
+    return torch.from_numpy(
+        affine_transform(image[0, 0].numpy(), matrix.numpy(), shift.numpy(), order=1, mode="nearest")
+    )[None, None]
+
+
+def about_the_middle(linear, shift, shape):
+    middle = torch.tensor([(n - 1) / 2 for n in shape])
+    return middle + shift - linear @ middle
+
+
+@pytest.mark.parametrize("shape", MIDDLE)
+def test_an_affine_map_is_found(shape):
+    dims = len(shape)
+    linear = torch.eye(dims) + 0.12 * torch.randn(dims, dims, generator=torch.Generator().manual_seed(1))
+    shift = about_the_middle(linear, 1.5 * torch.ones(dims), shape)
+    moving = anatomy(shape)
+    fixed = transformed(moving, linear, shift)
+    found = find_affine(moving, fixed)
+    points = identity_grid(shape)[None]
+    true = apply_affine(torch.cat([linear, shift[:, None]], dim=1)[None], points)
+    inner = (..., *(slice(4, -4),) * dims)
+    apart = (apply_affine(found, points) - true)[inner].norm(dim=1)
+    before = (points - true)[inner].norm(dim=1)
+    assert float(apart.mean()) < 0.35 < 1.2 < float(before.mean())
+    ddf = register(Still(), moving, fixed, affine=True)
+    torch.testing.assert_close(ddf, apply_affine(found, points) - points)
+
+
+def test_every_pair_of_a_batch_gets_its_own_map_and_images_that_fit_keep_theirs():
+    moving = torch.cat([anatomy((30, 34), seed) for seed in (0, 1)])
+    fixed = torch.cat([moving[:1], moving[1:].roll(3, dims=-1)])
+    found = find_affine(moving, fixed)
+    torch.testing.assert_close(found, torch.cat([find_affine(a[None], b[None]) for a, b in zip(moving, fixed)]))
+    points = identity_grid((30, 34))[None].expand(2, -1, -1, -1)
+    moved = apply_affine(found, points) - points
+    assert float(moved[0].abs().max()) < 0.1
+    assert float((moved[1, 1] + 3).abs().mean()) < 0.3
+
+
+def test_constant_images_stay_where_they_are():
+    flat = torch.full((1, 1, 12, 1), 0.5)
+    assert torch.isfinite(register(Still(), flat, flat, affine=True, refine=2)).all()
+
+
+def test_images_of_other_grids_are_seen_through_their_headers():
+    """A moving image that is twice finer and starts elsewhere, beside SciPy; in all stages, and resampled once."""
+    fixed = anatomy((24, 26))
+    to_moving = torch.tensor([[[0.0, -2.0, 57.0], [2.0, 0.0, 5.0]]])  # the axes are swapped, and one is turned round
+    back = torch.linalg.inv(to_moving[0, :, :2])
+    moving = torch.from_numpy(
+        affine_transform(
+            fixed[0, 0].numpy(), back.numpy(), (-back @ to_moving[0, :, 2]).numpy(), (64, 60), order=1, mode="nearest"
+        )
+    )[None, None]
+    seen = []
+
+    class Remembers(Still):
+        def forward(self, images):
+            seen.append(images)
+            return super().forward(images) + 0.5
+
+    ddf = register(Remembers(), moving, fixed, to_moving=to_moving, rounds=2)
+    assert float((seen[0][:, :1] - fixed).abs().mean()) < 0.02
+    assert torch.equal(ddf, torch.ones_like(ddf))
+    where = (
+        np.einsum("ij,jkl->ikl", to_moving[0, :, :2], np.indices((24, 26)) + 0.5)
+        + to_moving[0, :, 2].numpy()[:, None, None]
+    )
+    expected = map_coordinates(moving[0, 0].numpy(), where, order=1, mode="nearest")
+    np.testing.assert_allclose(seen[1][0, 0], expected, atol=1e-5)
+    shifted = torch.cat([torch.eye(2), torch.tensor([[2.0], [-1.0]])], dim=1)[None]
+    elsewhere = sample(moving, apply_affine(to_moving, apply_affine(shifted, identity_grid((24, 26))[None])))
+    found = find_affine(moving, elsewhere, to_moving)
+    assert float((found - shifted).abs().max()) < 0.3
+
+
+@pytest.mark.parametrize("shape", MIDDLE)
+def test_refinement_finds_what_the_network_missed_without_folds(shape):
+    generator = torch.Generator().manual_seed(0)
+    waves = torch.randn(1, len(shape), *(4,) * len(shape), generator=generator)
+    mode = "bilinear" if len(shape) == 2 else "trilinear"
+    true = F.interpolate(1.5 * waves, shape, mode=mode, align_corners=True)
+    moving = anatomy(shape)
+    fixed = Warp("bilinear", "border")(moving, true)
+    ddf = register(Still(), moving, fixed, refine=25)
+    inside = fixed > 0.2
+    errors = [float((one - true).norm(dim=1, keepdim=True)[inside].mean()) for one in (ddf, 0 * ddf)]
+    assert errors[0] < 0.6 * errors[1]
+    assert float(fold_fraction(ddf)) == 0
+    assert torch.equal(ddf, register(Still(), moving, fixed, refine=25))
+
+
+def test_refined_fields_never_fold():
+    """Noise, which asks for folds everywhere."""
+    moving, fixed = torch.rand(1, 1, 20, 22), torch.rand(1, 1, 20, 22)
+    ddf = register(Still(), moving, fixed, affine=True, refine=30)
+    assert float(ddf.abs().max()) > 0.5
+    assert float(fold_fraction(ddf)) == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"refine": -1}, "refine must be 0 or more steps, got -1"),
+        ({"moving": torch.rand(1, 1, 9, 8)}, r"moving must have the shape of fixed, got \(1, 1, 9, 8\)"),
+        ({"to_moving": torch.eye(2, 3)}, r"to_moving must have shape \(1, 2, 3\), got \(2, 3\)"),
+    ],
+)
+def test_wrong_calls_are_explained(arguments, says):
+    images = {"moving": torch.rand(1, 1, 8, 8), "fixed": torch.rand(1, 1, 8, 8)}
+    with pytest.raises(ValueError, match=says):
+        register(Still(), **{**images, **arguments})
