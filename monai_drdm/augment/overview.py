@@ -1,4 +1,4 @@
-"""A figure of what a run made."""
+"""A figure of the results of a run."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def plot_overview(report: AugmentReport, count: int = 6) -> Path:
 
 
 def _deformed_case(folder: Path, entry: Mapping[str, Any]) -> SheetEntry | None:
-    """A source image beside its deformed copy, of several the first; None if the source is no longer there."""
+    """The first source image beside its deformed copy. None if the source file no longer exists."""
     several = not isinstance(entry["image"], str)
     image = entry["image"][0] if several else entry["image"]
     name = stem_of(image).removesuffix("_0") if several else stem_of(image)

@@ -6,7 +6,7 @@ from monai_drdm.viz.curves import separability_figure
 from monai_drdm.viz.figures import deformation_figure, plot_jacobian, plot_warped_grid
 from monai_drdm.viz.sheets import contact_sheet, middle_plane, SheetEntry
 
-# names of before, which go on working
+# earlier names, which still work
 draw_jacobian, draw_warped_grid = plot_jacobian, plot_warped_grid
 
 __all__ = [
