@@ -52,13 +52,13 @@ def settings_table(name: str, part: str = "all") -> str:
     module, _, attribute = name.rpartition(".")
     kind = getattr(importlib.import_module(module), attribute)
     rows = list(_config_rows(kind, part) if dataclasses.is_dataclass(kind) else _option_rows(kind))
-    return _table(("setting", "type", "default", "meaning"), rows)
+    return _table(("setting", "type and default", "meaning"), rows)
 
 
 def _option_rows(kind: type) -> Iterator[tuple[str, ...]]:
     hints = get_type_hints(kind)
     for name, option in options_of(kind).items():
-        yield f"`{name}`", f"`{_type_name(hints[name])}`", f"`{option.default!r}`", _markdown(option.doc)
+        yield f"`{name}`", f"`{_type_name(hints[name])} = {option.default!r}`", _markdown(option.doc)
 
 
 def _config_rows(kind: Any, part: str) -> Iterator[tuple[str, ...]]:
@@ -68,7 +68,7 @@ def _config_rows(kind: Any, part: str) -> Iterator[tuple[str, ...]]:
         if one.name in shared:
             continue
         meaning = _markdown(one.metadata["help"]) + _range(**{k: one.metadata[k] for k in ("low", "high", "choices")})
-        yield f"`{one.name}`", f"`{_type_name(hints[one.name])}`", f"`{one.default!r}`", meaning
+        yield f"`{one.name}`", f"`{_type_name(hints[one.name])} = {one.default!r}`", meaning
 
 
 def _range(low: float, high: float, choices: tuple[Any, ...]) -> str:

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     )
 
 _FROM = {"DeformationBank": "bank", "list_networks": "networks", "load_network": "networks"}
-"""Where names come from that are no transforms."""
+"""The sub-package of each public name that is not a transform."""
 
 __all__ = [
     "ApplyDDFd",

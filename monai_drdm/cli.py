@@ -15,12 +15,13 @@ if TYPE_CHECKING:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
-    0 done, 1 an error that is explained, 2 a wrong call, 3 done but for some cases, 130 interrupted. The training
-    commands return their own codes; see ``monai_drdm.training.command.TrainingCommand.run``.
+    0: done. 1: an error, which is explained. 2: a wrong call. 3: done, but some cases were skipped. 130: interrupted.
+        The
+    training commands return their own codes; see ``monai_drdm.training.command.TrainingCommand.run``.
     """
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)
-    except ImportError as error:  # of an extra, which says what to install
+    except ImportError as error:  # a package of an extra is missing; the error says what to install
         return _explained(error)
 
 

@@ -1,7 +1,7 @@
-"""Reading JSON and YAML: settings, datalists, network cards, records and all else that is kept as text.
+"""Reading JSON and YAML: settings, datalists, network cards, records and everything else that is kept as text.
 
-Whatever is wrong with a text, nested too deeply, of another encoding, without an entry that it must have, comes out as
-one ``ValueError`` that names the file, what was expected there, what is wrong and what to do.
+Whatever is wrong with a text (it is nested too deeply, has another encoding, lacks an entry), the result is one
+``ValueError`` that names the file, what was expected, what is wrong and what to do.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _MAX_BYTES = 1 << 28
 _LONGEST = 400
 """Characters of a reason; those of parsers may quote the whole text."""
 _FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionError, TypeError, ValueError)
-"""What Python raises while content is understood that is not as it should be."""
+"""Exceptions that Python raises when content is not as expected."""
 
 Origin = str | os.PathLike[str]
-"""The file that a text is from, or what else the user knows it by."""
+"""The file that a text comes from, or another description that the user knows."""
 
 
 class DocumentError(ValueError):
-    """Content that cannot be read, explained: an outer ``reading`` has nothing to add."""
+    """An explained error of content that cannot be read. An outer ``reading`` passes it on unchanged."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +34,17 @@ class Document:
     """One kind of text that is read."""
 
     what: str
-    """What it is, as it continues "cannot be read as"."""
+    """What the text should be; it continues the words "cannot be read as"."""
     advice: str
-    """What to do about one that cannot be read: a sentence."""
+    """A sentence that says what to do if the text cannot be read."""
 
     @contextmanager
     def reading(self, origin: Origin, *more: type[Exception]) -> Iterator[None]:
-        """Explain what goes wrong while the block makes something of the content.
+        """Explain errors that occur while the block interprets the content.
 
         Args:
             origin: named in the error.
-            more: other exceptions that mean wrong content, beside those that Python itself raises.
+            more: other exceptions that mean wrong content, in addition to those that Python itself raises.
 
         Raises:
             DocumentError: the block has raised an exception that means wrong content. It is a ``ValueError``.
@@ -119,7 +119,7 @@ class Document:
 
 
 def reason_of(error: BaseException) -> str:
-    """What an exception says about wrong content, in one line without a full stop."""
+    """The message of an exception about wrong content, in one line without a full stop."""
     if isinstance(error, RecursionError):
         return "it is nested too deeply"
     if isinstance(error, MemoryError):

@@ -26,11 +26,11 @@ _Result = TypeVar("_Result")
 _JOBS_SUBMITTED = 32
 _MAX_LOST = 2
 _KEPT = ("max_workers", "mp_context", "initializer")
-"""What a process pool is made with, as it keeps it."""
+"""Arguments of a process pool that are copied when it is made again; the pool keeps them under these names."""
 
 
 class WorkerLostError(RuntimeError):
-    """A job that two worker processes died of."""
+    """Two worker processes died while they worked on the same job."""
 
 
 @contextmanager
@@ -75,8 +75,8 @@ def run_jobs(
         executor: where the function runs; None is this process.
 
     Returns:
-        Jobs in their order without an executor, else in the order in which they finish. Jobs of a worker that was lost
-        are done again by another one; a job that two workers were lost with gives ``WorkerLostError``.
+        Without an executor, jobs in their order; with one, in the order in which they finish. If a worker process dies,
+        its jobs are repeated by another one. A job during which two workers died gives ``WorkerLostError``.
     """
     if executor is None:
         return ((job, _attempt(function, job)) for job in jobs)
@@ -101,7 +101,7 @@ def _run_on(
                 except BrokenExecutor as error:
                     lost.append(_Lost(job, 0, error))
             yield from _finished(pending, FIRST_COMPLETED, lost)
-            if lost:  # and with it all that the executor had not finished
+            if lost:  # a pool that has lost a worker does not finish its other jobs either
                 yield from _finished(pending, ALL_COMPLETED, lost)
                 yield from crew.do_again(function, lost)
     finally:
@@ -112,18 +112,18 @@ def _run_on(
 
 @dataclass(frozen=True)
 class _Lost(Generic[_Job]):
-    """A job whose worker was lost."""
+    """A job whose worker process died."""
 
     job: _Job
     times: int
-    """How many workers were lost while it was theirs."""
+    """How many workers died while they worked on it."""
     error: BrokenExecutor
 
 
 def _finished(
     pending: dict[Future[_Result], _Job], when: str, lost: list[_Lost[_Job]]
 ) -> Iterator[tuple[_Job, _Result | Exception]]:
-    """Take what is finished out of ``pending``; what went with a worker is added to ``lost``."""
+    """Take finished jobs out of ``pending``. Jobs whose worker died are added to ``lost``."""
     for future in wait(pending, return_when=when).done if pending else ():
         job, result = pending.pop(future), _attempt(future.result, ())
         if isinstance(result, BrokenExecutor):
@@ -133,10 +133,11 @@ def _finished(
 
 
 class _Crew:
-    """The workers of a run: those of an executor and, once one of them was lost, new ones of the same kind.
+    """The workers of a run: those of an executor or, after one of them has died, new ones of the same kind.
 
-    Nobody can tell which of its jobs a process pool died of. So those that it had begun are done again one by one: a
-    worker that is lost then was lost by that very job, which is given up. It is never done in this process.
+    When a process pool breaks, it does not say which job was the cause. So all jobs that it had begun are repeated one
+    by one. If a worker dies again, the job that it was working on is the cause, and is given up. Jobs are never
+    repeated in this process.
     """
 
     def __init__(self, executor: Executor) -> None:
@@ -146,8 +147,8 @@ class _Crew:
     def do_again(
         self, function: Callable[..., _Result], lost: Sequence[_Lost[_Job]]
     ) -> Iterator[tuple[_Job, _Result | Exception]]:
-        """Do lost jobs again, one at a time."""
-        message = f"a worker was lost ({lost[0].error}); what it and the others had begun is done again, one by one."
+        """Repeat jobs whose worker died, one at a time."""
+        message = f"a worker was lost ({lost[0].error}). All jobs that were begun are repeated, one by one."
         warnings.warn(message, stacklevel=4)
         self._renew()
         for one in lost:
@@ -163,18 +164,18 @@ class _Crew:
             self._renew()
         return WorkerLostError(
             f"the process that worked on it died, and so did the next one ({error}). It may need more memory than "
-            "there is, or a library crashes on its file."
+            "there is, or a library may crash on its file."
         )
 
     def _renew(self) -> None:
-        """Take a new process pool, with the processes, and what they begin with, of the executor that was given."""
+        """Start a new process pool like the executor that was given: as many processes, with the same initializer."""
         self.leave()
         workers, context, begin = (getattr(self._given, f"_{name}", None) for name in _KEPT)
         self._own = ProcessPoolExecutor(workers, context, begin, getattr(self._given, "_initargs", ()))
         self.executor = self._own
 
     def leave(self) -> None:
-        """End the workers that are not the caller's."""
+        """End the process pool that this object has started; the caller's executor goes on."""
         if self._own is not None:
             self._own.shutdown(cancel_futures=True)
 

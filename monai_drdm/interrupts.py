@@ -1,4 +1,4 @@
-"""What Ctrl-C does to a command while it starts."""
+"""Ending a command that is still starting when Ctrl-C is pressed."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def ends_at_once(command: str) -> Iterator[None]:
         os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, f"{command}: interrupted\n".encode())
         os._exit(INTERRUPTED)
 
-    elsewhere = threading.current_thread() is not threading.main_thread()  # where signals do not get
+    elsewhere = threading.current_thread() is not threading.main_thread()  # signals reach the main thread only
     if elsewhere or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
-        yield  # also where Ctrl-C is ignored, as in the background of a script, or is another program's
+        yield  # also if Ctrl-C is ignored, as in the background of a script, or handled by another program
         return
     before = signal.signal(signal.SIGINT, end)
     try:

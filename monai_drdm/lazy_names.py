@@ -1,4 +1,4 @@
-"""Packages whose names are imported when they are first used, so that a command's ``--help`` waits for no torch."""
+"""Importing the names of a package when they are first used, so that ``--help`` does not wait for torch."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def lazy_names(package: str, module_of: Mapping[str, str]) -> tuple[Callable[[st
 
     Args:
         package: its ``__name__``.
-        module_of: the module of the package in which each of its public names is.
+        module_of: for each public name, the module of the package that defines it.
     """
 
     def get(name: str) -> Any:

@@ -1,4 +1,4 @@
-"""What a run over many cases says while it goes on, and when none of them can be used."""
+"""The progress bar of a run over many cases, and the error message if none of them can be used."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from tqdm import tqdm
 
 
 class LateBar:
-    """A progress bar that stays away until something is done.
+    """A progress bar that appears only when the first step is done.
 
-    A run that fails at once, or in every case, then ends with its reason and nothing around it.
+    A run that fails at once, or in every case, then ends with the reason and without a bar.
 
     Args:
         total: number of steps; None: not known.
@@ -39,16 +39,16 @@ class LateBar:
             self._bar.close()
 
     def done(self, steps: int = 1) -> None:
-        """So many steps more are done; before the first of them come those that were skipped."""
+        """Count finished steps, after showing the lines of those that were skipped before."""
         self.say_skipped()
         if self._bar is None:
             self._bar = tqdm(**self._options)
-            self._bar.start_t = self._started  # what came before the first step took its time too
+            self._bar.start_t = self._started  # the time before the first step counts too
         self._bar.update(self._waiting + steps)
         self._waiting = 0
 
     def skipped(self, steps: int = 1, line: str | None = None) -> None:
-        """So many steps were left out, and why: a line that is shown as soon as something else is done."""
+        """Count skipped steps. ``line`` says why; it is shown as soon as another step is done."""
         self._waiting += steps
         self._held += [] if line is None else [line]
         if self._bar is not None:
@@ -62,7 +62,7 @@ class LateBar:
 
 
 def none_usable(failed: Mapping[str, str]) -> str:
-    """What to say where every case failed: the reason once, if it is one for all of them.
+    """The message if every case failed. A reason that all cases share is given only once.
 
     Args:
         failed: the reason for each case, by name.
@@ -76,5 +76,5 @@ def none_usable(failed: Mapping[str, str]) -> str:
 
 
 def _in_general(name: str, reason: str) -> str:
-    """A reason without the case's name and without numbers, such as those of a shape."""
+    """A reason without the name of the case and without numbers, so that equal reasons can be recognised."""
     return re.sub(r"\d+", "#", re.sub(rf"(?<!\w){re.escape(name)}(?!\w)", "…", reason))

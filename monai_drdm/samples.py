@@ -1,7 +1,7 @@
-"""Samples of MONAI pipelines: what their arrays, tensors and metadata say, and results in the same form.
+"""Reading the samples of MONAI pipelines, and returning results in the same form.
 
-Arrays, plain tensors and ``MetaTensor`` come in. Values leave as plain tensors of exactly their type; shape, spacing
-and affine are checked where they are read; results go back as MONAI hands them on.
+Inputs are arrays, plain tensors and ``MetaTensor``. Values are read as plain tensors of exactly the same type. Shape,
+spacing and affine are checked where they are read. Results are returned as MONAI's own transforms return them.
 """
 
 from __future__ import annotations
@@ -63,8 +63,8 @@ def numeric_tensor(data: NdarrayOrTensor, name: str) -> Tensor:
 def spacing_of(data: NdarrayOrTensor, pixdim: Sequence[float] | None, name: str) -> tuple[float, ...]:
     """Millimetres per voxel along each spatial axis: from the affine, else ``pixdim``, else 1.
 
-    An identity affine is what MONAI gives to data that never had one, and what it flips and turns, so there ``pixdim``
-    counts too, along the axes that these data had.
+    MONAI gives an identity affine to data that never had one, and flips and rotates it with the data. ``pixdim`` is
+    used for such an affine too, along the axes that the data had originally.
 
     Raises:
         ValueError: an affine or ``pixdim`` that gives no positive spacing.
@@ -98,7 +98,7 @@ def directions_of(data: NdarrayOrTensor) -> NDArray[np.float64]:
 
 
 def _turned_axes(columns: Tensor) -> list[int] | None:
-    """Which axis each one was, of an identity that was at most flipped and turned by right angles; else None."""
+    """The original axis of each axis, if the affine is an identity that was flipped or turned; else None."""
     steps = columns.round().abs()
     once = all(bool((steps.sum(d) == 1).all()) for d in (0, 1))
     return steps.argmax(0).tolist() if once and torch.allclose(columns.abs(), steps, rtol=0, atol=1e-6) else None
@@ -122,7 +122,7 @@ def checked_pixdim(pixdim: Sequence[float] | None) -> tuple[float, ...] | None:
 
 
 def split_batch(data: Any, name: str) -> tuple[Tensor, list[Any]]:
-    """The values of a batch, and each sample with what it knows of its space.
+    """The values of a batch, and for each sample the data that know its affine.
 
     Raises:
         TypeError: not an array or tensor of a real numeric type.
@@ -167,7 +167,7 @@ def check_same_space(first: NdarrayOrTensor, other: NdarrayOrTensor, first_name:
         )
     if isinstance(first, MetaTensor) and isinstance(other, MetaTensor):
         a, b = first.affine.detach().cpu().double(), other.affine.detach().cpu().double()
-        small = min(1.0, float(a[..., :-1, :-1].norm(dim=-2).min()))  # microscopes' voxels are smaller than 1e-3 mm
+        small = min(1.0, float(a[..., :-1, :-1].norm(dim=-2).min()))  # voxels of microscopes are smaller than 1e-3 mm
         if a.shape != b.shape or not torch.allclose(a, b, atol=_AFFINE_TOLERANCE * small):
             raise ValueError(
                 f"{first_name} and {other_name} must have one affine, got {a.tolist()} and {b.tolist()}. {advice}"
@@ -200,7 +200,7 @@ def world_affine(data: NdarrayOrTensor, name: str) -> Tensor:
 
 
 def wrap_like(data: NdarrayOrTensor, values: Tensor) -> Tensor:
-    """Values as MONAI hands them on: a MetaTensor with a copy of the data's metadata, where metadata is tracked."""
+    """The result as MONAI returns it: if metadata is tracked, a MetaTensor with a copy of the metadata of ``data``."""
     ordinary = values.clone() if values.is_inference() and not torch.is_inference_mode_enabled() else values
     if not get_track_meta():
         return ordinary
@@ -234,21 +234,21 @@ def check_field_fits(field: Tensor, image: Tensor) -> None:
 
 
 def apply_pending(data: NdarrayOrTensor) -> NdarrayOrTensor:
-    """The data with their pending lazy operations applied: a field belongs to the voxels that are really there."""
+    """Apply the pending lazy operations of the data, because a field belongs to the voxels of the resampled image."""
     if isinstance(data, MetaTensor) and data.has_pending_operations:
-        own = with_metadata_of(data, data.as_tensor())  # MONAI empties the list of what it is given
+        own = with_metadata_of(data, data.as_tensor())  # a copy, because MONAI empties the list of its argument
         return lazy.apply_pending(own, overrides=_pending_mode(own))[0]  # type: ignore[no-any-return]  # it has no types
     return data
 
 
 def _pending_mode(data: MetaTensor) -> dict[str, Any]:
-    """The interpolation that pending operations agree on: MONAI 1.6.1 records it, and does not look at it again."""
+    """The interpolation that all pending operations recorded. MONAI 1.6.1 records it, but does not use it later."""
     modes = {mode for mode in map(_interpolation, data.pending_operations) if mode is not None}
     return {"mode": modes.pop()} if len(modes) == 1 else {}
 
 
 def _interpolation(operation: Any) -> str | int | None:
-    """The mode in an operation's record, which may hold that of the operation that it is made of."""
+    """The mode in the record of an operation, or in the record of the operation that it wraps."""
     while isinstance(operation, dict) and TraceKeys.EXTRA_INFO in operation:
         operation = operation[TraceKeys.EXTRA_INFO]
     mode = operation.get("mode") if isinstance(operation, dict) else None
@@ -256,7 +256,7 @@ def _interpolation(operation: Any) -> str | int | None:
 
 
 def _native(data: NdarrayOrTensor) -> Tensor:
-    """A tensor of exactly the array's type; MONAI's own conversion would widen unsigned integers."""
+    """A tensor of exactly the type of the array. MONAI's own conversion would widen unsigned integers."""
     if isinstance(data, Tensor):
         return data
     native = np.ascontiguousarray(data, dtype=data.dtype.newbyteorder("="))
@@ -266,7 +266,7 @@ def _native(data: NdarrayOrTensor) -> Tensor:
 
 
 def with_metadata_of(data: MetaTensor, tensor: torch.Tensor) -> MetaTensor:
-    """A new MetaTensor of values with a copy of the data's metadata: edits downstream must not reach the input."""
+    """A MetaTensor of the values with a copy of the metadata, so that later changes do not reach the input."""
     carrier = MetaTensor(tensor)
     lists = [name for name in data.__dict__ if name != "_meta"]
     carrier.copy_meta_from(data, keys=lists)  # type: ignore[no-untyped-call]  # MONAI leaves it without types

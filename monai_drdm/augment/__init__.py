@@ -5,7 +5,7 @@ from monai_drdm.augment.overview import plot_overview
 from monai_drdm.augment.registration_pairs import PairSettings
 from monai_drdm.augment.run import augment, AugmentReport, make_pairs
 
-draw_overview = plot_overview  # the name of before, which goes on working
+draw_overview = plot_overview  # an earlier name, which still works
 
 __all__ = [
     "AugmentReport",

@@ -14,21 +14,21 @@ from monai_drdm.io import ImageFile
 from monai_drdm.networks import load_network, network_sha256
 
 LATER = "later"
-"""Marks settings that were added when there were folders without them."""
+"""Marks settings that were added later, so that folders of earlier versions do not have them."""
 
 
 class Draw(NamedTuple):
     """One random deformation, or pair, of a case."""
 
     name: str
-    """Its files are called so."""
+    """The names of its files begin with it."""
     seed: str
     level: float | None = None
     """Deformation level; None for pairs, which draw their own."""
 
 
 class DrawResult(NamedTuple):
-    """What one draw gives."""
+    """The result of one draw."""
 
     savers: dict[str, Callable[[Path], None]]
     """For each file the function that writes it to a path."""
@@ -42,16 +42,17 @@ class DrawResult(NamedTuple):
 class DatasetSettings(ABC):
     """Everything that fixes the files of a run, given the images.
 
-    A run can be continued if the folder was begun with equal settings. A setting that comes later has ``LATER`` in its
-    metadata: at its default it is left out of their JSON form, so that folders of before can be gone on with.
+    A run can be continued if its folder was begun with equal settings. A setting that was added in a later version has
+    ``LATER`` in its metadata. At its default it is left out of the JSON, so that folders of earlier versions can still
+    be continued.
     """
 
     folders: ClassVar[tuple[str, ...]]
-    """Folders that are filled."""
+    """Names of the folders that the run fills."""
     not_in_datalist: ClassVar[tuple[str, ...]] = ()
-    """Kinds of files that the datalist leaves out."""
+    """Kinds of files that are not listed in the datalist."""
     several_images: ClassVar[bool] = False
-    """Whether a case may have further images, which go with the first."""
+    """Whether a case may have several images, which are all moved by one field."""
 
     network: str = "auto"
     sampler: str = "auto"
@@ -84,7 +85,7 @@ class DatasetSettings(ABC):
         """Make one draw; nothing is written yet."""
 
     def listed(self, files: Mapping[str, str]) -> dict[str, Any]:
-        """What the datalist says of a draw.
+        """The entry of the datalist for a draw.
 
         Args:
             files: its files by kind.

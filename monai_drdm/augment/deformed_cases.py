@@ -34,7 +34,7 @@ class AugmentSettings(DatasetSettings):
     seed: int = 0
     version: str = __version__
     image_number: int = field(default=0, metadata={LATER: True})
-    """Which of a case's images, counted from 0, the network sees; the field that it gives moves all of them."""
+    """Number of the image, counted from 0, that the network sees. Its field moves all images of the case."""
 
     def __post_init__(self) -> None:
         for level in self.levels:
@@ -77,7 +77,7 @@ class AugmentSettings(DatasetSettings):
         return names | {"field": f"fields/{draw.name}.nii.gz"}
 
     def listed(self, files: Mapping[str, str]) -> dict[str, Any]:
-        """What the datalist says of a draw; several images are a list, as MONAI's ``LoadImaged`` takes them."""
+        """The entry of the datalist for a draw. Several images become a list, as MONAI's ``LoadImaged`` takes them."""
         kept = super().listed(files)
         images = [kept.pop(key) for key in list(kept) if key != "label"]
         return {"image": images[0] if len(images) == 1 else images, **kept}

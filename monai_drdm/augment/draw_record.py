@@ -1,4 +1,4 @@
-"""What a run writes down of every finished draw."""
+"""The record that a run writes for every finished draw."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ class DrawRecord:
     files: dict[str, str]
     """Its files by kind, as paths within the folder of the run."""
     params: dict[str, Any]
-    """What replays it."""
+    """The entries of the record that replays the field."""
     statistics: dict[str, Any]
     settings_sha256: str
-    """Of the settings of the run."""
+    """Hash of the settings of the run."""
     outputs: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Size and hash of each of its files, by which they are known again; empty in records that had none yet."""
+    """Size and hash of each of its files, to notice changes. Empty in records of versions that did not write them."""
     format: int = _FORMAT
 
     def to_json(self) -> str:
@@ -70,15 +70,15 @@ class DrawRecord:
         return record
 
     def missing(self, folder: Path) -> list[str]:
-        """Those of its files that are no longer there."""
+        """Files of this draw that no longer exist."""
         return [file for file in self.files.values() if not os.path.isfile(folder / file)]
 
     def changed(self, folder: Path, *, read: bool) -> list[str]:
-        """Those of its files that are there and are not what was written.
+        """Files of this draw that exist but have changed since they were written.
 
         Args:
             folder: of the run.
-            read: read them, rather than look at their sizes alone.
+            read: read the files and compare their hashes; otherwise only their sizes are compared.
         """
         there = {kind: folder / file for kind, file in self.files.items() if os.path.isfile(folder / file)}
         return [
@@ -90,6 +90,6 @@ class DrawRecord:
 
 
 def sealed(path: Path) -> dict[str, Any]:
-    """Size and hash of a file, by which it is known again."""
+    """Size and hash of a file, to notice later whether it has changed."""
     data = path.read_bytes()
     return {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

@@ -30,14 +30,14 @@ RECORD = Document("the record of a draw", "Remove it and run again, which draws 
 
 
 class BadCaseError(Exception):
-    """A case that cannot be used; the others can."""
+    """One case cannot be used. The run goes on with the others."""
 
 
 class ChangedOutputError(BadCaseError):
-    """A case of which a finished file was damaged or edited. Nothing of the case is replaced.
+    """A finished file of a case was damaged or edited. Nothing of this case is replaced.
 
     Args:
-        message: what to say.
+        message: the message of the error.
         draws: names of the draws with such files.
     """
 
@@ -68,8 +68,9 @@ class OutputFolder:
         """Create the folder, or check that an earlier run with equal settings began it, and lock it.
 
         Args:
-            force: take any folder.
-            shared: let other runs that share it work in the folder at the same time: the shards of one run.
+            force: use the folder whatever it holds.
+            shared: allow other runs that also pass True to work in the folder at the same time, as the shards of one
+                run do.
 
         Raises:
             FileExistsError: the folder holds something else, or another run is writing to it.
@@ -149,7 +150,7 @@ class OutputFolder:
         return todo
 
     def give_up(self) -> None:
-        """Remove the settings and the empty folders of a run that has written nothing: another one may begin here."""
+        """Remove settings and empty folders of a run that has written nothing, so that another run may begin here."""
         with suppress(OSError):  # a folder that is not empty
             for name in ("records", *self.settings.folders):
                 (self.folder / name).rmdir()
@@ -181,7 +182,9 @@ class OutputFolder:
                 save(self.folder / names[key])
         except (TypeError, ValueError) as error:
             for name in names.values():
-                (self.folder / name).unlink(missing_ok=True)  # without a record nothing says what they are
+                (self.folder / name).unlink(
+                    missing_ok=True
+                )  # without a record nobody could tell which draw the files belong to
             raise BadCaseError(str(error)) from error
         record = DrawRecord(
             name=draw.name,
@@ -198,8 +201,9 @@ class OutputFolder:
     def write_datalist(self, cases: Sequence[Case], left_out: Collection[str] = ()) -> Path:
         """Write a MONAI datalist of all draws in the folder that were finished with these settings.
 
-        Its paths are relative to the folder. Draws that an earlier run made from these cases under other names are left
-        out, and those whose files are gone or of another size than they were. No list is begun with nothing in it.
+        Its paths are relative to the folder. These draws are left out: those that an earlier run made from the same
+        cases under other names, and those whose files are missing or have changed their size. An empty list is not
+        written, unless there is a list already.
 
         Args:
             cases: all cases of the run.
@@ -230,7 +234,7 @@ class OutputFolder:
         return self.folder / "records" / f"{name}.json"
 
     def _read_record(self, path: Path) -> DrawRecord | None:
-        """The record of a draw; None if there is none of these settings, or if it is damaged, which is said."""
+        """The record of a draw. None if none has these settings, or if it is damaged, which gives a warning."""
         try:
             described = RECORD.read_json(path)
             if described.get("settings_sha256", self.settings_sha256) != self.settings_sha256:

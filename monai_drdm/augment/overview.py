@@ -1,4 +1,4 @@
-"""A figure of what a run made."""
+"""A figure of the results of a run."""
 
 from __future__ import annotations
 

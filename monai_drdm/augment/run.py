@@ -1,4 +1,4 @@
-"""Runs over a data set on disk: each continues where an earlier one stopped, in any number of processes."""
+"""Runs over a data set on disk. A run continues where an earlier one stopped, and may use several processes."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from monai_drdm.progress import LateBar, none_usable
 
 
 class AugmentReport(NamedTuple):
-    """What a run did."""
+    """The result of a run."""
 
     written: int
     """Number of deformed cases, or pairs, that this run wrote."""
@@ -132,7 +132,7 @@ def _run(
 
 
 class _Tally:
-    """What a run has done so far, and its bar."""
+    """Counts what a run has done so far, and shows it in a progress bar."""
 
     def __init__(self, bar: LateBar, draws: int) -> None:
         self.bar, self.draws = bar, draws
@@ -143,12 +143,12 @@ class _Tally:
         self._ticks = 0
 
     def tick(self) -> None:
-        """One draw of the case at hand is done."""
+        """Count one finished draw of the current case."""
         self._ticks += 1
         self.bar.done()
 
     def take(self, case: Case, result: int | Exception) -> None:
-        """Count what was done of a case: the number of draws that were written, or why it was skipped.
+        """Count the result of a case: the number of draws that were written, or the reason why it was skipped.
 
         Raises:
             Exception: the result, if it is one that ends the run.
@@ -182,7 +182,7 @@ def _write_case(output: OutputFolder, case: Case, tick: Callable[[], object] | N
             if tick is not None:
                 tick()
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:  # names of the other cases may be shorter
+        if error.errno == errno.ENAMETOOLONG:  # the names of other cases may be short enough
             raise BadCaseError(str(error)) from error
         raise
     return len(todo)
@@ -195,7 +195,7 @@ def _refuse_further_images(cases: Sequence[Case], settings: DatasetSettings) -> 
 
 
 def _refuse_own_inputs(cases: Sequence[Case], out: Path, settings: DatasetSettings) -> None:
-    """Refuse to write into a folder of inputs: the next call would take the results for inputs."""
+    """Refuse to write into a folder of input files, because the next call would take the results for inputs."""
     written = {(out / name).resolve() for name in settings.folders}
     for path in (path for case in cases for path in input_paths(case).values()):
         if path.resolve().parent in written:

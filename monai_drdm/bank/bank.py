@@ -1,4 +1,4 @@
-"""``DeformationBank``: K fields for every image, drawn once."""
+"""``DeformationBank``: several fields for every image, which are drawn once."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class BankDrawOptions(DrawOptions, PixdimOptions, total=False):
 
 
 class DeformationBank:
-    """Fields drawn ahead of training, a number for each image: in memory, or in a folder that any process may read.
+    """Several fields for every image, drawn ahead of training, in memory or in a folder that any process may read.
 
-    ``build`` draws them for all images; ``on_demand`` when an image is first asked for; the constructor opens what was
-    built. Fields are kept on the grid they were drawn on, in 16 bits, each with its checksum and the record that
-    replays it. An image is known by its identity; that it is the image the fields were drawn on is checked by shape,
-    spacing and a fingerprint of its values.
+    ``build`` draws the fields of all images. ``on_demand`` draws them when an image is first asked for. The constructor
+    opens a folder that was built before. Fields are kept on the grid they were drawn on, in 16 bits, each with a
+    checksum and the record that replays it. An image is found by its identity, which is its name. Whether it is the
+    image that the fields were drawn on is checked by its shape, its spacing and a fingerprint of its values.
 
     Args:
         path: folder of a bank that was built.
@@ -76,13 +76,13 @@ class DeformationBank:
         """A bank that draws the fields of an image when it is first asked for.
 
         Args:
-            path: folder for the fields, new or of a bank with the same settings; None: in memory, in every process
-                its own.
+            path: folder for the fields, which is new or holds a bank with the same settings. None: the bank is in
+                memory, and every process has its own.
             network: as in ``RandDRDMDeform``.
             fields_per_image: how many fields each image gets.
-            seed: with the identity it fixes an image's fields.
-            max_bytes: drop the fields of the images that were not asked for the longest to stay below; they are drawn
-                again when they are.
+            seed: seed and identity together fix the fields of an image.
+            max_bytes: to stay below this size, fields of the images that were not used for the longest time are
+                dropped. They are drawn again when they are needed.
             options: those of ``BankDrawOptions``.
 
         Raises:
@@ -117,28 +117,28 @@ class DeformationBank:
         progress: bool = True,
         **options: Any,
     ) -> DeformationBank:
-        """Draw the fields of all images; those that are there already, from an earlier call, are kept.
+        """Draw the fields of all images. Fields that an earlier call has drawn are kept.
 
         Args:
-            items: samples such as those of a dataset, with images ``(C, *S)`` as the training pipeline has them where
-                the fields will be applied.
-            image_key: of the image.
+            items: samples, such as a dataset. Their images ``(C, *S)`` must be as they are at the place in the training
+                pipeline where the fields will be applied.
+            image_key: key of the image.
             id_key: key of an image's own name: a string, path or whole number. None: the file name that ``LoadImaged``
                 keeps in its metadata (``filename_or_obj``).
             path: folder for the fields; None: in memory.
-            executor: any ``concurrent.futures.Executor``: processes, threads, or those of Dask and the like. The
-                fields are the same with any, and without, but for threads' rounding.
+            executor: any ``concurrent.futures.Executor``, such as a process pool or that of Dask. The fields are the
+                same with and without one, up to rounding if the number of threads differs.
             shard: ``(I, N)``: only part I of N (from 0), for array jobs that fill one folder.
-            skip_failed: go on where an image cannot be used; ``failed`` then says why.
+            skip_failed: skip an image that cannot be used and go on; ``failed`` then holds the reason.
             progress: show a progress bar.
             options: those of ``on_demand``. With ``max_bytes``, a bank that would grow larger is an error.
 
         Returns:
-            The bank. It draws nothing further: an image that it does not know is an error.
+            The bank. It draws no more fields: an image that it does not know is an error.
 
         Raises:
             FileExistsError: the folder holds a bank with other settings, or something else.
-            OSError: the folder cannot be written; what is finished stays, and the same call goes on from it.
+            OSError: the folder cannot be written. Finished fields stay, and the same call continues from there.
             ValueError: an image does not fit, two images of one identity, or more than ``max_bytes``.
         """
         part, parts = check_shard(shard)
@@ -151,7 +151,7 @@ class DeformationBank:
                 for number, item in _part_of(items, part, parts):
                     before = len(bank.failed)
                     job = bank._job_of(item, image_key, id_key, number, skip_failed)
-                    if job is not None and job.identity in begun:  # an executor may still be at it
+                    if job is not None and job.identity in begun:  # an executor may still be drawing its fields
                         bank._refuse_twins(job, begun[job.identity], skip_failed)
                         job = None
                     if job is not None:
@@ -175,11 +175,12 @@ class DeformationBank:
 
         Args:
             identity: its name.
-            image: ``(C, *S)``, to be checked and, if it is not known yet, drawn for.
+            image: ``(C, *S)``. It is compared with the image that the fields were drawn on. If the bank draws on demand
+                and does not know it yet, its fields are drawn.
 
         Raises:
             FileNotFoundError: the bank's folder is gone.
-            KeyError: an image that is not in the bank, and the bank draws nothing.
+            KeyError: the image is not in the bank, and the bank does not draw on demand.
             ValueError: the fields were drawn on another image, their file is damaged, or the image does not fit.
         """
         with self._lock:
@@ -202,7 +203,7 @@ class DeformationBank:
 
     @property
     def path(self) -> Path | None:
-        """Its folder."""
+        """The folder of the bank; None for a bank in memory."""
         return self._store.path
 
     @property
@@ -218,7 +219,7 @@ class DeformationBank:
         return len(self._store)
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without the lock, which is this process's own."""
+        """The state without the lock, which belongs to this process."""
         return {key: value for key, value in self.__dict__.items() if key != "_lock"}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -228,7 +229,7 @@ class DeformationBank:
         return self._store.find(identity, self.settings, mend=self._maker is not None)
 
     def _check(self, entry: BankEntry | EntryFile, image: Tensor, spacing: tuple[float, ...]) -> None:
-        """That fields were drawn on this image."""
+        """Raise ``ValueError`` unless the fields were drawn on this image."""
         shape = tuple(image.shape[1:])
         close = len(entry.spacing) == len(spacing) and all(
             abs(a - b) <= 1e-3 * b for a, b in zip(entry.spacing, spacing)
@@ -254,7 +255,7 @@ class DeformationBank:
         number: int,
         skip_failed: bool,
     ) -> Job | None:
-        """What is to be drawn for an item; None where its fields are there."""
+        """The job that draws the fields of an item. None if they exist already, or if the item failed."""
         identity = f"item {number}"
         try:
             item = fetch()
@@ -281,7 +282,7 @@ class DeformationBank:
         return Job(self._maker.drawer, self.settings, identity, image, spacing)
 
     def _refuse_twins(self, job: Job, begun: Tensor, skip_failed: bool) -> None:
-        """That an image whose name came before is the same image."""
+        """Raise ``ValueError`` if two different images have the same name."""
         if not same_fingerprint(begun, fingerprint_of(job.image)):
             message = f"two images of one identity: {job.identity!r}. Give every image its own."
             if not skip_failed:
@@ -289,14 +290,14 @@ class DeformationBank:
             self.failed[job.identity] = message
 
     def _settle(self, image: Tensor) -> None:
-        """Fix the settings at the first image."""
+        """Fix the settings of the bank when the first image is known."""
         if self.settings is None and self._maker is not None:
             settings = self._maker.settings(image)
             self._store.settle(settings)
             self.settings = settings
 
     def _take(self, identity: str, entry: BankEntry | Exception, skip_failed: bool) -> bool:
-        """Keep what was drawn while building; False if the image was left out."""
+        """Keep the fields that were drawn for an image. False if the image was left out."""
         if isinstance(entry, Exception):
             if not skip_failed or not isinstance(entry, (TypeError, ValueError, WorkerLostError)):
                 raise WorkerLostError(f"{identity}: {entry}") if isinstance(entry, WorkerLostError) else entry
@@ -319,7 +320,7 @@ class DeformationBank:
 def _part_of(
     items: Iterable[Mapping[Any, Any]], part: int, parts: int
 ) -> Iterator[tuple[int, Callable[[], Mapping[Any, Any]]]]:
-    """Numbers of items, and how to get them: where they can be asked for by number, those of other parts are not."""
+    """The number of each item of a part, and a function that loads it. Other items are not loaded, if possible."""
     if isinstance(items, Sized) and hasattr(items, "__getitem__"):
         yield from ((number, partial(items.__getitem__, number)) for number in range(part, len(items), parts))
         return

@@ -32,7 +32,7 @@ class Maker:
     seed: int
 
     def settings(self, image: Tensor) -> BankSettings:
-        """Of a bank of images like this ``(C, *S)``: the network may depend on their dimensions."""
+        """The settings of a bank of images like this one ``(C, *S)``, whose dimensions decide the network."""
         drawer = self.drawer
         dims = image.ndim - 1 - (drawer.slice_axis is not None)
         model = drawer.model(drawer.source.load(dims, drawer.device or image.device))
@@ -55,7 +55,7 @@ class Maker:
 
 
 class Job(NamedTuple):
-    """One image to draw the fields of."""
+    """One image whose fields are to be drawn."""
 
     drawer: FieldDrawer
     settings: BankSettings
@@ -67,10 +67,10 @@ class Job(NamedTuple):
 def draw_entry(
     drawer: FieldDrawer, settings: BankSettings, identity: str, image: Tensor, spacing: tuple[float, ...]
 ) -> BankEntry:
-    """All fields of one image."""
+    """Draw all fields of one image."""
     count = settings.fields_per_image
     seeds = [field_seed(settings.seed, identity, k) for k in range(count)]
-    at_once = max(1, _VOXELS_AT_ONCE // image[0].numel())  # the same for an image wherever it is drawn
+    at_once = max(1, _VOXELS_AT_ONCE // image[0].numel())  # the same for an image, whichever process draws it
     fields, records = list[StoredField](), list[str]()
     with torch.no_grad():
         for chunk in (seeds[k : k + at_once] for k in range(0, count, at_once)):
@@ -82,7 +82,7 @@ def draw_entry(
 
 
 def item_identity(item: Mapping[Any, Any], image: NdarrayOrTensor, image_key: Hashable, id_key: Hashable | None) -> str:
-    """What an image is called: the value at a key, or the file name in its metadata.
+    """The identity of an image: the value at a key, or the file name in its metadata.
 
     Raises:
         TypeError: not a string, path or whole number.

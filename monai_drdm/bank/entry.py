@@ -1,4 +1,4 @@
-"""The fields of one image, in memory and as a file that is read where it lies."""
+"""The fields of one image: in memory, or in a file that is mapped into memory."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _FORMAT = 3
 _VALUES, _PRINT = "values", "fingerprint"
 _PRINT_SAMPLES = 4096
 _PRINT_TOLERANCE = 1e-4
-"""Of the range of values; sums taken by another number of threads or another machine differ by less."""
+"""Tolerance, as a fraction of the range of values. Sums differ by less with other numbers of threads or machines."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,15 +41,15 @@ class BankEntry:
 
     identity: str
     fingerprint: Tensor
-    """Of the image they were drawn on, see ``fingerprint_of``."""
+    """Fingerprint of the image that the fields were drawn on; see ``fingerprint_of``."""
     shape: tuple[int, ...]
     """Spatial shape of the image."""
     spacing: tuple[float, ...]
     slice_axis: int | None
     steps: tuple[float, ...]
-    """Of each field: voxels per unit of ``values``."""
+    """For each field, voxels per unit of ``values``."""
     params: tuple[str, ...]
-    """Of each field: the record that replays it, as JSON."""
+    """For each field, the record that replays it, as JSON."""
     settings: str
     """Digest of the bank's settings."""
     values: Tensor
@@ -65,7 +65,7 @@ class BankEntry:
         params: list[str],
         settings: str,
     ) -> BankEntry:
-        """From fields of one image ``(C, *S)``."""
+        """Make an entry from the fields of one image ``(C, *S)``."""
         return cls(
             identity,
             fingerprint_of(image),
@@ -83,7 +83,7 @@ class BankEntry:
 
     @property
     def nbytes(self) -> int:
-        """Of the fields, and of what tells their image."""
+        """Bytes of the fields and of the fingerprint."""
         return sum(one.numel() * one.element_size() for one in (self.values, self.fingerprint))
 
     def field(self, index: int) -> StoredField:
@@ -111,15 +111,17 @@ class BankEntry:
         }
         tensors = {_VALUES: self.values.contiguous(), _PRINT: self.fingerprint.contiguous()}
         text = json.dumps(meta | {_DIGEST: _digest(meta)}, sort_keys=True)
-        data = to_safetensors(tensors, {_META: text})  # the order of several keys would be another in each process
+        data = to_safetensors(
+            tensors, {_META: text}
+        )  # one key only: the order of several keys would differ between processes
         atomically(path, lambda part: Path(part).write_bytes(data))
 
 
 class EntryFile:
-    """A file of fields, opened once and mapped into memory: a field that is read is all that is read.
+    """A file of fields that is mapped into memory, so that only the fields that are used are read from disk.
 
-    All that decides a field is checked: what the file says of its fields when it is opened, the values of each field
-    when it is read.
+    Everything that decides a field is checked: the header when the file is opened, and the values of a field when it is
+    read.
     """
 
     def __init__(self, path: Path) -> None:
@@ -130,7 +132,7 @@ class EntryFile:
                 self._values = self._file.get_slice(_VALUES)  # type: ignore[no-untyped-call]
                 self.fingerprint: Tensor = self._file.get_tensor(_PRINT)  # type: ignore[no-untyped-call]
                 self._take(_header(self._file.metadata() or {}, path))  # type: ignore[no-untyped-call]
-        except FileNotFoundError as error:  # also its word for a file that may not be read
+        except FileNotFoundError as error:  # it also raises this for a file without permission to read
             if path.exists():
                 raise PermissionError(f"{path} cannot be read: {error}. Ask its owner for permission.") from error
             raise
@@ -138,7 +140,7 @@ class EntryFile:
             raise ValueError(_damaged(path, error)) from error
 
     def _take(self, meta: dict[str, Any]) -> None:
-        """Keep what the header says, which fits what the file holds.
+        """Check the header against the values in the file, and keep it.
 
         Raises:
             KeyError: an entry is missing.
@@ -180,18 +182,18 @@ class EntryFile:
 
 
 def file_name(identity: str) -> str:
-    """File of an image's fields: readable, and one for each identity."""
+    """The file name for an identity. It is readable, and different for every identity."""
     readable = "".join(c if c.isascii() and (c.isalnum() or c in "-_.") else "_" for c in identity)[-60:].lstrip(".")
     return f"{readable}-{hashlib.sha256(identity.encode('utf-8', 'surrogatepass')).hexdigest()[:16]}.safetensors"
 
 
 def fingerprint_of(image: Tensor) -> Tensor:
-    """Tells images ``(C, *S)`` of one shape apart: some 4,096 values spread over them, float32."""
+    """About 4,096 values spread over an image ``(C, *S)``, float32, by which it is recognised."""
     return spread_voxels(image.detach()[None], _PRINT_SAMPLES)[0].to(torch.float32).cpu().clone()
 
 
 def same_fingerprint(first: Tensor, other: Tensor) -> bool:
-    """Whether two fingerprints are of one image, but for rounding errors."""
+    """Whether two fingerprints belong to the same image, up to rounding errors."""
     if first.shape != other.shape:
         return False
     tolerance = _PRINT_TOLERANCE * (first.max() - first.min())
@@ -212,10 +214,10 @@ def identity_of(value: object) -> str:
 
 
 def _header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """What the file says of its fields.
+    """The header of the file, which describes its fields.
 
     Raises:
-        KeyError: it says nothing.
+        KeyError: there is no header.
         ValueError: it was changed, or another version of this package wrote it.
     """
     meta = _ENTRY.parse_json(metadata[_META], path)

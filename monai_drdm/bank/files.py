@@ -1,4 +1,4 @@
-"""Images on disk as what a bank is built from."""
+"""Image files as a data set from which a bank is built."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from monai_drdm.io import Case, load_image
 
 
 class CaseImages(Sequence[dict[str, Any]]):
-    """Images of cases and their names, each read when it is asked for."""
+    """The images of cases, with their names. Each is read when it is asked for."""
 
     def __init__(self, cases: Sequence[Case], *, keep_slice: bool = False) -> None:
         self.cases, self.keep_slice = cases, keep_slice

@@ -1,4 +1,4 @@
-"""What the fields of a bank depend on."""
+"""The settings of a bank, on which its fields depend."""
 
 from __future__ import annotations
 
@@ -44,15 +44,15 @@ class BankSettings:
 
     @property
     def digest(self) -> str:
-        """Names these settings."""
+        """Hash that identifies these settings."""
         return hashlib.sha256(json.dumps(self._described(), sort_keys=True).encode()).hexdigest()
 
     def to_json(self) -> str:
-        """As a line of JSON, which holds its own checksum."""
+        """The settings as one line of JSON, with a checksum in it."""
         return json.dumps(self._described() | {_DIGEST: self.digest}, sort_keys=True)
 
     def _described(self) -> dict[str, Any]:
-        """All settings but those that have a default and are at it, so that a later one leaves the digest as it is."""
+        """All settings except those at their defaults, so that settings of later versions do not change the digest."""
         given = asdict(self)
         defaults = {field.name: field.default for field in fields(self) if field.name != "format"}
         return {name: one for name, one in given.items() if one != defaults.get(name, ...)}
@@ -115,7 +115,7 @@ class BankSettings:
         checked_pixdim(self.pixdim)
 
     def differences(self, other: BankSettings) -> list[str]:
-        """Where two settings differ, in words."""
+        """The differences between two settings, in words."""
         mine, others = asdict(self), asdict(other)
         return [f"{name} {mine[name]!r} against {others[name]!r}" for name in mine if mine[name] != others[name]]
 

@@ -20,7 +20,7 @@ _OPEN_FILES = 256
 
 
 class MemoryStore:
-    """Entries in memory; forked workers read them where they are, others are sent them as torch sends tensors."""
+    """Entries in memory. Forked workers share them; to other workers they are sent as tensors."""
 
     path: Path | None = None
 
@@ -28,11 +28,11 @@ class MemoryStore:
         self._entries: OrderedDict[str, BankEntry] = OrderedDict()
 
     def settings(self) -> BankSettings | None:
-        """Nothing was settled elsewhere."""
+        """None: no other process can have fixed settings for a bank in memory."""
         return None
 
     def settle(self, settings: BankSettings) -> None:
-        """There is nobody to agree with."""
+        """Nothing to do: no other process uses this bank."""
 
     def find(self, identity: str, settings: BankSettings | None, mend: bool) -> BankEntry | None:
         """The entry of an image; None if there is none."""
@@ -67,7 +67,7 @@ class FolderStore:
         self._files: OrderedDict[str, EntryFile] = OrderedDict()
 
     def settings(self) -> BankSettings | None:
-        """Those of the bank in the folder; None if there is none.
+        """The settings of the bank in the folder; None if there is no bank.
 
         Raises:
             ValueError: they cannot be read.
@@ -78,22 +78,24 @@ class FolderStore:
             return None
 
     def make(self) -> None:
-        """Make the folder, or find a bank in it.
+        """Make the folder, unless it holds a bank already.
 
         Raises:
-            FileExistsError: there is something else.
+            FileExistsError: the folder holds something else.
         """
         if is_taken(self.path) and (not self.path.is_dir() or self.settings() is None):
             raise FileExistsError(f"{self.path} holds something else than a bank. Choose another folder.")
         self.path.mkdir(parents=True, exist_ok=True)
 
     def settle(self, settings: BankSettings) -> None:
-        """Write the settings, or find that they are those of the bank that is there.
+        """Write the settings, or compare them with those of the bank in the folder.
 
         Raises:
-            FileExistsError: they are others.
+            FileExistsError: the bank in the folder has other settings.
         """
-        if self.settings() is None:  # another process may write its own just now, so one is left and is compared
+        if (
+            self.settings() is None
+        ):  # another process may be writing its settings too, so an existing file is kept and compared
             text = settings.to_json() + "\n"
             path = self.path / _SETTINGS
             atomically(path, lambda part: Path(part).write_text(text, encoding="utf-8"), replace=False)
@@ -134,7 +136,7 @@ class FolderStore:
         return found
 
     def is_whole(self, identity: str) -> bool:
-        """Whether all fields of an entry that was found have their checksums; one that has not is forgotten."""
+        """Whether all fields of an entry match their checksums. If not, the entry is dropped and drawn again."""
         entry = self._files[identity]
         try:
             for index in range(len(entry)):
@@ -177,14 +179,14 @@ class FolderStore:
         return sum(1 for _ in self._paths())
 
     def __getstate__(self) -> dict[str, Any]:
-        """Without open files."""
+        """The state without open files."""
         return {**self.__dict__, "_files": OrderedDict()}
 
     def _paths(self) -> Iterator[Path]:
         return (path for path in self.path.glob("*.safetensors") if not path.name.startswith("."))
 
     def _known(self) -> list[tuple[int, int, Path]]:
-        """Of each file when it was used last, its size and its path."""
+        """For each file: the time of its last use, its size and its path."""
         known = []
         for path in self._paths():
             with suppress(FileNotFoundError):  # dropped by another process
@@ -195,4 +197,4 @@ class FolderStore:
     def _used(self, path: Path) -> None:
         if self.track_use:
             with suppress(FileNotFoundError):  # dropped by another process; what is open stays readable
-                os.utime(path, ns=(time.time_ns(),) * 2)  # left to itself, the system takes a coarser clock
+                os.utime(path, ns=(time.time_ns(),) * 2)  # without explicit times, the system would use a coarser clock

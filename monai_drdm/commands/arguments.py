@@ -104,7 +104,7 @@ def add_parallel_work(parser: argparse.ArgumentParser) -> None:
 
 
 def shown(numbers: Sequence[float]) -> str:
-    """Numbers as they are typed."""
+    """Numbers as a user types them."""
     return " ".join(f"{number:g}" for number in numbers)
 
 

@@ -50,7 +50,7 @@ def add_parser(commands: Commands) -> None:
     add_parallel_work(build)
     build.set_defaults(run=run_build, needs=("monai_drdm.bank",))
     info = actions.add_parser("info", help="what a bank holds")
-    info.add_argument("folder", type=named_path, help="of the bank")
+    info.add_argument("folder", type=named_path, help="folder of the bank")
     info.set_defaults(run=run_info, needs=("monai_drdm.bank",))
 
 

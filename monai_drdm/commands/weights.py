@@ -16,10 +16,10 @@ def add_parser(commands: Commands) -> None:
     actions = parser.add_subparsers(dest="action", required=True)
     actions.add_parser("list", help="known networks and where their weights are").set_defaults(run=run_list)
     pull = actions.add_parser("pull", help="download published weights at a pinned commit, hash checked")
-    pull.add_argument("name", choices=list_published(), help="of the network")
+    pull.add_argument("name", choices=list_published(), help="name of the network")
     pull.set_defaults(run=run_pull, needs=("monai_drdm.networks.release",))
     convert = actions.add_parser("convert", help="convert a published .pth, recognised by its hash")
-    convert.add_argument("file", type=named_path, help="as the authors published it")
+    convert.add_argument("file", type=named_path, help="the .pth file, as the authors published it")
     convert.set_defaults(run=run_convert, needs=("monai_drdm.networks.release",))
     for action in (pull, convert):
         action.add_argument(
@@ -60,7 +60,7 @@ def run_convert(options: argparse.Namespace) -> int:
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    """Read networks completely, and draw a field with each; the hash of a known one must be that of the registry."""
+    """Read networks completely, compare the hashes of known ones with the registry, and draw a field with each."""
     from monai_drdm.diffusion.trial import check_draws
     from monai_drdm.networks.weights import read_network
 

@@ -1,6 +1,6 @@
-"""Drawn deformations: how one comes about from an image and a seed, and everything that is known of it.
+"""Drawing a deformation from an image and a seed, and everything that is known about it afterwards.
 
-Free of MONAI: plain tensors go in, a ``Deformation`` comes out, and it warps plain tensors::
+This part does not need MONAI. Plain tensors go in, a ``Deformation`` comes out, and it warps plain tensors::
 
     drawer = FieldDrawer("auto", deformation_level=0.5)
     deformation = drawer.draw(image, spacing=(1.0, 1.0), seed=7)  # (C, *S)

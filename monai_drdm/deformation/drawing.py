@@ -1,4 +1,4 @@
-"""From an image and a seed to the field that the transforms apply."""
+"""``FieldDrawer``: draws the field that the transforms apply, from an image and a seed."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _LIMIT_MARGIN = 1 - 2**-14  # rounding should not carry a field over the displac
 
 
 class _View(NamedTuple):
-    """What the network sees of an image, and where it lies in it."""
+    """The part of an image that the network sees, and where it lies in the image."""
 
     image: Tensor  # (1, *P), the image or its middle slice
     spacing: tuple[float, ...]
@@ -103,15 +103,15 @@ class FieldDrawer:
         """Draw the fields of images; images of one shape and spacing go through the network together.
 
         Args:
-            images: ``(C, *S)`` each, any real dtype, all of the same number of axes and on one device.
-            spacings: of each, mm per voxel along each axis.
-            seeds: of each; fixes level and field.
+            images: ``(C, *S)`` each, any real dtype, all with the same number of axes and on one device.
+            spacings: for each image, mm per voxel along each axis.
+            seeds: for each image, the seed that fixes level and field.
 
         Returns:
             The fields on the images' device, after the displacement limit and the fold policy.
 
         Raises:
-            RuntimeError: CUDA asked for in a forked process.
+            RuntimeError: CUDA was asked for in a forked process.
             ValueError: an image does not fit the network or is not finite; under ``on_fold="raise"`` a field that
                 folds too much.
         """
@@ -141,7 +141,7 @@ class FieldDrawer:
         Args:
             images: as in ``draw_batch``.
             spacings: as in ``draw_batch``.
-            params: of each image, its record.
+            params: for each image, its record.
 
         Raises:
             RuntimeError: CUDA asked for in a forked process.
@@ -177,7 +177,7 @@ class FieldDrawer:
         return self.source.load(view.image.ndim - 1, image_device if self.device is None else self.device)
 
     def _recorded_model(self, network: RecoveryNetwork, params: DeformationParams) -> DRDM:
-        """The network with the sampler of a record, once it is the network of the record."""
+        """The network with the sampler of a record. It must be the network that the record names."""
         compiled = self.compiled and params.sampler == "velocity"
         sampler = params.sampler, params.steps, params.recovery
         model = DRDM(network, *sampler, precision=params.precision, compiled=compiled)
@@ -216,7 +216,7 @@ class FieldDrawer:
         return draw
 
     def _settle(self, draw: _Draw, view: _View, action: str) -> tuple[_Draw, str]:
-        """Apply the fold policy to a field above the limit: the field, and what was done."""
+        """Apply the fold policy to a field above the limit. Returns the field and the action that was taken."""
         if self.on_fold == "keep":
             return draw, "keep"
         if self.on_fold == "skip":
@@ -268,7 +268,7 @@ def _check_limits(options: AllDrawOptions) -> None:
 def _sample(
     models: Sequence[DRDM], views: Sequence[_View], levels: Sequence[float], seeds: Sequence[int]
 ) -> list[Tensor]:
-    """Compact fields ``(1, D, *C)``; what has one model, shape and spacing goes through the network together."""
+    """Compact fields ``(1, D, *C)``. Images of equal model, shape and spacing go through the network together."""
     alike: dict[object, list[int]] = {}
     for i, (model, view) in enumerate(zip(models, views)):
         kind = model.sampler, model.steps, model.recovery, model.precision

@@ -1,4 +1,4 @@
-"""Where a transform gets its network from: loaded at the first draw, once per process."""
+"""The network of a transform, which is loaded at the first draw, once per process."""
 
 from __future__ import annotations
 
@@ -39,14 +39,14 @@ class NetworkSource:
         self._moved: dict[torch.device, RecoveryNetwork] = {}
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the copies on other devices."""
+        """The state without the copies on other devices."""
         return {**self.__dict__, "_moved": {}}
 
     def load(self, dims: int, device: torch.device) -> RecoveryNetwork:
         """The network for images of ``dims`` spatial axes, on a device.
 
         Raises:
-            RuntimeError: CUDA asked for in a forked process.
+            RuntimeError: CUDA was asked for in a forked process.
             ValueError: a network of other dimensions or channels.
         """
         if device.type == "cuda":
@@ -59,11 +59,11 @@ class NetworkSource:
     def _by_name(self, dims: int, device: torch.device) -> RecoveryNetwork:
         assert not isinstance(self.network, RecoveryNetwork)
         name = auto_network(dims) if self.network == "auto" else os.fspath(self.network)
-        with _LOCK:  # threads that fire at once would otherwise load it twice
+        with _LOCK:  # several threads that fire at once would otherwise load it twice
             return _shared_network(name, str(device), *_whereabouts(name))
 
     def _on_device(self, device: torch.device) -> RecoveryNetwork:
-        """The given network, or a copy on another device: the caller's own stays where it is."""
+        """The given network, or a copy of it on another device. The network of the caller is not moved."""
         assert isinstance(self.network, RecoveryNetwork)
         if next(self.network.parameters()).device == device:
             return self.network
@@ -78,7 +78,7 @@ _SEEN: dict[Path, tuple[object, ...]] = {}
 
 
 def _unlock_in_child() -> None:
-    """A fork may copy the lock while another thread holds it; nobody would ever release that copy."""
+    """Replace the lock after a fork: if another thread held it at that moment, nobody would ever release the copy."""
     global _LOCK
     _LOCK = threading.Lock()
 
@@ -89,23 +89,23 @@ if hasattr(os, "register_at_fork"):
 
 @lru_cache(maxsize=8)
 def _shared_network(name: str, device: str, *whereabouts: object) -> RecoveryNetwork:
-    """One network per process, name, device and whereabouts."""
+    """Load a network once per process, name, device and location."""
     return load_network(name, device)
 
 
 def _whereabouts(name: str) -> tuple[object, ...]:
-    """What tells apart two networks of one name: where names are looked up, or which state of which file it is."""
+    """Distinguishes networks of the same name: by the weights folder, or by the file and its latest change."""
     if not name.endswith(".safetensors"):
         return (str(weights_folder()),)
     path = Path(name).resolve()
-    with suppress(OSError):  # a file that is gone may still be loaded
+    with suppress(OSError):  # the file may have been deleted after it was loaded
         state = path.stat()
         _SEEN[path] = (str(path), state.st_mtime_ns, state.st_size, state.st_ino)
     return _SEEN.get(path, (str(path),))
 
 
 def _refuse_forked_cuda() -> None:
-    """CUDA does not survive a fork: say so before the driver does, and say what to change."""
+    """Raise ``RuntimeError`` if CUDA would be used in a forked process, where it cannot work."""
     fork = getattr(multiprocessing.context, "ForkProcess", None)  # there is none on Windows
     if fork is not None and isinstance(multiprocessing.current_process(), fork):
         raise RuntimeError(

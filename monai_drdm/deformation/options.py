@@ -1,4 +1,4 @@
-"""The settings of a draw: one definition, from which the transforms, the bank and the commands take theirs.
+"""The settings of a draw. They are defined here once, for the transforms, the bank and ``FieldDrawer``.
 
 A setting is one entry of a typed dictionary below: its name, its type, its default and its documentation.
 ``with_options`` writes the entries into the signature and the docstring of whatever takes them.
@@ -31,28 +31,36 @@ class Option(NamedTuple):
 class SharedDrawOptions(TypedDict, total=False):
     """Settings of every draw, whatever its level."""
 
-    sampler: Annotated[str, Option("auto", '``"reference"``, ``"fast"``, ``"velocity"``, or ``"auto"``: the card\'s.')]
-    steps: Annotated[int | None, Option(None, "recovery steps; None: the network card's.")]
+    sampler: Annotated[
+        str,
+        Option("auto", '``"reference"``, ``"fast"``, ``"velocity"``, or ``"auto"`` for that of the network\'s card.'),
+    ]
+    steps: Annotated[int | None, Option(None, "number of recovery steps; None: that of the network's card.")]
     recovery: Annotated[
         float,
         Option(
             1.0,
-            "factor on every recovery step, in [0, 1]: less leaves more of the random field, so that shapes differ "
-            "more and are less plausible. Below 1 for ``velocity`` only.",
+            "factor on every recovery step, in [0, 1]. A smaller one leaves more of the random field, so that shapes "
+            "differ more and are less plausible. Values below 1 need the sampler ``velocity``.",
         ),
     ]
-    image_channel: Annotated[int | None, Option(None, "channel that the network sees; None: the mean over channels.")]
-    max_displacement_mm: Annotated[float | None, Option(None, "scales the field down to at most this.")]
+    image_channel: Annotated[
+        int | None, Option(None, "number of the channel that the network sees; None: the mean over channels.")
+    ]
+    max_displacement_mm: Annotated[
+        float | None, Option(None, "largest displacement in mm; a larger field is scaled down to it. None: no limit.")
+    ]
     on_fold: Annotated[
         str,
         Option(
             "rescale",
-            "if folds exceed ``max_fold_fraction``: ``rescale`` (shrink until they do not), ``resample`` (draw again "
-            "at most 4 times, then shrink the least folded), ``skip``, ``keep``, ``raise``.",
+            "what to do if more cells fold than ``max_fold_fraction`` allows: ``rescale`` (shrink the field until they "
+            "do not), ``resample`` (draw again at most 4 times, then shrink the least folded field), ``skip`` (leave "
+            "the data alone), ``keep`` or ``raise``.",
         ),
     ]
     max_fold_fraction: Annotated[
-        float, Option(1e-4, "accepted fraction of folding cells at full resolution, by the corner measure.")
+        float, Option(1e-4, "fraction of cells that may fold at full resolution, by the corner measure.")
     ]
     slice_axis: Annotated[
         int | None,
@@ -70,7 +78,11 @@ class DrawOptions(SharedDrawOptions, total=False):
 
     deformation_level: Annotated[
         float | Sequence[float],
-        Option((0.3, 0.8), "the paper's T'/T in (0, 1], a number or a range drawn uniformly."),
+        Option(
+            (0.3, 0.8),
+            "how far the random field goes before recovery: a number in (0, 1], or a range from which it is drawn "
+            "uniformly. It is T'/T of the paper.",
+        ),
     ]
 
 
@@ -81,24 +93,24 @@ class PrecisionOptions(TypedDict, total=False):
         str,
         Option(
             "float32",
-            "``bfloat16`` computes the network's convolutions in it, where the hardware does so fast; fields and "
-            "coordinates stay float32. Records say which it was.",
+            "``float32`` or ``bfloat16``, in which the convolutions of the network are computed. ``bfloat16`` is "
+            "faster on hardware that supports it. Fields and coordinates stay float32. Records hold the choice.",
         ),
     ]
     compiled: Annotated[
         bool,
         Option(
             False,
-            "let ``torch.compile`` make the network faster, with CUDA graphs on a GPU; the first images of each shape "
+            "compile the network with ``torch.compile``, with CUDA graphs on a GPU. The first images of each shape "
             "then take a minute.",
         ),
     ]
 
 
 class PixdimOptions(TypedDict, total=False):
-    """What is known of images that carry no affine."""
+    """What cannot be known of images that carry no affine."""
 
-    pixdim: Annotated[Sequence[float] | None, Option(None, "spacing in mm of tensors without an affine.")]
+    pixdim: Annotated[Sequence[float] | None, Option(None, "spacing in mm of data without an affine; None: 1 mm.")]
 
 
 class AllDrawOptions(DrawOptions, PrecisionOptions, total=False):
@@ -116,7 +128,7 @@ def options_of(kind: type) -> dict[str, Option]:
 
 
 def choose(kind: type[Kind], options: Mapping[str, object]) -> Kind:
-    """Those of some settings that are entries of a typed dictionary."""
+    """Of some settings, those that are entries of a typed dictionary."""
     known = _hints(kind)
     return {name: value for name, value in options.items() if name in known}  # type: ignore[return-value]
 
@@ -124,9 +136,9 @@ def choose(kind: type[Kind], options: Mapping[str, object]) -> Kind:
 def with_options(kind: type) -> Callable[[Target], Target]:
     """Spell out the settings that a class or function takes as ``**options``.
 
-    Its signature then has them as keyword arguments, with types and defaults; its docstring has their documentation in
-    place of the line that begins with ``options:``; and it is always called with all of them, defaults filled in. A
-    name that is none of them is a ``TypeError``, as for any Python function.
+    Its signature then has them as keyword arguments, with types and defaults. Its docstring has their documentation in
+    place of the line that begins with ``options:``. It is always called with all of them, with defaults filled in. An
+    unknown name is a ``TypeError``, as for any Python function.
     """
 
     def expand(target: Target) -> Target:

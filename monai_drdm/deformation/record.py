@@ -1,4 +1,4 @@
-"""What one call of a transform did: the parameters that replay it, the field, and its statistics."""
+"""The result of one call of a transform: the parameters that replay it, the field, and its statistics."""
 
 from __future__ import annotations
 
@@ -23,26 +23,26 @@ from monai_drdm.metrics import field_statistics, FieldStatistics
 
 
 def check_record(given: object, kind: type) -> None:
-    """Raise ``TypeError`` unless ``params=`` was given a record of a kind."""
+    """Raise ``TypeError`` unless the value given as ``params=`` is a record of this kind."""
     if not isinstance(given, kind):
         name, got = kind.__name__, type(given).__name__
         raise TypeError(f"params must be {name}, such as .last holds or {name}.from_json reads, got {got}.")
 
 
 RECORD_FORMAT = 1
-"""How records are written. A new entry that has a default leaves the number as it is, a new meaning does not."""
+"""Version of the format of records. It changes if entries change their meaning, not if one with a default is added."""
 _RECORD = Document("a record", "Give it what .to_json() of such a record wrote.")
 
 
 def record_entries(kind: Any, values: object) -> dict[str, Any]:
-    """The entries of a record. Those that have a default may be missing: versions before they came wrote none.
+    """Check the entries of a record. Those with a default may be missing, because earlier versions did not write them.
 
     Args:
         kind: the dataclass of the record.
         values: what its JSON holds.
 
     Raises:
-        ValueError: no entries, or some missing or unknown.
+        ValueError: not a mapping, or entries are missing or unknown.
     """
     if not isinstance(values, dict):
         raise ValueError(f"expected entries in braces, got {type(values).__name__}")
@@ -86,7 +86,7 @@ class DeformationParams:
     recovery: float
     """Factor on every recovery step."""
     precision: str
-    """Of the network's convolutions."""
+    """Precision of the network's convolutions."""
     image_channel: int | None
     """Channel that the network saw; None: the mean."""
     slice_axis: int | None
@@ -97,7 +97,7 @@ class DeformationParams:
     format: int = RECORD_FORMAT
 
     def _check(self) -> None:
-        """Raise unless every entry has its type and range: what was rounded on the way would be another field."""
+        """Raise unless every entry has the right type and range: a rounded number, for example, gives another field."""
         integers = {"seed": self.seed, "steps": self.steps}
         integers |= {
             name: value
@@ -141,9 +141,9 @@ class BankedParams:
     """Everything that fixes a deformation by a field of a bank, given the bank: the same record replays it."""
 
     identity: str
-    """What the image is called."""
+    """Identity of the image."""
     index: int
-    """Of the field."""
+    """Number of the field, from 0, among those of the image."""
     scale: float
     """Factor on its displacement."""
     matrix: tuple[tuple[float, ...], ...] | None
@@ -194,9 +194,9 @@ class PairParams:
     """Everything that fixes a synthetic pair, given the image: the same record replays the same pair."""
 
     augmentation: DeformationParams | None
-    """What made the moving image of the given one; None: they are the same."""
+    """Record of the field that made the moving image from the given one; None: they are the same."""
     synthesis: DeformationParams
-    """What made the fixed image of the moving one, on which it was drawn."""
+    """Record of the field that made the fixed image from the moving one, on which it was drawn."""
     format: int = RECORD_FORMAT
 
     def to_json(self) -> str:
@@ -221,14 +221,14 @@ class PairParams:
 
 @dataclass(frozen=True)
 class DeformationStatistics(FieldStatistics):
-    """Statistics of the applied field and how it came about."""
+    """Statistics of the applied field, and how it was chosen."""
 
     scale: float
     """Factor applied to the drawn field by ``max_displacement_mm``, the fold policy and a bank's transform."""
     fold_action: str
-    """What the fold policy did: ``none``, ``rescale``, ``resample``, ``resample+rescale``, ``skip`` or ``keep``."""
+    """Action of the fold policy: ``none``, ``rescale``, ``resample``, ``resample+rescale``, ``skip`` or ``keep``."""
     draws: int
-    """Fields drawn; more than one under ``resample``."""
+    """Number of fields that were drawn; more than one under ``resample``."""
     notes: tuple[str, ...]
     """Remarks on the input, such as ``constant image``."""
 
@@ -241,7 +241,7 @@ class Deformation:
         spacing: mm per voxel along each axis.
         params: the record that replays it; None for a field that was given.
         stored: the form in which records keep the field; None: a copy of ``ddf``, made when asked for.
-        banked: what ``RandDRDMBankd`` made of the field that ``params`` replays.
+        banked: how ``RandDRDMBankd`` changed the field that ``params`` replays.
         fold_action: as in ``DeformationStatistics``.
         draws: as in ``DeformationStatistics``.
         notes: as in ``DeformationStatistics``.
@@ -272,7 +272,7 @@ class Deformation:
         }
 
     def warp(self, image: Tensor, mode: Mode = "bilinear", padding_mode: PaddingMode = "border") -> Tensor:
-        """What an image or label becomes: ``warped(x) = image(x + ddf(x))``.
+        """Warp an image or label: ``warped(x) = image(x + ddf(x))``.
 
         Args:
             image: ``(C, *S)``, any dtype.
@@ -280,7 +280,7 @@ class Deformation:
             padding_mode: as in ``monai_drdm.fields.warp``.
 
         Returns:
-            ``(C, *S)``; the values of the image itself where the fold policy left it alone.
+            ``(C, *S)``; an unmoved copy of the values if the fold policy was ``skip``.
 
         Raises:
             ValueError: shapes or modes do not fit.
@@ -300,12 +300,12 @@ class Deformation:
 
     @property
     def skipped(self) -> bool:
-        """The fold policy ``skip`` left the data alone."""
+        """Whether the fold policy ``skip`` left the data alone."""
         return self._account["fold_action"] == "skip"
 
     @property
     def inverse_ddf(self) -> Tensor:
-        """``(D, *S)`` voxels, computed when first asked for; see ``inverse_residual_vox``."""
+        """The inverse field ``(D, *S)`` in voxels, computed when first asked for; see ``inverse_residual_vox``."""
         return self._inverse.ddf[0]
 
     @property

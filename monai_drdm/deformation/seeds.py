@@ -1,4 +1,4 @@
-"""Seeds from what a sample is called."""
+"""Seeds that are computed from the value of a key, such as the name of a sample."""
 
 from __future__ import annotations
 

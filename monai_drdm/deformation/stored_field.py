@@ -19,11 +19,11 @@ _INT16_BITS = 15
 class StoredField:
     """A field on the grid it was drawn on, in 16 bits on the CPU.
 
-    Fixed point rather than half precision: half precision moves in steps of 1/32 voxel at displacements of 32 voxels,
-    these steps are 1/1024 voxel up to there, so that a record replays to 1e-3 voxel wherever it is rounded.
+    The numbers are fixed point, because half precision would be too coarse: at displacements of 32 voxels it has steps
+    of 1/32 voxel. Fixed-point steps are 1/1024 voxel there, so a record replays to 1e-3 voxel.
 
-    The object is immutable and copies of it are itself, so records that share a field keep sharing it when tensors are
-    cloned.
+    The object is immutable, and copying it returns the object itself. So records that share a field go on sharing it
+    when tensors are cloned.
     """
 
     values: Tensor
@@ -43,7 +43,7 @@ class StoredField:
         """Round a field ``(D, *C)`` in voxels of its grid, of a spatial shape ``S`` that may be finer."""
         largest = float(ddf.abs().max())
         step = 2.0 ** (math.frexp(largest)[1] - _INT16_BITS) if largest > 0 else 1.0
-        if round(largest / step) == 2**_INT16_BITS:  # a hair below a power of two
+        if round(largest / step) == 2**_INT16_BITS:  # slightly below a power of two
             step *= 2
         values = (ddf.detach() / step).round().to(torch.int16).cpu()
         return cls(values, step, tuple(shape), slice_axis)
@@ -56,7 +56,7 @@ class StoredField:
 
     @classmethod
     def identity(cls, shape: tuple[int, ...]) -> StoredField:
-        """The field of a call that moved nothing."""
+        """The identity: the field of a call that moved nothing."""
         return cls(torch.zeros((len(shape), *(1 for _ in shape)), dtype=torch.int16), 1.0, tuple(shape))
 
     def ddf(self, device: torch.device | str = "cpu") -> Tensor:
@@ -81,10 +81,10 @@ class StoredField:
         return compose(ddf[None], _affine_ddf(matrix, torch.zeros_like(ddf)[None]))[0]
 
     def _unposed(self, device: torch.device | str) -> Tensor:
-        """The field without the affine map before it."""
+        """The field without its affine map."""
         values = self.values.to(device)
         if values.is_floating_point():
-            return values.clone()  # what is given away may be changed; all records share this one
+            return values.clone()  # a copy, because the caller may change it and all records share this one
         shape = [n for d, n in enumerate(self.shape) if d != self.slice_axis]
         return resize_ddf(values[None].to(torch.float32) * self.step, shape)[0]
 

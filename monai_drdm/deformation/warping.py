@@ -11,7 +11,7 @@ from monai_drdm.fields.sampling import check_modes, Mode, PaddingMode, sample_on
 
 
 class FieldWarper:
-    """Warps several images by the same fields, and computes only once where it samples them.
+    """Warps several images by the same fields. Where they are sampled is computed only once.
 
     Args:
         ddf: ``(B, D, *S)`` voxels.
@@ -42,10 +42,10 @@ class FieldWarper:
 
 
 def is_interpolated(image: Tensor, mode: Mode) -> bool:
-    """Whether a mode makes new values of an image that cannot hold them: integers become float32."""
+    """Whether a mode interpolates values that the image's type cannot hold. Integers then become float32."""
     return mode in ("bilinear", "bicubic") and not image.is_floating_point()
 
 
 def unmoved(image: Tensor, mode: Mode) -> Tensor:
-    """The image of a call that moves nothing: in the type that it would have had, so that batches can be collated."""
+    """The image of a call that moves nothing, in the type that a moved one has, so that batches can be collated."""
     return image.to(torch.float32) if is_interpolated(image, mode) else image

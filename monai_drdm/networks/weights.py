@@ -33,7 +33,7 @@ _KINDS: dict[str, Callable[[NetworkCard], RecoveryNetwork]] = {
 
 
 _HASHES: WeakKeyDictionary[RecoveryNetwork, tuple[object, str]] = WeakKeyDictionary()
-"""Of networks that were never in a file: what they held when they were hashed last, and the hash."""
+"""For networks that were never in a file: a checksum of their weights, and the hash that belongs to it."""
 
 
 def read_network(path: Path, sha256: str | None = None) -> RecoveryNetwork:

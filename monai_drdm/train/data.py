@@ -205,7 +205,7 @@ def _check_dims(seen: Mapping[int, Path], spatial_dims: int, mix_dimensions: boo
 
 
 class _UnusableError(Exception):
-    """A file that cannot be trained on; others can."""
+    """One file cannot be trained on. It is skipped."""
 
 
 def _walk(folder: Path) -> Iterator[Path]:
@@ -233,14 +233,16 @@ def _files_of(path: Path) -> list[list[Path]]:
     DICOM files that belong to no series are scans of their own. A folder without DICOM files stands for the folders
     of DICOM files below it; other images are listed one by one.
     """
-    if not path.is_dir() or not is_utf8(path):  # what is no UTF-8 is reported when it is read
+    if not path.is_dir() or not is_utf8(path):  # a name that is not UTF-8 is reported when the file is read
         return [[path]]
     series, rest = find_series(path)
     direct = [[Path(file) for file in files] for files in (*series, *((file,) for file in rest))]
     if direct:
         return direct
     places = [one for one in sorted(set(_walk(path))) if one != path and one.is_dir()]
-    return [files for one in places for files in _files_of(one)] or [[path]]  # one that is empty is reported when read
+    return [files for one in places for files in _files_of(one)] or [
+        [path]
+    ]  # an empty folder is reported when it is read
 
 
 def _identity(files: Sequence[Path]) -> tuple[str, ...]:

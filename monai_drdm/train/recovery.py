@@ -87,11 +87,11 @@ class RecoveryTask(ABC):
         return contact_sheet(entries)
 
     def measures(self, predicted: Tensor, target: Any) -> Mapping[str, float]:
-        """Nothing beside the error."""
+        """No further measures besides the error."""
         return {}
 
     def write(self, network: nn.Module, path: Path, validation: Validation) -> None:
-        """Write the weights, and their card as a JSON file beside them."""
+        """Write the weights, and their card as a separate JSON file."""
         assert isinstance(network, RecoveryNetwork)
         network.card = self._card(network, path.parent.resolve().name, validation)
         atomically(path, lambda part: save_network(network, part))

@@ -83,8 +83,8 @@ class ProcessGroup:
 def _connect(backend: str, rank: int, world_size: int) -> None:
     """Connect the processes that ``torchrun`` has started.
 
-    They find each other by entries of a store. Every connection has entries of its own: with those of an earlier one,
-    processes would call at doors that are closed.
+    They find each other through entries of a store. Every connection has its own entries, because those of an earlier
+    connection name addresses at which nobody listens any more.
     """
     store = _store()
     number = store.add(f"monai_drdm/opened/{rank}", 1)
@@ -94,6 +94,6 @@ def _connect(backend: str, rank: int, world_size: int) -> None:
 
 @cache
 def _store() -> Store:
-    """The store that ``torchrun`` offers. It is kept: all connections of this process are numbered there."""
+    """The store that ``torchrun`` offers. It is kept, because it numbers all connections of this process."""
     store: Store = next(rendezvous("env://"))[0]
     return store

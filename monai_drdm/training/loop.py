@@ -37,15 +37,15 @@ from monai_drdm.training.terminal import in_red, RunBar
 _WEIGHTS = "network.safetensors"
 _VALIDATION_BATCHES = 4
 _VALIDATION_SHARE = 0.2
-"""Validations under a limit of time are at most this share of it apart, if they take little of it themselves."""
+"""With ``max_minutes``, the largest time between two validations, as a share of it, if validations are quick."""
 _TRAINING_PER_VALIDATION = 4
-"""Before another validation within an epoch, training takes at least this many times as long as the last one took."""
+"""Between two validations within an epoch, training takes at least this many times as long as a validation."""
 _NO_BETTER = (
     "This network is no better than doing nothing on its validation data. Train for longer, with another "
     "learning_rate, on other data, or from a trained network (init); look at the figures in sheets before you use it."
 )
 _WARMUP_SHARE = 0.1
-"""Warm-up under a limit of time takes at most this share of it."""
+"""With ``max_minutes``, the largest share of it for the warm-up."""
 
 
 def run_task(
@@ -66,8 +66,7 @@ def run_task(
         should_stop: called after every step; once it returns True, the run saves a checkpoint and returns.
 
     Returns:
-        The weights file, or None if ``should_stop`` ended the run. What the network has reached is told on standard
-        error.
+        The weights file, or None if ``should_stop`` ended the run. The validation loss is printed to standard error.
 
     Raises:
         FileExistsError: another run uses the folder, or it is not empty and ``resume`` is False.
@@ -91,7 +90,7 @@ def _run_in_this_process(
     progress: bool,
     should_stop: Callable[[], bool],
 ) -> Path | None:
-    """Everything between opening and closing the connection: a function, so that its variables are gone by then."""
+    """Run between opening and closing the connection. It is a function, so that its variables are freed at its end."""
     with lock_run_folder(folder, task.config, resume) if processes.is_rank_zero else nullcontext():
         data = task.prepare(progress)
         if processes.is_rank_zero:
@@ -306,7 +305,7 @@ class _Loop:
         self._report(step, validation)
 
     def _report(self, step: int, validation: Validation) -> None:
-        """Write down what was measured, and a figure, unless both are there."""
+        """Write the measured values and a figure, unless both exist already."""
         if self.reports is None:
             return
         if not self.reports.has_metric(step, "validation_loss"):
@@ -318,7 +317,7 @@ class _Loop:
 
     @torch.no_grad()
     def _measure(self) -> Validation:
-        """What the averaged network reaches on batches that are the same at every validation."""
+        """The error of the averaged network on batches that are the same at every validation."""
         network = self.inferer.predictor(self.averaged.module)
         reached, nothing = [], []
         for number in range(_VALIDATION_BATCHES):
@@ -352,7 +351,7 @@ class _Loop:
         return self.processes.any(all_steps or out_of_patience or progress.time_share() >= 1)
 
     def _state(self) -> dict[str, Any]:
-        """What checkpoints hold. Earlier runs are resumed by these keys: keep them."""
+        """The content of a checkpoint. Do not rename the keys: checkpoints of earlier runs are read by them."""
         return {
             "trainer": self.trainer,
             "network": self.network,
@@ -410,10 +409,10 @@ class Progress:
         self.best = min(self.best, loss)
 
     def state_dict(self) -> dict[str, float]:
-        """For checkpoints."""
+        """The state that a checkpoint keeps."""
         return {"seconds": self.seconds(), "best": self.best, "stale": self.without_improvement}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """From a checkpoint."""
+        """Restore the state from a checkpoint."""
         self.earlier_seconds, self.best = state["seconds"], state["best"]
         self.without_improvement = int(state["stale"])

@@ -127,7 +127,7 @@ class Checkpoints:
         newest = _step_of(Path(filename))
         kept = [path for path in self.paths() if _step_of(path) <= newest][:_KEPT]
         for path in self.paths():
-            if path not in kept:  # too old, or a damaged one of a later step, behind which the run had to fall back
+            if path not in kept:  # too old, or damaged and of a later step than the one that the run went on from
                 path.unlink()
 
     def paths(self) -> list[Path]:
@@ -138,8 +138,8 @@ class Checkpoints:
     def latest(self) -> dict[str, Any] | None:
         """The content of the latest intact checkpoint, on the CPU; None if there is none.
 
-        Damaged files are named on standard error. Not being able to read a file at the moment is not damage: falling
-        back to an earlier step would delete intact checkpoints.
+        Damaged files are named on standard error. A file that cannot be read at the moment does not count as damaged,
+        because falling back to an earlier step would delete intact checkpoints.
 
         The tensors stay on the CPU because an optimizer keeps its step counts on the device where they are loaded: on a
         GPU, every step would wait for each of them.

@@ -37,15 +37,24 @@ class RunConfig:
     batch_size: int = setting(16, "images in a batch, on each process", low=1, high=4096)
     epoch_length: int = setting(200, "steps between validations and checkpoints; max_minutes adds some", low=1)
     max_epochs: int = setting(1000, "epochs at most", low=1)
-    max_minutes: float = setting(math.inf, "minutes at most, after which the run ends as if done", low=0)
-    patience: int = setting(0, "epochs without a better validation after which to stop; 0: never", low=0)
-    learning_rate: float | None = setting(
-        None, "after warm-up; falls to zero along a cosine; none: what suits the network", low=0, high=1
+    max_minutes: float = setting(
+        math.inf, "minutes of training at most; then the run ends as if it were finished", low=0
     )
-    warmup_steps: int = setting(100, "steps of rising learning rate; max_minutes shortens them", low=0)
-    weight_decay: float = setting(1e-4, "of AdamW", low=0, high=1)
-    clip_norm: float = setting(1.0, "largest norm of the gradient; 0: any", low=0)
-    ema_decay: float = setting(0.999, "of the averaged weights that are kept", low=0, high=1)
+    patience: int = setting(0, "stop after this many epochs without a better validation; 0: never", low=0)
+    learning_rate: float | None = setting(
+        None,
+        "learning rate after the warm-up; it falls to zero along a cosine; none: a value for the kind of network",
+        low=0,
+        high=1,
+    )
+    warmup_steps: int = setting(
+        100, "steps during which the learning rate rises; with max_minutes at most a tenth of the time", low=0
+    )
+    weight_decay: float = setting(1e-4, "weight decay of AdamW", low=0, high=1)
+    clip_norm: float = setting(1.0, "largest norm of the gradient; 0: no limit", low=0)
+    ema_decay: float = setting(
+        0.999, "decay of the exponential average of the weights, which is what is saved", low=0, high=1
+    )
     bfloat16: bool = setting(True, "convolutions in bfloat16 where the device computes in it; fields stay in float32")
     seed: int = setting(0, "fixes data order, fields and weights", low=0, high=2**31 - 1)
     device: str = setting("", "torch device; empty: a GPU if there is one")
@@ -99,7 +108,7 @@ def read_config(
 
 
 def closest_settings(config_class: type[RunConfig], words: Sequence[str]) -> list[str]:
-    """For each word the setting that is written most like it, if there is one."""
+    """For each word the setting with the most similar name, if there is one."""
     names = [one.name for one in fields(config_class)]
     return [name for word in words for name in get_close_matches(word.lower().replace("-", "_"), names, n=1)]
 
@@ -146,7 +155,7 @@ def _number(value: Any) -> float | None:
     """The value as a float, or None if it is no number. Strings count: YAML reads 1e-3 as a string."""
     try:
         return None if isinstance(value, bool) or not isinstance(value, (Real, str)) else float(value)
-    except (OverflowError, ValueError):  # integers beyond every float are none either
+    except (OverflowError, ValueError):  # neither are integers that are larger than every float
         return None
 
 

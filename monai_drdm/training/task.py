@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from monai_drdm.viz import Figure
 
 _NOTICEABLE = 0.02
-"""The share of the validation loss of doing nothing by which a network must be better."""
+"""By how much, as a share, a network must be better than doing nothing."""
 Predict = Callable[..., Tensor]
 """A network as a function of images and conditions; its prediction is in float32."""
 

@@ -37,7 +37,7 @@ class ApplyDDFd(KeyedDeformation):
     Args:
         keys: images and labels ``(C, *S)`` to deform. They must agree in spatial shape and affine.
         ddf: the field for every sample: ``(D, *S)`` in voxels, or the path of a field file.
-        ddf_key: instead, the key under which each sample brings its own, as either.
+        ddf_key: instead of ``ddf``, the key under which each sample holds its own field or path.
         options: those of ``ApplyOptions``.
 
     ``.last`` holds the latest deformation. A field with an affine (from a file, or a MetaTensor whose affine is not the
@@ -107,11 +107,11 @@ ApplyDDFD = ApplyDDFDict = ApplyDDFd
 
 
 class _Field(NamedTuple):
-    """A given field, in the form that all records of it share, and its grid if it has one."""
+    """A given field, in the form that records keep, with its grid if it has an affine."""
 
     stored: StoredField
     on_grid: MetaTensor | None
-    """Its values with their affine."""
+    """The values with their affine; None without one."""
 
     @classmethod
     def of(cls, given: Field, name: str) -> _Field:

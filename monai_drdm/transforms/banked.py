@@ -32,7 +32,7 @@ from monai_drdm.transforms.tracing import in_plain_mode
 
 
 class _Choice(NamedTuple):
-    """What is random about one sample."""
+    """The random choices for one sample."""
 
     fires: bool
     which: float  # in [0, 1): the field
@@ -42,7 +42,7 @@ class _Choice(NamedTuple):
 
 
 class KnownImage(NamedTuple):
-    """One sample: what its image is called, the image, its fields, and the device of the image."""
+    """One sample: the identity of its image, the image, its fields, and the device of the image."""
 
     identity: str
     image: NdarrayOrTensor
@@ -51,14 +51,14 @@ class KnownImage(NamedTuple):
 
 
 class BankedDeformation(RandomizableTransform, KeyedDeformation):
-    """What transforms have in common whose fields come from a bank.
+    """The common part of the transforms that take their fields from a bank.
 
     Args:
         keys: keys to deform.
         bank: the fields.
-        id_key: key of what the image is called; None: the file name in its metadata.
+        id_key: key of the identity of the image; None: the file name in its metadata.
         prob: chance of every sample to be deformed.
-        options: those of ``BankedOptions``, but for boxes of batches.
+        options: those of ``BankedOptions``; without boxes for batches.
     """
 
     backend = [TransformBackends.TORCH]  # noqa: RUF012  # MONAI declares it so
@@ -87,7 +87,7 @@ class BankedDeformation(RandomizableTransform, KeyedDeformation):
         self._choices: list[_Choice] = []
 
     def randomize(self, data: object = None) -> None:
-        """Draw whether to fire, which field, its factor, the affine map and flips, whether or not it fires.
+        """Draw whether to fire, the field, its factor, the affine map and the flips, even if it does not fire.
 
         Args:
             data: a value whose hash takes the place of the random state; None: the state alone.
@@ -110,7 +110,7 @@ class BankedDeformation(RandomizableTransform, KeyedDeformation):
         return _Choice(fires, which, scale, pose, flips)
 
     def _chosen(self, values: Sequence[object], randomize: bool) -> list[_Choice]:
-        """What is random about every sample of this call, given the value that decides in place of the state, or None.
+        """The random choices for every sample of this call. A value that is not None replaces the random state.
 
         Raises:
             ValueError: nothing to repeat, or choices of another number of samples.
@@ -152,7 +152,7 @@ class BankedDeformation(RandomizableTransform, KeyedDeformation):
         return self._banked(known, stored, params)
 
     def _known(self, item: Mapping[Any, Any], image: NdarrayOrTensor, device: torch.device) -> KnownImage:
-        """What the bank knows of one sample, given its image and what says how it is called."""
+        """One sample with its fields, given its image and the item that holds its identity."""
         identity = item_identity(item, image, self.image_key, self.id_key)
         return KnownImage(identity, image, self.bank.entry(identity, image), device)
 
@@ -162,7 +162,7 @@ class BankedDeformation(RandomizableTransform, KeyedDeformation):
         return Deformation(stored.ddf(known.device), spacing, record, stored=stored, banked=params)
 
     def _scaled(self, stored: StoredField, scale: float, device: torch.device) -> tuple[float, StoredField]:
-        """A field with less displacement, and no more folds than the bank allows."""
+        """A field scaled down by a factor, and further if it would fold more than the bank allows."""
         if scale >= 1.0:
             return 1.0, stored
         settings = self.bank.settings
@@ -190,18 +190,19 @@ class BankedDeformation(RandomizableTransform, KeyedDeformation):
 
 @with_options(BankedOptions)
 class RandDRDMBankd(BankedDeformation):
-    """Deform every key by one of the fields that a bank holds for the image: no network runs.
+    """Deform every key by one of the fields that a bank holds for the image. No network runs.
 
-    Optionally its displacement is scaled down, and a random affine map goes with it, so that images and labels are
-    still resampled once. Put it before all random transforms: the fields belong to the image as the bank was built
-    with it. Labels, landmarks, boxes, inverses and records are those of ``RandDRDMDeformd``.
+    The displacement can be scaled down at random, and a random affine map can be composed with the field, so that
+    images and labels are still resampled only once. Put this transform before all random transforms, because the fields
+    belong to the image as it was when the bank was built. Labels, landmarks, boxes, ``inverse`` and records work as in
+    ``RandDRDMDeformd``.
 
     Args:
         keys: keys to deform. They must agree in spatial shape and affine; channels and dtypes may differ.
         bank: the fields.
-        id_key: key of what the image is called, as when the bank was built; None: the file name in its metadata.
+        id_key: key of the identity of the image, as when the bank was built; None: the file name in its metadata.
         prob: chance that the transform fires.
-        options: those of ``BankedOptions``; ``image_key`` is that of the image that the fields were drawn on.
+        options: those of ``BankedOptions``; ``image_key`` names the image that the fields were drawn on.
 
     ``.last`` holds the latest deformation.
 

@@ -1,7 +1,7 @@
-"""One field for all keys of a sample – images, labels, landmarks, boxes – and the way back.
+"""Applying one field to all keys of a sample (images, labels, landmarks, boxes), and inverting it.
 
-Every transform here takes three steps: validate the data, find the deformation of each sample, apply them. A sample is
-a batch of one, so the code below is written for batches.
+Every transform takes three steps: it validates the data, finds the deformation of each sample, and applies them. A
+sample is treated as a batch of one, so the code below is written for batches.
 """
 
 from __future__ import annotations
@@ -49,20 +49,20 @@ from monai_drdm.transforms.tracing import in_plain_mode, put_back_crops, TracedT
 
 @dataclass
 class ValidData:
-    """A sample, or a batch of samples, all of which is there and fits together. A sample is a batch of one."""
+    """A sample, or a batch of samples, whose entries were checked. A sample is a batch of one."""
 
     data: dict[Any, Any]
-    """A dictionary of this call's own, in which no lazy operation is pending."""
+    """A new dictionary of the data, in which no lazy operation is pending."""
     name: str
-    """What errors call the image."""
+    """Name of the image in error messages."""
     image_keys: list[tuple[Hashable, Mode, PaddingMode]]
-    """Images and labels that are there, with their modes."""
+    """Keys of images and labels that the data hold, with their modes."""
     values: dict[Hashable, Tensor]
     """The values of images and labels as plain tensors ``(B, C, *S)``."""
     images: Tensor
     """What the network sees, ``(B, C, *S)``."""
     spaces: list[Any]
-    """For each sample, the image that knows where it lies, ``(C, *S)``."""
+    """For each sample, an image ``(C, *S)`` whose affine the outputs get."""
     spacings: list[tuple[float, ...]]
     """For each sample, mm per voxel along each axis."""
 
@@ -81,15 +81,15 @@ class KeyedDeformation(TracedTransform, MapTransform):
     """
 
     image_key: Hashable
-    """What the network sees, or what a field was drawn on."""
+    """Key of the image that the network sees, or that the fields were drawn on."""
     seed_key: Hashable | None = None
     pixdim: tuple[float, ...] | None = None
     batched = False
-    """Values at the keys are batches ``(B, C, *S)``."""
+    """Whether values at the keys are batches ``(B, C, *S)``."""
     draws = False
-    """A network draws a field for what the transform is given."""
+    """Whether a network draws the fields."""
     for_tensors = "RandDRDMDeform deforms one image without keys"
-    """Advice for those who call this transform with tensors."""
+    """Advice in the error message if the transform is called with tensors."""
 
     def __init__(self, keys: KeysCollection, options: ApplyOptions) -> None:
         MapTransform.__init__(self, keys, options["allow_missing_keys"])
@@ -112,10 +112,10 @@ class KeyedDeformation(TracedTransform, MapTransform):
     # ------------------------------------------------------------------------------------------ validate
 
     def validate(self, data: Mapping[Any, Any], image_key: Hashable | None = None) -> ValidData:
-        """Check that all of a sample or batch is there and fits together, before anything is drawn or moved.
+        """Check that a sample or batch is complete and its entries fit together, before anything is drawn or moved.
 
         Args:
-            data: what the transform is given; it is left as it is.
+            data: the input of the transform, which is not changed.
             image_key: the key whose shape and affine the others must have; None: the transform's image key.
 
         Raises:
@@ -143,7 +143,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
         return valid
 
     def _notice(self, valid: ValidData, image_key: Hashable) -> None:
-        """Say what looks like a mistake."""
+        """Warn about data that look like a mistake."""
         image, shape = valid.data[image_key], tuple(valid.images.shape[1:])
         self.notices.look_at_layout(image, shape, valid.name, batched=self.batched)
         if self.draws:
@@ -153,7 +153,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
                 self.notices.look_at_label(valid.data[key], valid.values[key], key, mode)
 
     def entries(self, data: object) -> dict[Any, Any]:
-        """The entries of a dictionary that the transform is given, in one of their own.
+        """The entries of the input in a new dictionary.
 
         Raises:
             TypeError: something else, such as tensors.
@@ -180,7 +180,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
         return list(self.key_iterator(data, self.mode, self.padding_mode))
 
     def _check_named(self, data: Mapping[Any, Any]) -> Hashable:
-        """Check that the image key and the seed key are there; the image key."""
+        """Check that the data hold the image key and the seed key. Returns the image key."""
         for which, key in (("image_key", self.image_key), ("seed_key", self.seed_key)):
             if key not in data and not (which == "seed_key" and key is None):
                 raise KeyError(
@@ -191,7 +191,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
         return self.image_key
 
     def _read(self, data: Any, name: str) -> tuple[Tensor, list[Any]]:
-        """Values ``(B, C, *S)``, and for each sample what it knows of its space."""
+        """Values ``(B, C, *S)``, and for each sample the data that know its affine."""
         return split_batch(data, name) if self.batched else (as_tensor(data, name)[None], [data])
 
     def _check_points_and_boxes(self, data: Mapping[Any, Any], dims: int, count: int) -> None:
@@ -207,7 +207,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
     # --------------------------------------------------------------------------------------------- apply
 
     def apply(self, valid: ValidData, deformations: Sequence[Deformation | None]) -> dict[Any, Any]:
-        """Replace the value at every key by what the deformation of each sample makes of it.
+        """Deform the value at every key, each sample by its own deformation.
 
         Args:
             valid: the data; their dictionary is changed.
@@ -236,7 +236,9 @@ class KeyedDeformation(TracedTransform, MapTransform):
             info = {"kind": "image", "mode": mode, "padding_mode": padding}
             result = self._wrapped(before, out, moving, [info | one for one in infos])
             if affine is not None and isinstance(result, MetaTensor) and not isinstance(before, MetaTensor):
-                result.affine = affine.clone()  # it lies on their grid, and must agree with them when it comes again
+                result.affine = (
+                    affine.clone()
+                )  # it lies on the same grid, so it must keep the same affine for later calls
             valid.data[key] = result
 
     def move_points(
@@ -246,7 +248,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
         deformations: Sequence[Deformation | None],
         infos: list[dict[str, Any]],
     ) -> None:
-        """Replace landmarks, and what is said of their validity, by what each deformation makes of them."""
+        """Move landmarks, and update which of them are valid."""
         values, name = _floating(valid.data[key], repr(key)), f"{key}_valid"
         points = values if self.batched else values[None]
         world = self.point_space == "world"
@@ -282,7 +284,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
         data[key] = self._wrapped(data[key], out[None], moving, [info | one for one in infos])
 
     def _wrapped(self, before: Any, out: Tensor, moving: Sequence[int], infos: list[dict[str, Any]]) -> Tensor:
-        """Values of each sample as MONAI hands them on, with one more record on each where metadata is tracked."""
+        """The results in MONAI's form, each with one more record if metadata is tracked."""
         if not self.batched:
             result = wrap_like(before, out[0])
             return self.record(result, bool(moving), infos[0]) if infos else result
@@ -296,7 +298,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
         return result
 
     def _records_of(self, sample: Tensor, moved: bool, infos: Sequence[dict[str, Any]]) -> list[Any]:
-        """The records that are added to one sample of a batch: one for each description, of which there may be none."""
+        """The records that are added to one sample of a batch: one for each description."""
         carrier = MetaTensor(sample)
         for info in infos:
             self.record(carrier, moved, info)
@@ -308,9 +310,9 @@ class KeyedDeformation(TracedTransform, MapTransform):
     def inverse(self, data: Mapping[Any, Any]) -> dict[Any, Any]:
         """Take back what this transform did to the keys that the data hold.
 
-        Images and labels are warped by the inverse field, in the recorded modes. Landmarks return. Boxes return too if
-        they are as this transform left them; other boxes become those that enclose what they hold, which are larger.
-        ``<key>_valid`` of landmarks stays.
+        Images and labels are warped by the inverse field, in the recorded modes. Landmarks are moved back exactly.
+        Boxes are restored if they are as this transform left them. Other boxes become the boxes that enclose what they
+        held, which are larger. ``<key>_valid`` of landmarks stays.
 
         Args:
             data: a dictionary with outputs of this transform, or what was computed from them, at the keys.
@@ -332,7 +334,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
 
 
 def field_info(deformation: Deformation | None, shape: tuple[int, ...]) -> dict[str, Any]:
-    """What every record of one call shares: the field, and the parameters as JSON (empty without)."""
+    """The entries that all records of one call share: the field, and its parameters as JSON (or an empty text)."""
     if deformation is None or deformation.skipped:
         return {"field": StoredField.identity(shape), "params": ""}
     record = deformation.banked or deformation.params
@@ -342,20 +344,20 @@ def field_info(deformation: Deformation | None, shape: tuple[int, ...]) -> dict[
 def apply_to_image(
     image: Tensor, deformation: Deformation | None, mode: Mode, padding_mode: PaddingMode
 ) -> tuple[Tensor, bool]:
-    """What a deformation, or none, makes of one image ``(C, *S)``, and whether it was moved."""
+    """Apply a deformation, or none, to one image ``(C, *S)``. Returns the image and whether it was moved."""
     if deformation is None or deformation.skipped:
         return unmoved(image, mode), False
     return deformation.warp(image, mode, padding_mode), True
 
 
 def take_back(transform: TracedTransform, data: NdarrayOrTensor, name: str, warpers: dict[int, FieldWarper]) -> Tensor:
-    """What ``data`` were before ``transform``, by its latest record on them; see ``KeyedDeformation.inverse``.
+    """Undo what ``transform`` did to ``data``, by its latest record on them; see ``KeyedDeformation.inverse``.
 
     Args:
         transform: the transform that left the record.
-        data: what carries it.
-        name: of the data, for errors.
-        warpers: what warps by inverse fields, by the ``id`` of the field: the entries of one call share them.
+        data: the data that carry the record.
+        name: name of the data in error messages.
+        warpers: warpers by inverse fields, for each ``id`` of a field, so that the entries of one call share them.
     """
     rest, record, later = transform.take_record(data, name)
     info = record[TraceKeys.EXTRA_INFO]
@@ -402,12 +404,12 @@ def _check_shape(transform: TracedTransform, data: MetaTensor, name: str, shape:
 
 
 def _known(samples: list[Any]) -> Any:
-    """The first that has an affine, which the outputs of all get; failing that, the first."""
+    """The first image that has an affine, which all outputs get. If none has one, the first image."""
     return next((one for one in samples if isinstance(one, MetaTensor)), samples[0])
 
 
 def _warper(deformations: Sequence[Deformation]) -> FieldWarper | None:
-    """Warps a batch by as many fields; None where there are none."""
+    """A warper for a batch, with one field for each sample; None if there are no fields."""
     if not deformations:
         return None
     alone = len(deformations) == 1  # stacking would copy the field
@@ -435,7 +437,7 @@ def _floating(data: NdarrayOrTensor, name: str) -> Tensor:
 
 
 def _validity_before(data: NdarrayOrTensor, valid: Tensor, name: str) -> Tensor:
-    """What data say of the validity of points so far, checked to be of the shape of what is said now."""
+    """The validity of points that earlier transforms have recorded, whose shape is checked."""
     before = numeric_tensor(data, repr(name))
     if before.shape != valid.shape or before.dtype != torch.bool:
         raise ValueError(
@@ -446,7 +448,7 @@ def _validity_before(data: NdarrayOrTensor, valid: Tensor, name: str) -> Tensor:
 
 
 def _operations(batch: Any, count: int) -> list[list[Any]]:
-    """The records that each sample of a batch carries already; where there are none, MONAI collates a word."""
+    """The records that each sample of a batch carries already. If there are none, MONAI collates a string instead."""
     known = batch.applied_operations if isinstance(batch, MetaTensor) and batch.is_batch else []
     each = [[] if isinstance(one, str) else list(one) for one in known]
     return each + [[] for _ in range(count - len(each))]

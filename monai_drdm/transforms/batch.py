@@ -1,4 +1,4 @@
-"""``BatchRandDRDMDeformd``: after collate, on the device of the batch."""
+"""``BatchRandDRDMDeformd``: deforms collated batches, on the device of the batch."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from monai_drdm.transforms.tracing import in_plain_mode
 
 @with_options(BatchOptions)
 class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
-    """``RandDRDMDeformd`` for batches: after collate, where the batch is, all samples that fire in one go.
+    """``RandDRDMDeformd`` for collated batches, on the device of the batch.
 
-    Every sample has its own chance, level and seed. A record gives the field that ``RandDRDMDeformd`` gives it. Put it
-    behind the loader, as a transform of collated dictionaries or, with plain tensors, inside a training step::
+    Every sample has its own chance, level and seed. Those that are deformed go through the network together. A record
+    gives the same field as with ``RandDRDMDeformd``. Use it after the loader, on collated dictionaries or, with plain
+    tensors, inside a training step::
 
         deform = BatchRandDRDMDeformd(keys=["image", "label"], mode=["bilinear", "nearest"], prob=0.5)
         for batch in loader:
@@ -66,7 +67,7 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         self.last: list[Deformation | None] = []
 
     def __getstate__(self) -> dict[str, object]:
-        """Everything but the last fields."""
+        """The state without the last fields."""
         return {**super().__getstate__(), "last": []}
 
     def randomize_batch(self, values: Sequence[object]) -> None:
@@ -119,14 +120,14 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
         Args:
             data: a collated dictionary with ``(B, C, *S)`` values at the keys, and points at theirs.
             randomize: False replays the last draw.
-            params: one record per sample, or None for those to be left alone, to replay instead.
+            params: records to replay instead, one per sample; None for samples that are left alone.
 
         Returns:
             A new dictionary; the input and its tensors are left as they are.
 
         Raises:
             KeyError: a key is missing (and not allowed to), or the image key is.
-            TypeError: a value is not an array or tensor of a real numeric type; ``params`` that are no such records.
+            TypeError: a value is not an array or tensor of a real numeric type, or ``params`` are not such records.
             ValueError: anything that does not fit.
         """
         valid = self.validate(data)
@@ -154,7 +155,7 @@ class BatchRandDRDMDeformd(DRDMRandomness, KeyedDeformation):
 
 
 def seed_values(data: Mapping[Any, Any], key: Hashable | None, count: int) -> Sequence[object]:
-    """For each sample of a batch the value that decides in place of the random state; None without a key."""
+    """For each sample of a batch the value that replaces the random state; None if there is no seed key."""
     return [None] * count if key is None else values_of_samples(data[key], count, "seed_key")
 
 

@@ -22,9 +22,9 @@ from monai_drdm.transforms.tracing import in_plain_mode
 
 @with_options(BatchBankedOptions)
 class BatchRandDRDMBankd(BankedDeformation):
-    """``RandDRDMBankd`` for batches: after collate, where the batch is, every sample by a field of its own image.
+    """``RandDRDMBankd`` for collated batches: every sample is moved by a field of its own image, on the batch's device.
 
-    It moves what exists only as a batch, such as the labels that a network predicts of unlabelled images and their
+    It can move data that exist only as a batch, such as labels that a network predicts for unlabelled images, and their
     confidence, together with the images::
 
         strong = BatchRandDRDMBankd(
@@ -36,14 +36,14 @@ class BatchRandDRDMBankd(BankedDeformation):
             confidence, pseudo = probabilities.max(1, keepdim=True)
             moved = strong({**batch, "pseudo": pseudo.byte(), "confidence": confidence})
 
-    Images must be as they were when the bank was built: put random transforms behind it.
+    Images must be as they were when the bank was built, so put random transforms after this one.
 
     Args:
         keys: keys of ``(B, C, *S)`` to deform. They must agree in batch size, spatial shape and affines.
         bank: the fields.
-        id_key: key of what every image is called, one value per sample; None: the file names in the image's metadata.
+        id_key: key of the identities of the images, one value per sample; None: the file names in the metadata.
         prob: chance of every sample to be deformed.
-        options: those of ``BatchBankedOptions``; ``image_key`` is that of the images that the fields were drawn on.
+        options: those of ``BatchBankedOptions``; ``image_key`` names the images that the fields were drawn on.
 
     Attributes:
         last: the latest deformations, one per sample, None where it did not fire.
@@ -106,7 +106,7 @@ class BatchRandDRDMBankd(BankedDeformation):
         return self.apply(valid, found)
 
     def _sample(self, valid: ValidData, number: int) -> KnownImage:
-        """What the bank knows of one sample of a batch."""
+        """One sample of a batch with its fields."""
         image, item = valid.spaces[number], dict[Hashable, object]()
         if self.id_key is not None and self.id_key in valid.data:
             item = {self.id_key: values_of_samples(valid.data[self.id_key], len(valid.images), "id_key")[number]}

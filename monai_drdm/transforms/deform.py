@@ -29,7 +29,7 @@ from monai_drdm.transforms.tracing import in_plain_mode, TracedTransform
 
 
 class _OneField(DRDMRandomness):
-    """Finds the one deformation of a call: a given field, that of a record, or a new draw."""
+    """Finds the deformation of a call: a given field, the field of a record, or a new draw."""
 
     def deformation(
         self,
@@ -61,16 +61,16 @@ class _OneField(DRDMRandomness):
 class RandDRDMDeform(_OneField):
     """Deform an image at random into another plausible anatomy (paper, Algorithms 2 and 3).
 
-    A random multi-scale field deforms the image; a network that knows realistic images recovers what became
-    unrealistic; the image is resampled once by what remains.
+    A random multi-scale field deforms the image. A network that has learned what real images look like takes back, step
+    by step, what became unrealistic. The image is resampled once, by the field that remains.
 
     Args:
-        network: registry name, path of a safetensors file, or loaded network; ``"auto"``: the default of the image's
-            dimensions.
+        network: registry name, path of a safetensors file, or loaded network; ``"auto"``: the network of this package
+            for the number of dimensions of the image.
         prob: chance that the transform fires.
         mode: ``bilinear``, ``nearest``, ``bicubic`` (2D) or ``label``.
         padding_mode: ``border``, ``zeros`` or ``reflection``.
-        invertible: record on the output what ``inverse`` needs.
+        invertible: put a record on the output, which ``inverse`` needs.
         options: those of ``ArrayOptions``.
 
     ``.last`` holds the latest deformation.
@@ -126,7 +126,7 @@ class RandDRDMDeform(_OneField):
 
         Raises:
             TypeError: not an array or tensor of a real numeric type.
-            ValueError: anything that does not fit; see the table of inputs and answers in the README.
+            ValueError: anything that does not fit; see "Inputs and answers" in the documentation.
         """
         img = apply_pending(img)
         image = as_tensor(img, "img")
@@ -146,7 +146,7 @@ class RandDRDMDeform(_OneField):
 
     @in_plain_mode
     def inverse(self, data: Tensor) -> Tensor:
-        """Take back what this transform did to an image, or to something on its grid that carries its records.
+        """Take back what this transform did to an image, or to data on its grid that carry its records.
 
         Args:
             data: MetaTensor ``(C, *S)``.
@@ -216,7 +216,7 @@ class RandDRDMDeformd(_OneField, KeyedDeformation):
         Raises:
             KeyError: a key is missing (and not allowed to), or the image key is.
             TypeError: a value is not an array or tensor of a real numeric type.
-            ValueError: anything that does not fit; see the table of inputs and answers in the README.
+            ValueError: anything that does not fit; see "Inputs and answers" in the documentation.
         """
         valid = self.validate(data)
         seed_value = None if self.seed_key is None else valid.data[self.seed_key]

@@ -1,6 +1,6 @@
-"""What looks like a mistake in the data, is computed all the same, and is said once.
+"""Warnings about data that look like a mistake. The data are computed all the same, and each warning is given once.
 
-Only the first calls of a transform are looked at, so that later ones lose no time.
+Only the first calls of a transform are checked, so that later calls lose no time.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ _ROWS_PER_AXIS, _OF_BATCH = 16, 4
 _FEW_VALUES, _SOME_VALUES = 16, 64
 _ALIKE, _MOSTLY_ALIKE = 0.5, 0.8
 _SAID = mmap.mmap(-1, 1 << 22)
-"""A byte for what a worker of a loader has said, in memory that forked workers share: every epoch may have new ones."""
+"""A byte for each warning that was given. Forked workers share this memory, for every epoch may have new ones."""
 
 
 class Notices:
-    """What one transform has noticed.
+    """The warnings of one transform.
 
     Args:
         owner: name of the transform's class.
@@ -48,7 +48,7 @@ class Notices:
         self._patches = 0
 
     def begin(self) -> bool:
-        """Whether to look at this call. Of the workers of a loader only the first one looks."""
+        """Whether to check this call. Of the workers of a loader, only the first one checks."""
         if self._calls >= _CALLS:
             return False
         self._calls += 1
@@ -56,12 +56,12 @@ class Notices:
         return worker is None or worker.id == 0
 
     def look_at_layout(self, data: Any, shape: Sequence[int], name: str, *, batched: bool) -> None:
-        """Say when the axes of an image, or of the first one of a batch, seem to be others than its ``(C, *S)``."""
+        """Warn if the axes of an image, or of the first image of a batch, do not seem to be ``(C, *S)``."""
         if "layout" not in self._settled and (found := layout_problem(data, tuple(shape), batched=batched)) is not None:
             self._say("layout", f"{name} of shape {found}")
 
     def look_at_patches(self, data: Any, shape: Sequence[int], name: str) -> None:
-        """Say when the transform keeps meeting random crops of larger scans."""
+        """Warn if the transform is called with random crops of larger scans again and again."""
         if "patches" in self._settled:
             return
         scan = _cut_from(data)
@@ -77,7 +77,7 @@ class Notices:
             )
 
     def look_at_label(self, data: Any, values: Tensor, key: Hashable, mode: Mode) -> None:
-        """Say when a key that is not the image seems to hold labels, and their ids are or become fractions.
+        """Warn if a key other than the image seems to hold labels whose ids are, or will become, fractions.
 
         Args:
             data: what the sample holds at the key.
@@ -119,9 +119,9 @@ class Notices:
 
 
 def layout_problem(data: Any, shape: tuple[int, ...], *, batched: bool) -> str | None:
-    """What is suspicious about the shape ``(C, *S)`` of an image, or of each image of a batch; None if nothing is.
+    """Say what is suspicious about the shape ``(C, *S)`` of an image, or of each image of a batch; None if nothing is.
 
-    The metadata of a loaded file know its axes; where they are ``S``, all is well. Else these are suspicious: at least
+    If the metadata of a loaded file say that its axes are ``S``, nothing is suspicious. Otherwise these are: at least
     16 channels of images that are 1, 3 or 4 voxels long along the last axis and at least 16 along the first; at least
     16 channels where the file has ``(C, *S)`` as its own axes; and, without metadata of a file, two or more channels of
     a sample one voxel thick along its first axis and at least 16 along the others. Thin volumes of one channel, images
@@ -186,13 +186,13 @@ def _some_rows(values: Tensor) -> Tensor:
 
 
 def _file_shape(data: Any) -> tuple[int, ...] | None:
-    """The axes of the file that data, or the first sample of a batch, were loaded from."""
+    """The shape of the file from which the data, or the first sample of a batch, were loaded."""
     known = data.meta.get("spatial_shape") if isinstance(data, MetaTensor) else None
     return _whole_numbers(known, first=isinstance(data, MetaTensor) and data.is_batch)
 
 
 def _operations(data: Any) -> list[dict[str, Any]]:
-    """What was done to data, or to the first sample of a batch."""
+    """The operations that were applied to the data, or to the first sample of a batch."""
     known: Any = data.applied_operations if isinstance(data, MetaTensor) else []
     if known and data.is_batch:
         known = known[0]
@@ -200,7 +200,7 @@ def _operations(data: Any) -> list[dict[str, Any]]:
 
 
 def _cut_from(data: Any) -> tuple[int, ...] | None:
-    """The spatial shape of the scan that data were cut from at random."""
+    """The spatial shape of the scan from which a random crop took the data; None if there was none."""
     for one in reversed(_operations(data)):
         name = str(one.get(TraceKeys.CLASS_NAME))
         if name.startswith("Rand") and "Crop" in name:
@@ -209,7 +209,7 @@ def _cut_from(data: Any) -> tuple[int, ...] | None:
 
 
 def _whole_numbers(values: Any, *, first: bool = False) -> tuple[int, ...] | None:
-    """A shape that metadata hold, or the first one of several; None if they hold something else."""
+    """The shape in the metadata, or the first of several; None if they hold something else."""
     try:
         return tuple(int(n) for n in (values[0] if first else values))
     except (IndexError, KeyError, TypeError, ValueError):
@@ -217,5 +217,5 @@ def _whole_numbers(values: Any, *, first: bool = False) -> tuple[int, ...] | Non
 
 
 def _lazy_operations(data: Any) -> list[str]:
-    """Classes of what was done to data lazily."""
+    """Class names of the operations that were applied lazily."""
     return [str(one.get(TraceKeys.CLASS_NAME)) for one in _operations(data) if one.get(TraceKeys.LAZY)]

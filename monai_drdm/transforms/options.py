@@ -1,6 +1,6 @@
-"""The settings of transforms that say what is moved, and how: one definition for all of them.
+"""The settings of transforms that say what is moved, and how. They are defined here once for all transforms.
 
-What can be chosen about the draw of a field stands in ``monai_drdm.deformation.options``.
+The settings of the draw of a field are in ``monai_drdm.deformation.options``.
 """
 
 from __future__ import annotations
@@ -29,29 +29,36 @@ class MoveOptions(TypedDict, total=False):
 
     mode: Annotated[
         Mode | Sequence[Mode],
-        Option("bilinear", "one, or one per key: ``bilinear``, ``nearest``, ``bicubic`` (2D) or ``label``."),
+        Option(
+            "bilinear",
+            "interpolation, one or one per key: ``bilinear``, ``nearest``, ``bicubic`` (2D) or ``label``, which "
+            "interpolates each class and keeps the most probable one.",
+        ),
     ]
     padding_mode: Annotated[
         PaddingMode | Sequence[PaddingMode],
-        Option("border", "one, or one per key: ``border``, ``zeros`` or ``reflection``."),
+        Option("border", "what lies beyond the border, one or one per key: ``border``, ``zeros`` or ``reflection``."),
     ]
     point_keys: Annotated[
         KeysCollection,
         Option(
             (),
-            "landmarks ``(C, N, D)``, of a batch ``(B, C, N, D)``, which go where the image goes; ``<key>_valid`` of "
-            "the shape without ``D`` says which are inside the image before and after.",
+            "keys of landmarks ``(C, N, D)``, or ``(B, C, N, D)`` for a batch, which move with the image. "
+            "``<key>_valid``, of the shape without ``D``, says which are inside the image before and after.",
         ),
     ]
     point_space: Annotated[
-        PointSpace, Option("voxel", "``voxel``, or ``world`` through the image's affine (MONAI's RAS mm).")
+        PointSpace, Option("voxel", "``voxel``, or ``world`` for millimetres by the image's affine (RAS, as in MONAI).")
     ]
     invertible: Annotated[
         bool,
-        Option(True, "record on the outputs what ``inverse`` needs; it takes samples, so decollate batches first."),
+        Option(
+            True,
+            "put records on the outputs, which ``inverse`` needs. It takes samples, so decollate batches first.",
+        ),
     ]
     allow_missing_keys: Annotated[
-        bool, Option(False, "leave keys alone that the data lack. The image key must be there.")
+        bool, Option(False, "skip keys that the data do not have. The image key must be there.")
     ]
 
 
@@ -61,7 +68,7 @@ class BoxOptions(TypedDict, total=False):
     box_keys: Annotated[
         KeysCollection,
         Option(
-            (), "boxes ``(N, 2D)`` in voxels, edges as in MONAI: they become the boxes that enclose what they hold."
+            (), "keys of boxes ``(N, 2D)`` in voxels, as in MONAI; they become the boxes that enclose what they held."
         ),
     ]
     box_mode: Annotated[str, Option("standard", "one of MONAI's corner modes; ``standard`` is ``xyxy`` or ``xyzxyz``.")]
@@ -72,14 +79,18 @@ class SourceOptions(TypedDict, total=False):
 
     image_key: Annotated[
         Hashable | None,
-        Option(None, "key of the image that the network sees; None: the first key. It is moved only if it is a key."),
+        Option(
+            None,
+            "key of the image that the network sees; None: the first key. It is moved only if it is one of the keys.",
+        ),
     ]
     seed_key: Annotated[
         Hashable | None,
         Option(
             None,
-            "key whose value, hashed, replaces the random state: firing, level and field then depend on it alone, "
-            "whatever the worker, the order or the epoch. A batch holds one value per sample.",
+            "key whose value replaces the random state, by its hash. Whether the transform fires, the level and the "
+            "field then depend on this value alone, not on the worker, the order or the epoch. A batch holds one "
+            "value per sample.",
         ),
     ]
 
@@ -97,14 +108,14 @@ class PairOptions(SharedDrawOptions, MoveOptions, SourceOptions, PixdimOptions, 
 
 
 class PoseOptions(TypedDict, total=False):
-    """A random affine map that goes with a field, in the same resampling."""
+    """A random affine map that is composed with a field, so that data are resampled once."""
 
     displacement_scale: Annotated[
         float | Sequence[float],
         Option(
             (1.0, 1.0),
-            "range in [0, 1] of a factor on the displacement. Below 1 folds are counted again, and the factor is "
-            "lowered until they are within the bank's limit.",
+            "range in [0, 1] of a random factor on the displacement. Below 1, folds are counted again, and the "
+            "factor is lowered until they are within the limit of the bank.",
         ),
     ]
     rotate_range: Annotated[Range | None, Option(None, "radians, as in MONAI's ``RandAffine``.")]
@@ -114,7 +125,7 @@ class PoseOptions(TypedDict, total=False):
         Range | None,
         Option(
             None,
-            "as in MONAI's ``RandAffine``. Of a bank with ``slice_axis`` all ranges and flips are those of the plane.",
+            "as in MONAI's ``RandAffine``. For a bank with ``slice_axis``, all ranges and flips are in the plane.",
         ),
     ]
     flip_prob: Annotated[float, Option(0.0, "chance of a flip along each spatial axis.")]

@@ -1,4 +1,4 @@
-"""``RandDRDMPaird``: from one image a moving and a fixed one, and the field between them (paper, Algorithm 4)."""
+"""``RandDRDMPaird``: makes a moving and a fixed image of one image, and the field between them (paper, Algorithm 4)."""
 
 from __future__ import annotations
 
@@ -29,19 +29,19 @@ DDF, INVERSE_DDF, INVERSE_RESIDUAL = "ddf", "inverse_ddf", "inverse_residual"
 _MOVED_TWICE = "onwards"  # the name that records have on disk
 
 Plan = int | DeformationParams | None
-"""What a field is drawn from: a seed, a record to replay, or nothing."""
+"""How a field is made: from a seed, from a record to replay, or not at all."""
 
 
 @dataclass(frozen=True)
 class DeformedPair:
-    """What one call did."""
+    """The result of one call."""
 
     augmentation: Deformation | None
-    """Makes the moving image of the given one; None: they are the same."""
+    """Makes the moving image from the given one; None: they are the same."""
     synthesis: Deformation
-    """Makes the fixed image of the moving one: its field is the answer."""
+    """Makes the fixed image from the moving one. Its field is the answer of the registration."""
     fixed: Deformation
-    """Both composed: makes the fixed image of the given one."""
+    """Both composed; makes the fixed image from the given one."""
 
     @property
     def params(self) -> PairParams:
@@ -60,21 +60,21 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
     Both images are resampled once from the given one, so neither is blurred more than the other, and where the field
     points beyond the moving image the fixed one shows what the given image holds there.
 
-    The results stand beside what the sample holds: ``moving`` and ``fixed`` of the image key, ``moving_<key>`` and
-    ``fixed_<key>`` of the others, ``ddf`` ``(D, *S)`` voxels, and ``inverse_ddf`` with ``inverse_residual``, the
-    largest distance in voxels by which going there and back misses. Landmarks obey
+    The results are added to the sample: ``moving`` and ``fixed`` for the image key, ``moving_<key>`` and
+    ``fixed_<key>`` for the other keys, ``ddf`` ``(D, *S)`` in voxels, and ``inverse_ddf`` with ``inverse_residual``,
+    the largest distance in voxels between a point and where the field and its inverse take it. Landmarks obey
     ``moving_p = fixed_p + ddf(fixed_p)``.
 
     Args:
         keys: image and labels ``(C, *S)``. They must agree in spatial shape and affine; channels and dtypes may differ.
         network: as in ``RandDRDMDeform``.
-        prob: chance that there is something to register; else both images are the given one and the field is zero.
+        prob: chance that the transform fires. If it does not, both images are the given one and the field is zero.
         augmentation_level: level of the field that makes the moving image, a number in (0, 1] or a range drawn
             uniformly; None: the moving image is the given one.
         synthesis_level: level of the field between the images.
-        inverse: make ``inverse_ddf`` and ``inverse_residual``; without them a pair costs less.
-        options: those of ``PairOptions``; limits and fold policy are those of each of the two fields, and
-            ``image_key`` must be one of ``keys``.
+        inverse: also compute ``inverse_ddf`` and ``inverse_residual``, which takes time.
+        options: those of ``PairOptions``. Limits and fold policy apply to each of the two fields. ``image_key`` must be
+            one of ``keys``.
 
     ``.last`` holds the latest pair of deformations.
 
@@ -161,12 +161,12 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
             raise ValueError(f"RandDRDMPaird writes {taken}, which the data hold already. Rename or remove them first.")
 
     def _movable(self, valid: ValidData) -> ValidData:
-        """The entries that move, and nothing else."""
+        """Only the entries that are moved."""
         names = (*self.keys, *(name for key in self.point_keys for name in (key, f"{key}_valid")))
         return replace(valid, data={name: valid.data[name] for name in names if name in valid.data})
 
     def _plans(self, randomize: bool, seed_value: object, params: PairParams | None) -> tuple[Plan, Plan]:
-        """What the two fields are drawn from: seeds, or the records to replay, or nothing."""
+        """How the two fields are made: from seeds, from the records to replay, or not at all."""
         if params is not None:
             return params.augmentation, params.synthesis
         (seed,) = self.decide([seed_value], randomize)
@@ -238,7 +238,7 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
 
 
 def _draw(drawer: FieldDrawer, image: Tensor, spacing: Sequence[float], plan: Plan) -> Deformation | None:
-    """The field that a plan gives for an image ``(C, *S)``."""
+    """Make the field of a plan for an image ``(C, *S)``."""
     if plan is None:
         return None
     return drawer.draw(image, spacing, plan) if isinstance(plan, int) else drawer.replay(image, spacing, plan)
@@ -250,7 +250,7 @@ def _copied(valid: ValidData) -> ValidData:
 
 
 def _composed(first: Deformation | None, second: Deformation | None, spacing: Sequence[float]) -> Deformation | None:
-    """What makes the fixed image of the given one."""
+    """The deformation that makes the fixed image from the given one."""
     if first is None or second is None:
         return second
     assert isinstance(first.stored, StoredField)

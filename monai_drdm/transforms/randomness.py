@@ -1,4 +1,4 @@
-"""Whether a transform fires, with which seed, and the deformations that follow from it."""
+"""Random decisions: whether a transform fires, the seed, and the deformations that follow from them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Decision = tuple[bool, int]
 
 
 class DRDMRandomness(RandomizableTransform, TracedTransform):
-    """Firing and seeds, the same for all transforms that draw fields.
+    """Decides whether to fire and with which seed, for all transforms that draw fields.
 
     Args:
         prob: chance that a sample is deformed.
@@ -54,7 +54,7 @@ class DRDMRandomness(RandomizableTransform, TracedTransform):
         self._do_transform = self._decisions[0][0]
 
     def _decided_by(self, value: object) -> Decision:
-        """The decision of a value. It depends on no state of the transform, so threads may share it."""
+        """The decision for a value. It does not depend on the transform's state, so threads may share the transform."""
         state = np.random.RandomState(stable_hash(value))
         return bool(state.rand() < self.prob), int(state.randint(0, _SEEDS, dtype="uint64"))
 
@@ -112,7 +112,7 @@ class DRDMRandomness(RandomizableTransform, TracedTransform):
         return _spread(fields, chosen, len(images))
 
     def __getstate__(self) -> dict[str, object]:
-        """Everything but the last field, which may be large."""
+        """The state without the last field, which may be large."""
         state: dict[str, object] = super().__getstate__()  # type: ignore[no-untyped-call]  # MONAI leaves it without types
         return {key: value for key, value in state.items() if key != "last"}
 
@@ -126,7 +126,7 @@ def _spread(fields: Sequence[Deformation], chosen: Sequence[int], count: int) ->
 
 
 def check_replay(drawn: int, count: int) -> None:
-    """That a draw for so many samples can be repeated for this many.
+    """Check that the last draw can be repeated for this number of samples.
 
     Raises:
         ValueError: there was no draw, or one of another number of samples.

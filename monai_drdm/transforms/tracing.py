@@ -1,4 +1,4 @@
-"""Records of what was applied, kept on the data, and how a transform finds its own again."""
+"""Records on the data of what was applied to them, and how a transform finds its own records."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ torch.serialization.add_safe_globals([StoredField, ComposedField, TraceKeys])
 
 
 class TracedTransform(InvertibleTransform):
-    """Writes records to ``applied_operations`` and takes back its own ones only.
+    """Writes records to ``applied_operations``, and inverts only its own records.
 
-    MONAI tells records apart by ``id()``, which changes when a transform travels to another process, and lets any
-    transform take a record whose id it has erased. Here every transform has an identity of its own that survives
-    pickling and copying, and stands in the record twice: as the id, and beside it for caches that erase ids.
+    MONAI recognises the record of a transform by ``id()``, which changes when the transform is sent to another process.
+    Caches on disk erase that id, and MONAI then lets any transform take the record. Here every transform has a unique
+    identity that survives pickling and copying. The record holds it twice: in place of MONAI's id, and in an entry of
+    its own, which caches do not erase.
     """
 
     def __init__(self) -> None:
@@ -50,13 +51,13 @@ class TracedTransform(InvertibleTransform):
         return output
 
     def take_record(self, data: NdarrayOrTensor, name: str) -> tuple[MetaTensor, dict[str, Any], int]:
-        """The data without this transform's latest record, the record, and how many of others came after it.
+        """Remove this transform's latest record: the data without it, the record, and how many records came after it.
 
         The argument is left as it is.
 
         Raises:
             TypeError: data that carry no records.
-            ValueError: no record of this transform, or lazy operations that wait on top of it.
+            ValueError: there is no record of this transform, or lazy operations are pending.
         """
         kind = type(self).__name__
         if not isinstance(data, MetaTensor):
@@ -87,7 +88,7 @@ class TracedTransform(InvertibleTransform):
         return None if index is None else operations[index]
 
     def _find(self, operations: list[dict[str, Any]]) -> int | None:
-        """Index of the latest record of this transform; failing that, of one of its class whose id a cache erased."""
+        """Index of this transform's latest record or, where a cache has erased the ids, of a record of its class."""
         mine = [i for i, one in enumerate(operations) if one.get(TraceKeys.CLASS_NAME) == type(self).__name__]
         for index in reversed(mine):
             if operations[index].get(TraceKeys.EXTRA_INFO, {}).get(_OWNER) == self.owner:
@@ -97,14 +98,14 @@ class TracedTransform(InvertibleTransform):
 
 
 def put_back_crops(data: MetaTensor, later: int) -> MetaTensor:
-    """Data where they were cut from, with zeros around, if crops that MONAI cannot take back are all that came later.
+    """Undo random crops that MONAI cannot invert: put the data back where they were cut from, with zeros around.
 
-    Random crops that return several samples have no inverse in MONAI, so ``Compose.inverse`` passes them by. Their
-    records say what was cut off at every side.
+    Random crops that return several samples have no inverse in MONAI, so ``Compose.inverse`` skips them. Their records
+    hold how much was cut off at every side. If other operations came later too, the data are returned as they are.
 
     Args:
         data: ``(C, *S)``; they are left as they are.
-        later: how many of the records, from the last one on, are of what came later.
+        later: how many of the latest records belong to operations that came after this transform.
     """
     operations = list(data.applied_operations)
     sides = [_cut_off(one) for one in reversed(operations[len(operations) - later :])]
@@ -119,7 +120,7 @@ def put_back_crops(data: MetaTensor, later: int) -> MetaTensor:
 
 
 def _cut_off(operation: Mapping[str, Any]) -> Sequence[int] | None:
-    """Voxels that a crop of several samples cut off before and behind along every axis; None for all else."""
+    """How many voxels such a crop cut off at the start and end of every axis; None for other operations."""
     inner = operation.get(TraceKeys.EXTRA_INFO, {})
     several = TraceKeys.CLASS_NAME in inner and "Crop" in str(operation.get(TraceKeys.CLASS_NAME))
     cut: Sequence[int] | None = inner.get(TraceKeys.EXTRA_INFO, {}).get("cropped") if several else None
@@ -130,7 +131,7 @@ _Function = TypeVar("_Function", bound=Callable[..., Any])
 
 
 def in_plain_mode(function: _Function) -> _Function:
-    """Run without the caller's autocast and inference mode: fields need full precision, outputs must be ordinary."""
+    """Run without autocast and inference mode: fields need full precision, outputs must be ordinary tensors."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:

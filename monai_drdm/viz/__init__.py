@@ -9,7 +9,7 @@ from monai_drdm.viz.recovery import animate_recovery, recovery_steps, recovery_s
 from monai_drdm.viz.rows import case_rows, CaseRow, Panel
 from monai_drdm.viz.sheets import contact_sheet, middle_plane, SheetEntry
 
-# names of before, which go on working
+# earlier names, which still work
 draw_jacobian, draw_warped_grid = plot_jacobian, plot_warped_grid
 
 __all__ = [
