@@ -146,7 +146,7 @@ def _plot(
         before.label,
         after.label,
         found.spacing,
-        f"One field of level {record.deformation_level:.2f}, drawn by {record.network}: it moves voxels by "
+        f"One field of level {record.deformation_level:.2f}, drawn by {record.network}.\nIt moves voxels by "
         f"{numbers.mean_displacement_mm:.1f} mm on average, {numbers.max_displacement_mm:.1f} mm at most",
         random.label,
     )

@@ -35,7 +35,7 @@ def add_dataset_arguments(parser: argparse.ArgumentParser) -> None:
         help="how labels are resampled: the nearest voxel, or each class linearly (default: nearest)",
     )
     add_parallel_work(parser)
-    parser.add_argument("--figure", action="store_true", help="plot the first cases before and after: overview.png")
+    parser.add_argument("--figure", action="store_true", help="plot the first cases, one row each: overview.png")
     parser.add_argument("--force", action="store_true", help="draw everything again; replaces files of the same name")
 
 
