@@ -12,7 +12,7 @@ OUT ?= demo_output/$(shell date +%Y%m%d-%H%M%S)
 unexport PYTHONDONTWRITEBYTECODE
 export PYTHONPYCACHEPREFIX := $(abspath $(VENV))/pycache
 
-.PHONY: demo test test-long test-oldest mutate lint docs bundles wheel dist clean
+.PHONY: demo test test-long test-oldest mutate lint docs bundles dist clean
 
 # torch first: anything that depends on it would otherwise choose a build of its own
 # not compiled ahead: Python compiles what it imports, and all of it would take a minute
@@ -54,9 +54,12 @@ docs: $(VENV)/.docs-ready
 bundles: $(VENV)/.ready
 	$(BIN)/python bundles/make.py --out $(BUNDLES)
 
-wheel: $(VENV)/.ready
-	rm -rf build dist/*.whl
-	$(BIN)/python -m pip wheel --quiet --no-deps --wheel-dir dist .
+# the source distribution, and the wheel that is built from it
+dist: $(VENV)/.ready
+	rm -rf build dist/*.whl dist/*.tar.gz
+	$(BIN)/python -m build --outdir dist > /dev/null
+	$(BIN)/twine check --strict dist/*.whl dist/*.tar.gz
+	$(BIN)/check-wheel-contents dist/*.whl
 
 clean:
 	rm -rf $(VENV) build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .mutation

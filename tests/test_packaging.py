@@ -1,0 +1,49 @@
+"""What is published beside the code: addresses, links of the README, and the citation."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+from pathlib import Path
+
+import pytest
+
+from monai_drdm import __version__
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def setup():
+    spec = importlib.util.spec_from_file_location("setup_of_package", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_links_of_the_readme_work_outside_the_repository(setup):
+    """Each becomes an address of the repository, whose last part is a file or folder that is here."""
+    address = setup.repository()
+    text = setup.absolute(setup.read("README.md"), address)
+    prose = "".join(text.split("```")[::2])
+    links = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', prose)
+    ours = [one or other for one, other in links if (one or other).startswith(address)]
+    assert ours
+    assert all((one or other).startswith(("https://", "#")) for one, other in links)
+    for link in ours:
+        kind, path = re.fullmatch(rf"{address}(?:/(raw|blob)/HEAD/([^#]+)(?:#.*)?)?", link).groups(default="")
+        assert (ROOT / path).exists(), link
+        assert (kind == "raw") == path.endswith((".png", ".gif", ".svg"))
+
+
+def test_only_links_are_changed(setup):
+    text = '![a](docs/a.png) [b](docs/b.md#c) [d](#e) [f](https://g) <img src="h/i.gif">\n```python\nx["y"](z)\n```\n'
+    assert setup.absolute(text, "R") == (
+        "![a](R/raw/HEAD/docs/a.png) [b](R/blob/HEAD/docs/b.md#c) [d](#e) [f](https://g) "
+        '<img src="R/raw/HEAD/h/i.gif">\n```python\nx["y"](z)\n```\n'
+    )
+
+
+def test_the_citation_is_of_this_version(setup):
+    assert f"\nversion: {__version__}\n" in setup.read("CITATION.cff")
+    assert setup.PAPER.endswith(re.search(r"^  doi: (\S+)$", setup.read("CITATION.cff"), re.MULTILINE)[1])
