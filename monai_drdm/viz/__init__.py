@@ -4,6 +4,7 @@ from matplotlib.figure import Figure
 
 from monai_drdm.viz.curves import separability_figure
 from monai_drdm.viz.figures import deformation_figure, plot_jacobian, plot_warped_grid
+from monai_drdm.viz.registration import registration_figure
 from monai_drdm.viz.sheets import contact_sheet, middle_plane, SheetEntry
 
 # names of before, which go on working
@@ -19,5 +20,6 @@ __all__ = [
     "middle_plane",
     "plot_jacobian",
     "plot_warped_grid",
+    "registration_figure",
     "separability_figure",
 ]
