@@ -35,8 +35,11 @@ def registration_figure(
         title: text above everything.
     """
     planes = [None] if fixed.ndim == 2 else [2, 1, 0]
-    figure = Figure(figsize=(14.4, 2.6 * len(planes) + 0.6), layout="constrained", facecolor="white")
-    rows = figure.subplots(len(planes), 6, squeeze=False)
+    extent = [n * float(step) for n, step in zip(fixed.shape, spacing)]
+    sides = [[extent[axis] for axis in range(fixed.ndim) if axis != hidden] for hidden in planes]
+    heights = [min(max(up / right, 0.2), 2.0) for right, up in sides]
+    figure = Figure(figsize=(14.4, 2.3 * sum(heights) + 0.8), layout="constrained", facecolor="white")
+    rows = figure.subplots(len(planes), 6, squeeze=False, height_ratios=heights)
     for number, (axes, hidden) in enumerate(zip(rows, planes)):
         shown = [axis for axis in range(fixed.ndim) if axis != hidden]
         steps = [float(spacing[axis]) for axis in shown]
@@ -54,7 +57,7 @@ def registration_figure(
         for axis, label, colour in zip(axes[1:3], labels or (), (LABEL_BEFORE, LABEL_AFTER)):
             plot_outlines(axis, _plane(label, hidden), colour)
         plot_warped_grid(axes[5], _plane(ddf[shown], None if hidden is None else hidden + 1), steps)
-        axes[5].set_title("grid of the moving image, warped" if number == 0 else "", fontsize=11)
+        axes[5].set_title("grid, warped" if number == 0 else "", fontsize=11)
     figure.suptitle(title, fontsize=12)
     return figure
 
