@@ -29,9 +29,11 @@ def _run(arguments: Sequence[str]) -> int:
     with ends_at_once("monai-drdm"):
         from monai_drdm.commands import register, train
 
-        training = {"train": train.main, "register": register.main}
-        if arguments and arguments[0] in training:
-            return training[arguments[0]](arguments[1:])
+        command, words = (arguments[0], arguments[1:]) if arguments else ("", ())
+        if command == "train":
+            return train.main(words)
+        if command == "register" and register.trains(words):
+            return register.train(words)
         options = _parser().parse_args(arguments)
         _import_modules(options)
     try:
@@ -52,7 +54,7 @@ def _explained(error: Exception) -> int:
 def _parser() -> argparse.ArgumentParser:
     """All commands. Each adds its arguments, and the function that runs it.
 
-    The training commands have parsers of their own, which take all arguments after the name.
+    Training has parsers of its own, which take all arguments after the name.
     """
     import argparse
 
@@ -62,10 +64,9 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="monai-drdm", description="Plausible random anatomy by deformation recovery.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    for command in (demo, augment, pairs, bank, weights):
+    for command in (demo, augment, pairs, bank, weights, register):
         command.add_parser(commands)
-    for name, training in (("train", train), ("register", register)):
-        commands.add_parser(name, help=training.HELP, add_help=False)
+    commands.add_parser("train", help=train.HELP, add_help=False)
     return parser
 
 

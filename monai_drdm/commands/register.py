@@ -1,14 +1,77 @@
-"""``monai-drdm register``: the same as ``python -m monai_drdm.registration.train``, which has the arguments."""
+"""``monai-drdm register``: register two images or, without images, train a registration network."""
 
 from __future__ import annotations
 
+import argparse
 from collections.abc import Sequence
 
-HELP = "train a registration network on pairs with known fields, or on images"
+from monai_drdm.commands.arguments import Commands, named_path, require_matplotlib
+
+_DESCRIPTION = (
+    "Bring a moving image, and its labels, onto a fixed one: warped image, field for ITK and ANTs, labels, record and "
+    "figure. Affine, orientation, voxel size and data type are kept; images on different grids begin where their "
+    "headers place them, and are resampled once."
+)
+_TRAINING = (
+    "Without images and --network the command trains a network: monai-drdm register --pairs FOLDER --out RUN. "
+    "python -m monai_drdm.registration.train --help lists its arguments."
+)
 
 
-def main(arguments: Sequence[str]) -> int:
+def trains(arguments: Sequence[str]) -> bool:
+    """Whether a command line, after the word ``register``, is one of the training command."""
+    if not arguments:
+        return True
+    names_a_network = any(word.partition("=")[0] == "--network" for word in arguments)
+    return arguments[0].startswith("-") and arguments[0] not in ("-h", "--help") and not names_a_network
+
+
+def train(arguments: Sequence[str]) -> int:
     """Run the training command and return its exit code."""
-    from monai_drdm.registration.train import main as train
+    from monai_drdm.registration.train import main
 
-    return train(arguments, "monai-drdm register")
+    return main(arguments, "monai-drdm register")
+
+
+def add_parser(commands: Commands) -> None:
+    """Add the command that registers two images, and its arguments."""
+    parser = commands.add_parser(
+        "register",
+        help="register two images, or train a registration network",
+        description=_DESCRIPTION,
+        epilog=_TRAINING,
+    )
+    parser.add_argument("moving", type=named_path, help="image to move (NIfTI, .mha, .nrrd, .png)")
+    parser.add_argument("fixed", type=named_path, help="image that it is brought onto, and whose grid results have")
+    parser.add_argument(
+        "--network", required=True, help="network of this package, or the network.safetensors of a training run"
+    )
+    parser.add_argument("--labels", type=named_path, help="label map of the moving image (default: none)")
+    parser.add_argument(
+        "--affine", action="store_true", help="first look for the best affine map, as different people need it"
+    )
+    parser.add_argument(
+        "--refine",
+        type=int,
+        default=0,
+        metavar="STEPS",
+        help="at last adapt the field to this pair in so many steps, without folds; 30 to 50 are enough (default: 0)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=1, help="how often the network registers, each time what is left (default: 1)"
+    )
+    parser.add_argument("--device", default="cpu", help="where it runs: cpu, cuda, cuda:1 and so on (default: cpu)")
+    parser.add_argument("--out", type=named_path, required=True, help="new or empty folder")
+    parser.set_defaults(run=run, needs=("monai_drdm.registration.pair_files",))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Register the images that the options name, and print the files written."""
+    from monai_drdm.registration import PairSettings, register_files
+
+    require_matplotlib("register")
+    settings = PairSettings(options.affine, options.refine, options.rounds, options.device)
+    written = register_files(options.moving, options.fixed, options.network, options.out, options.labels, settings)
+    for path in written:
+        print(path)
+    return 0

@@ -43,13 +43,18 @@ class ImageFile:
     itk_dims: int
     """Number of spatial axes in ITK: 3 for a volume of one slice, although ``data`` may be 2D."""
     suffix: str
-    _write: Callable[[NDArray[Any], str], object]
+    _write: Callable[[NDArray[Any], str, np.dtype[Any] | None], object]
     _nifti_header: Any = None
 
-    def save_like(self, data: Tensor, path: str | os.PathLike[str]) -> None:
+    def save_like(self, data: Tensor, path: str | os.PathLike[str], dtype: np.dtype[Any] | None = None) -> None:
         """Write an image ``(C, *S)`` of the same shape with the header and data type of this file.
 
         Values are rounded if the data type is an integer.
+
+        Args:
+            data: the image.
+            path: a file with the suffix of this one.
+            dtype: another data type to write.
 
         Raises:
             OSError: the file cannot be written; no unfinished file is left.
@@ -61,7 +66,7 @@ class ImageFile:
         suffix_of(path, (self.suffix,), "save_like")
         plain = data.detach().as_subclass(Tensor).cpu()
         values = (plain.float() if plain.dtype in (torch.float16, torch.bfloat16) else plain).numpy()
-        atomically(path, lambda part: self._write(values, part))
+        atomically(path, lambda part: self._write(values, part, dtype))
 
     def save_field(self, ddf: Tensor, path: str | os.PathLike[str], *, convention: Convention | None = None) -> None:
         """Write a displacement field of this image, so that ITK finds it where it finds the image.
@@ -139,14 +144,15 @@ def _load_nifti(path: str, suffix: str, keep_slice: bool) -> ImageFile:
     channels = values.reshape(*spatial, -1, order="F")  # all axes after the spatial ones become channels
     slope, inter = file.dataobj.slope, file.dataobj.inter
 
-    def write(output: NDArray[Any], part: str) -> None:
+    def write(output: NDArray[Any], part: str, dtype: np.dtype[Any] | None) -> None:
         array = np.moveaxis(output, 0, -1).reshape(shape, order="F")
-        dtype = file.get_data_dtype()
-        if (slope, inter) != (1.0, 0.0):
+        scaling = (slope, inter) if dtype is None else (1.0, 0.0)
+        if scaling != (1.0, 0.0):
             array = (array - inter) / slope
+        dtype = file.get_data_dtype() if dtype is None else dtype
         copy = type(file)(_as_dtype(array, dtype), file.affine, file.header)
         copy.header.set_data_dtype(dtype)
-        copy.header.set_slope_inter(slope, inter)
+        copy.header.set_slope_inter(*scaling)
         try:
             nib.save(copy, part)
         except nib.spatialimages.HeaderDataError as error:
@@ -170,11 +176,11 @@ def _load_itk(path: str, suffix: str, keep_slice: bool) -> ImageFile:
     channels = channels.transpose(dims, *range(dims - 1, -1, -1))  # (C, x, y, …)
     single = dims == 3 and channels.shape[3] == 1 and not keep_slice
 
-    def write(output: NDArray[Any], part: str) -> None:
-        full = output[..., None] if single else output
+    def write(output: NDArray[Any], part: str, dtype: np.dtype[Any] | None) -> None:
+        full, dtype = output[..., None] if single else output, values.dtype if dtype is None else dtype
         array = full.transpose(*range(dims, 0, -1), 0)
         copy = SimpleITK.GetImageFromArray(
-            np.ascontiguousarray(_as_dtype(array if vector else array[..., 0], values.dtype)), isVector=vector
+            np.ascontiguousarray(_as_dtype(array if vector else array[..., 0], dtype)), isVector=vector
         )
         copy.CopyInformation(image)
         for key in image.GetMetaDataKeys():
@@ -206,7 +212,7 @@ def _image_file(
     affine: NDArray[Any],
     itk: tuple[NDArray[Any] | None, int],
     suffix: str,
-    write: Callable[[NDArray[Any], str], object],
+    write: Callable[[NDArray[Any], str, np.dtype[Any] | None], object],
     nifti_header: Any = None,
 ) -> ImageFile:
     native = values.astype(values.dtype.newbyteorder("="), copy=False)

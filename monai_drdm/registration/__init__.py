@@ -10,11 +10,18 @@ if TYPE_CHECKING:
     from monai_drdm.registration.alignment import register
     from monai_drdm.registration.data import unit_range
     from monai_drdm.registration.evaluate import evaluate_registration, RegistrationScore
-    from monai_drdm.registration.networks import load_registration, RegistrationNetwork, save_registration
+    from monai_drdm.registration.networks import (
+        list_registrations,
+        load_registration,
+        RegistrationNetwork,
+        save_registration,
+    )
+    from monai_drdm.registration.pair_files import PairSettings, register_files
     from monai_drdm.registration.separability import motion_separability, separability_bound, SeparabilityBound
 
 __all__ = [
     "SEPARABLE_STRUCTURES",
+    "PairSettings",
     "RegistrationNetwork",
     "RegistrationScore",
     "ResidualAlignerNet",
@@ -22,9 +29,11 @@ __all__ = [
     "apply_affine",
     "evaluate_registration",
     "find_affine",
+    "list_registrations",
     "load_registration",
     "motion_separability",
     "register",
+    "register_files",
     "save_registration",
     "separability_bound",
     "unit_range",
@@ -41,9 +50,12 @@ __getattr__, __dir__ = lazy_names(
         "apply_affine": "affine",
         "evaluate_registration": "evaluate",
         "find_affine": "affine",
+        "PairSettings": "pair_files",
+        "list_registrations": "networks",
         "load_registration": "networks",
         "motion_separability": "separability",
         "register": "alignment",
+        "register_files": "pair_files",
         "save_registration": "networks",
         "separability_bound": "separability",
         "unit_range": "data",

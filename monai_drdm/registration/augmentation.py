@@ -8,12 +8,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from monai_drdm.diffusion.diffuse import diffuse
 from monai_drdm.fields import compose, identity_grid, warp
 from monai_drdm.registration.data import RegistrationBatch
 
 _BIAS_NODES = 4
 _NOISE = 0.1
 _ALL_INSIDE = 1 - 1e-4
+_LOWEST = 0.3
+
+
+def drawn_pairs(pairs: RegistrationBatch, level: float, generator: torch.Generator) -> RegistrationBatch:
+    """Pairs of each fixed image with itself, deformed by random fields: new ones with every call, and known.
+
+    One field makes the moving image, and another one the fixed image from it. Both are resampled once.
+
+    Args:
+        pairs: on the generator's device; their moving images are not used.
+        level: largest level of the fields in (0, 1]; the levels are drawn from 0.3 times it upwards.
+        generator: makes all random choices.
+
+    Returns:
+        New pairs; ``fixed(x) = moving(x + ddf(x))`` up to interpolation errors.
+    """
+    count, shape, device = len(pairs.fixed), pairs.fixed.shape[2:], pairs.fixed.device
+    seeds = torch.randint(2**62, (2 * count,), generator=generator, device=device).tolist()
+    share = torch.rand(2 * count, generator=generator, device=device).tolist()
+    levels = [level * (_LOWEST + (1 - _LOWEST) * one) for one in share]
+    fields = diffuse([torch.Generator().manual_seed(seed) for seed in seeds], shape, levels, device=device)
+    first, ddf = fields.chunk(2)
+    both = compose(first, ddf)
+    label = pairs.fixed_label
+    return RegistrationBatch(
+        warp(pairs.fixed, first),
+        warp(pairs.fixed, both),
+        warp(pairs.inside.float(), both, padding_mode="zeros") > _ALL_INSIDE,
+        ddf,
+        None if label is None else warp(label, first, "nearest"),
+        None if label is None else warp(label, both, "nearest"),
+    )
 
 
 def random_flip(pairs: RegistrationBatch, generator: torch.Generator) -> RegistrationBatch:

@@ -23,6 +23,13 @@ class RegistrationConfig(RunConfig):
     images: str = setting("", "folder or datalist of images: trains to make them resemble each other")
     labels: str = setting("", "folder of label maps with the file names of the images")
     section: str = setting("training", "section of the datalist")
+    drawn_level: float = setting(
+        0.0,
+        "with images: draw pairs with known fields in every step, by random fields of this level at most; 0: register "
+        "images with each other",
+        low=0,
+        high=1,
+    )
     spatial_dims: int = setting(3, "2 or 3", choices=(2, 3))
     network: str = setting("voxelmorph", "kind of network: voxelmorph, aligner, regunet or localnet", choices=KINDS)
     channels: int = setting(16, "features on the finest grid of the network", low=2, high=256)
@@ -36,6 +43,7 @@ class RegistrationConfig(RunConfig):
     dilations: tuple[int, ...] = setting((8, 4, 2, 1, 1), "of the levels of network aligner, coarse to fine", low=1)
     init: str = setting("", "network.safetensors of an earlier run to go on from, whose structure it takes")
     error_weight: float = setting(1.0, "of the distance to the known field in voxels; with pairs", low=0)
+    relative_error: bool = setting(False, "divide that distance by the mean length of the known field")
     similarity_weight: float = setting(1.0, "of local normalised cross-correlation; with images", low=0)
     label_weight: float = setting(0.0, "of the overlap of labels (Dice), where there are labels", low=0)
     smoothness_weight: float = setting(0.1, "of squared differences of the field between neighbours", low=0)
@@ -53,5 +61,7 @@ class RegistrationConfig(RunConfig):
             raise ValueError("set either pairs (known fields) or images (to resemble each other), not both or neither.")
         if self.labels and not self.images:
             raise ValueError("labels goes with images; pairs bring their own.")
+        if self.drawn_level and not self.images:
+            raise ValueError("drawn_level goes with images, of which pairs are drawn; pairs bring their own fields.")
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 1e-3)

@@ -23,6 +23,7 @@ from monai_drdm.registration.aligner import check_levels, ResidualAlignerNet, SE
 from monai_drdm.registration.forces import demons_forces, WIDTHS
 
 _NETWORK = Document("a registration network", "Give it the network.safetensors of a registration run.")
+_SHIPPED = Path(__file__).parent / "shipped"
 _META = "monai_drdm_registration"
 _SQUARINGS = 6
 _GAIN = 4.0
@@ -202,15 +203,18 @@ def save_registration(network: RegistrationNetwork, path: str | os.PathLike[str]
     atomically(Path(path), lambda part: save_file(tensors, part, metadata))
 
 
-def load_registration(path: str | os.PathLike[str], device: torch.device | str = "cpu") -> RegistrationNetwork:
-    """Read a file of ``save_registration``.
+def load_registration(name: str | os.PathLike[str], device: torch.device | str = "cpu") -> RegistrationNetwork:
+    """Read a network of this package, or a file of ``save_registration``.
+
+    Args:
+        name: one of ``list_registrations()``, or a ``.safetensors`` file.
+        device: where the network is to run.
 
     Raises:
-        FileNotFoundError: no such file.
+        FileNotFoundError: no such network or file.
         ValueError: not such a file, or a damaged one.
     """
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"no registration network {path}.")
+    path = registration_file(name)
     with _NETWORK.reading(path, SafetensorError, RuntimeError):
         with safe_open(path, framework="pt") as file:
             described = _NETWORK.parse_json((file.metadata() or {})[_META], path)
@@ -221,6 +225,25 @@ def load_registration(path: str | os.PathLike[str], device: torch.device | str =
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise ValueError(f"{path} holds weights that are NaN or infinite.")
     return network.eval().to(device)
+
+
+def list_registrations() -> list[str]:
+    """The names of the networks in this package."""
+    return sorted(path.stem for path in _SHIPPED.glob("*.safetensors"))
+
+
+def registration_file(name: str | os.PathLike[str]) -> Path:
+    """The file of a network, which is named as for ``load_registration``.
+
+    Raises:
+        FileNotFoundError: no such network or file.
+    """
+    if os.fspath(name) in list_registrations():
+        return _SHIPPED / f"{os.fspath(name)}.safetensors"
+    if not Path(name).is_file():
+        known = f" Networks of this package: {', '.join(list_registrations())}." if list_registrations() else ""
+        raise FileNotFoundError(f"no registration network {os.fspath(name)}.{known}")
+    return Path(name)
 
 
 def kinds() -> Sequence[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TypeAlias
 
 import torch
@@ -46,15 +46,13 @@ def refine_field(look: Look, fixed: Tensor, ddf: Tensor, steps: int) -> Tensor:
     with torch.enable_grad():
         for _ in range(steps):
             optimizer.zero_grad()
-            refined = _refined(ddf, velocity, shape)
-            loss = similarity(look(refined), fixed) + _SMOOTHNESS * _roughness(refined) + folding_loss(refined)
+            flow = exp_svf(velocity, _SQUARINGS)
+            refined = compose(ddf, resize_ddf(flow, shape))
+            loss = similarity(look(refined), fixed) + _SMOOTHNESS * _roughness(refined) + folding_loss(flow)
             loss.backward()
             optimizer.step()
-    return shrink_to_fold_limit(mend_folds(_refined(ddf, velocity.detach(), shape)), 0.0)[0]
-
-
-def _refined(ddf: Tensor, velocity: Tensor, shape: Sequence[int]) -> Tensor:
-    return compose(ddf, exp_svf(resize_ddf(velocity, shape), _SQUARINGS))
+    flow = exp_svf(velocity.detach(), _SQUARINGS)
+    return shrink_to_fold_limit(mend_folds(compose(ddf, resize_ddf(flow, shape))), 0.0)[0]
 
 
 def _roughness(ddf: Tensor) -> Tensor:

@@ -15,7 +15,7 @@ from torch import nn, Tensor
 
 from monai_drdm.fields import warp
 from monai_drdm.io.files import atomically
-from monai_drdm.registration.augmentation import intensity_jitter, random_affine, random_flip
+from monai_drdm.registration.augmentation import drawn_pairs, intensity_jitter, random_affine, random_flip
 from monai_drdm.registration.config import RegistrationConfig
 from monai_drdm.registration.data import ImageBank, load_images, load_pairs, PairBank, RegistrationBatch
 from monai_drdm.registration.networks import load_registration, RegistrationNetwork, save_registration, Structure
@@ -27,6 +27,7 @@ from monai_drdm.viz import contact_sheet, Figure, middle_plane, SheetEntry
 
 _SHEET_PAIRS = 6
 _WINDOW = 9
+_SHORTEST_VOX = 0.1
 
 
 class RegistrationTask:
@@ -100,6 +101,8 @@ class RegistrationTask:
         bank = self.validation_bank if validate else self.bank
         assert bank is not None
         pairs = bank.draw(self.config.batch_size, generator)
+        if self.config.drawn_level > 0:
+            pairs = drawn_pairs(pairs, self.config.drawn_level, generator)
         images = [pairs.moving, pairs.fixed]
         if not validate:
             pairs = random_flip(pairs, generator) if self.config.mirror else pairs
@@ -132,6 +135,8 @@ class RegistrationTask:
         """The error, and the penalties on rough and folding fields."""
         config = self.config
         loss = self.error(predicted, target)
+        if target.ddf is not None and config.relative_error:
+            loss = loss / self.error(torch.zeros_like(predicted), target).clamp(min=_SHORTEST_VOX)
         if target.ddf is not None and config.label_weight > 0:
             loss = loss + config.label_weight * self._overlap(predicted, target)
         if config.smoothness_weight > 0:

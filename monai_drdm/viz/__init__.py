@@ -6,6 +6,7 @@ from monai_drdm.viz.curves import separability_figure
 from monai_drdm.viz.figures import deformation_figure, plot_jacobian, plot_labels, plot_warped_grid, show_image
 from monai_drdm.viz.planes import Plane
 from monai_drdm.viz.recovery import animate_recovery, recovery_steps, recovery_strip, RecoverySteps
+from monai_drdm.viz.registration import registration_figure
 from monai_drdm.viz.rows import case_rows, CaseRow, Panel
 from monai_drdm.viz.sheets import contact_sheet, middle_plane, SheetEntry
 
@@ -31,6 +32,7 @@ __all__ = [
     "plot_warped_grid",
     "recovery_steps",
     "recovery_strip",
+    "registration_figure",
     "separability_figure",
     "show_image",
 ]

@@ -7,7 +7,7 @@ import torch
 from monai.networks.blocks import Warp
 
 from monai_drdm.fields import gaussian_smooth
-from monai_drdm.registration.augmentation import intensity_jitter, random_affine, random_flip
+from monai_drdm.registration.augmentation import drawn_pairs, intensity_jitter, random_affine, random_flip
 from monai_drdm.registration.data import RegistrationBatch
 
 
@@ -85,3 +85,24 @@ def test_repainted_images_show_the_same_in_other_greys(shape):
     assert intensity_jitter(image, 0.0, torch.Generator()) is image
     again = intensity_jitter(image, 0.3, torch.Generator().manual_seed(0))
     assert torch.equal(new, again)
+
+
+@pytest.mark.parametrize("shape", [(40, 34), (18, 22, 20)])
+def test_drawn_pairs_have_their_fields_and_are_new_every_time(shape):
+    """Beside MONAI's Warp; one image is resampled twice there, so they agree up to interpolation."""
+    image = smooth(2, 1, *shape, width=4.0)
+    inside = torch.ones_like(image, dtype=torch.bool)
+    pairs = RegistrationBatch(image, image, inside, None, None, (image > 0).to(torch.uint8))
+    generator = torch.Generator().manual_seed(0)
+    first, second = (drawn_pairs(pairs, 0.5, generator) for _ in range(2))
+    again = drawn_pairs(pairs, 0.5, torch.Generator().manual_seed(0))
+    assert all(torch.equal(getattr(first, name), getattr(again, name)) for name in ("moving", "fixed", "ddf", "inside"))
+    lengths = first.ddf.norm(dim=1).flatten(1).mean(dim=1)
+    assert float(lengths.min()) > 0.2
+    assert not torch.allclose(first.ddf[0], first.ddf[1], atol=0.1)
+    assert not torch.allclose(first.ddf, second.ddf, atol=0.1)
+    made = Warp("bilinear", "border")(first.moving, first.ddf)
+    apart, before = ((one - first.fixed).abs()[first.inside].mean() for one in (made, first.moving))
+    assert float(apart) < 0.25 * float(before)
+    for label, side in ((first.moving_label, first.moving), (first.fixed_label, first.fixed)):
+        assert ((label == 1) == (side > 0)).float().mean() > 0.9

@@ -174,6 +174,18 @@ def test_dice_of_the_validation():
     assert task.measures(ddf, RegistrationBatch(image, image, image.bool())) == {}
 
 
+def test_pairs_are_drawn_anew_in_every_step(scans):
+    config = RegistrationConfig(images=str(scans / "images"), spatial_dims=2, drawn_level=0.6, relative_error=True)
+    task, generator = RegistrationTask(config), torch.Generator().manual_seed(0)
+    task.prepare(False)
+    (_, first, _), (_, second, _) = (task.batch(None, generator) for _ in range(2))
+    assert not torch.allclose(first.ddf, second.ddf, atol=0.1)
+    nothing = torch.zeros_like(first.ddf)
+    assert float(task.error(nothing, first)) > 0.3
+    assert float(task.loss(nothing, first)) == pytest.approx(1, abs=1e-5)
+    assert float(task.loss(first.ddf, first)) < 0.2  # what is left are penalties
+
+
 def test_runs_go_on(pairs, tmp_path):
     settings = [*SMALL, "epoch_length=6", "max_epochs=2"]
     config, steps = read_config(RegistrationConfig, None, settings, pairs=str(pairs)), iter(range(100))
@@ -192,6 +204,7 @@ def test_runs_go_on(pairs, tmp_path):
         (("--pairs", "nowhere"), "no folder of pairs"),
         (("--images", "nowhere"), "nowhere"),
         (("--pairs", "a", "--labels", "b"), "labels goes with images"),
+        (("--pairs", "a", "--set", "drawn_level=0.5"), "drawn_level goes with images"),
         (("--images", "a", "--set", "network=other"), "network must be one of"),
     ],
 )

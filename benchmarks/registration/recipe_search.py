@@ -1,0 +1,132 @@
+"""Which settings let a registration network learn most in equal time?
+
+Every variant trains for as many minutes on the same images, one after the other on one thread, and registers validation
+pairs from the same affine start. What is best in minutes deserves hours: ``--variants`` and ``--minutes`` choose what
+is trained for how long. Runs that were stopped go on.
+
+    python benchmarks/registration/recipe_search.py --set hippocampus --work DIR --minutes 5
+    python benchmarks/registration/recipe_search.py --table
+
+Rows are in ``recipe_search.jsonl``; what is there is not trained again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from monai_drdm.registration import evaluate_registration, load_registration, register
+from monai_drdm.registration.data import load_images
+from monai_drdm.registration.task import fit, RegistrationConfig
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
+from common.rows import append_rows, read_rows
+from synthetic_pairs import prepare, SETS
+
+PATH = Path(__file__).parent / "recipe_search.jsonl"
+ROUNDS = (1, 2)
+BASE: dict[str, Any] = {
+    "drawn_level": 1.0,
+    "batch_size": 2,
+    "epoch_length": 50,
+    "ema_decay": 0.99,
+    "warmup_steps": 20,
+    "folding_weight": 0.0,
+    "validation_share": 0.05,
+}
+"""Pairs drawn in every step; images and forces on a grid two times coarser, from which a velocity is predicted."""
+_ALIGNER = {"network": "aligner", "channels": 8, "diffeomorphic": False, "stride": 2}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "base": {},
+    "learning rate 3e-3": {"learning_rate": 3e-3},
+    "learning rate 3e-4": {"learning_rate": 3e-4},
+    "full grid": {"stride": 1},
+    "level 0.5": {"drawn_level": 0.5},
+    "relative error": {"relative_error": True},
+    "less smooth": {"smoothness_weight": 0.02},
+    "batch 1": {"batch_size": 1},
+    "pose 0.05": {"pose": 0.05},
+    "images only": {"forces": False},
+    "images only, relative error, 3e-3": {"forces": False, "relative_error": True, "learning_rate": 3e-3},
+    "images only, real pairs": {"forces": False, "drawn_level": 0.0},
+    "aligner q = 0": _ALIGNER | {"pool_sizes": (16, 8, 4, 2, 1), "dilations": (1, 1, 1, 1, 1)},
+    "aligner q = 3": _ALIGNER,
+    "aligner q = 3, images only": _ALIGNER | {"forces": False},
+}
+"""What differs from ``BASE``."""
+
+
+def run(name: str, work: Path, variant: str, minutes: float, seed: int) -> None:
+    """Train a variant and judge it on validation pairs, unless its rows are there."""
+    key = {"set": name, "variant": variant, "minutes": minutes, "seed": seed}
+    if any(all(row[k] == v for k, v in key.items()) for row in read_rows(PATH)):
+        return
+    folder = work / name
+    out = folder / f"recipe-{variant.replace(' ', '_').replace(',', '')}-{minutes:g}-{seed}"
+    config = RegistrationConfig(
+        images=str(folder / "pool" / "images"), seed=seed, max_minutes=minutes, **BASE | VARIANTS[variant]
+    )
+    weights = fit(config, out, resume=(out / "config.json").is_file())
+    assert weights is not None
+    network, bank = (
+        load_registration(weights),
+        load_images(folder / "validation" / "images", folder / "validation" / "labels", spatial_dims=3),
+    )
+    found: dict[int, list[tuple[float, float, float]]] = {}
+    for i in range(len(bank)):
+        pair = bank.pairs(torch.tensor([(i + 1) % len(bank)]), torch.tensor([i])).to(torch.device("cpu"))
+        for rounds in ROUNDS:
+            score = evaluate_registration(
+                lambda a, b, rounds=rounds: register(network, a, b, affine=True, rounds=rounds),
+                pair.moving,
+                pair.fixed,
+                moving_label=pair.moving_label,
+                fixed_label=pair.fixed_label,
+                structures=SETS[name].structures,
+                both_ways=False,
+            )
+            found.setdefault(rounds, []).append((float(np.nanmean(score.dice)), score.fold_fraction, score.seconds))
+    for rounds, scores in found.items():
+        dice, folds, seconds = np.mean(scores, axis=0)
+        append_rows(PATH, key | {"rounds": rounds, "dice": dice, "fold_fraction": folds, "seconds": seconds})
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown table, the best first."""
+    lines = ["| set | variant | minutes | seed | rounds | Dice % | folds % |", "|" + "---|" * 7]
+    for row in sorted(rows, key=lambda one: (one["set"], one["minutes"], -one["dice"])):
+        lines.append(
+            f"| {row['set']} | {row['variant']} | {row['minutes']:g} | {row['seed']} | {row['rounds']} | "
+            f"{100 * row['dice']:.1f} | {100 * row['fold_fraction']:.3f} |"
+        )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", choices=tuple(SETS), default="hippocampus")
+    parser.add_argument(
+        "--work", type=Path, default=Path("synthetic_registration"), help="folder of synthetic_pairs.py"
+    )
+    parser.add_argument("--minutes", type=float, default=5.0, help="of training, for every variant")
+    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0])
+    parser.add_argument("--table", action="store_true", help="print the rows that are there")
+    args = parser.parse_args()
+    if args.table:
+        print(table(read_rows(PATH)))
+        return
+    torch.set_num_threads(1)
+    prepare(args.set, args.work)
+    for seed in args.seeds:
+        for variant in args.variants:
+            run(args.set, args.work, variant, args.minutes, seed)
+
+
+if __name__ == "__main__":
+    main()

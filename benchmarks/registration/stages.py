@@ -1,0 +1,147 @@
+"""What do an affine start and refinement on the pair add, to a network and to methods without one?
+
+Validation pairs of ``synthetic_pairs.py``, whose folders this script shares: run its ``pairs`` and ``train`` first, or
+name any network. All methods get the same images; with ``affine`` they begin from the same affine map.
+
+    python benchmarks/registration/stages.py --set hippocampus --work DIR --network RUN/network.safetensors
+    python benchmarks/registration/stages.py --table
+
+Rows are in ``stages.jsonl``; what is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn, Tensor
+
+from monai_drdm.fields import identity_grid, sample
+from monai_drdm.registration import apply_affine, evaluate_registration, find_affine, load_registration, register
+from monai_drdm.registration.data import load_images
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
+from baselines import bspline, demons, syn
+from common.rows import append_rows, read_rows
+from synthetic_pairs import prepare, SETS
+
+PATH = Path(__file__).parent / "stages.jsonl"
+Method = Callable[[Tensor, Tensor], Tensor]
+MEASURES = ("dice", "hd95", "fold_fraction", "seconds")
+
+
+class Still(nn.Module):
+    """A network that moves nothing."""
+
+    def forward(self, images: Tensor) -> Tensor:
+        """No displacement."""
+        return images.new_zeros(len(images), images.ndim - 2, *images.shape[2:])
+
+
+def after_affine(method: Method) -> Method:
+    """A method that gets the moving image as the affine map shows it; its field and the map become one field."""
+
+    def run(moving: Tensor, fixed: Tensor) -> Tensor:
+        grid, matrix = identity_grid(fixed.shape[2:])[None], find_affine(moving, fixed)
+        ddf = method(sample(moving, apply_affine(matrix, grid)), fixed)
+        return apply_affine(matrix, grid + ddf) - grid
+
+    return run
+
+
+def by_network(network: nn.Module, **stages: Any) -> Method:
+    return lambda moving, fixed: register(network, moving, fixed, **stages)
+
+
+def methods(weights: Path | None) -> dict[str, Method]:
+    """All that are compared, by name."""
+    still = Still()
+    found = {
+        "nothing": by_network(still),
+        "affine": by_network(still, affine=True),
+        "demons": demons,
+        "affine, demons": after_affine(demons),
+        "affine, B-splines": after_affine(bspline),
+        "affine, SyN": after_affine(syn),
+        "affine, refine 30": by_network(still, affine=True, refine=30),
+    }
+    if weights is not None:
+        network = load_registration(weights)
+        found |= {
+            "network": by_network(network, rounds=2),
+            "affine, network": by_network(network, rounds=2, affine=True),
+            "affine, network, refine 30": by_network(network, rounds=2, affine=True, refine=30),
+            "affine, network, refine 60": by_network(network, rounds=2, affine=True, refine=60),
+        }
+    return found
+
+
+def measure(name: str, work: Path, weights: Path | None, chosen: list[str], count: int) -> None:
+    """Register the next validation image to every one, by each method whose rows are not there."""
+    folder = work / name / "validation"
+    bank = load_images(folder / "images", folder / "labels", spatial_dims=3)
+    there = {(row["set"], row["method"], row["pair"]) for row in read_rows(PATH)}
+    for i in range(min(count, len(bank))):
+        pair = bank.pairs(torch.tensor([(i + 1) % len(bank)]), torch.tensor([i])).to(torch.device("cpu"))
+        for key, method in methods(weights).items():
+            if (chosen and key not in chosen) or (name, key, bank.names[i]) in there:
+                continue
+            began = time.process_time()
+            score = evaluate_registration(
+                method,
+                pair.moving,
+                pair.fixed,
+                moving_label=pair.moving_label,
+                fixed_label=pair.fixed_label,
+                structures=SETS[name].structures,
+                both_ways=False,
+            )
+            row = {"set": name, "method": key, "pair": bank.names[i], "cpu_s": time.process_time() - began}
+            append_rows(PATH, row | {measure: getattr(score, measure) for measure in MEASURES})
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown table of means over pairs."""
+    lines = ["| set | method | pairs | Dice % | HD95 vox | folds % | seconds of a core |", "|" + "---|" * 7]
+    for name in dict.fromkeys(row["set"] for row in rows):
+        for key in dict.fromkeys(row["method"] for row in rows):
+            mine = [row for row in rows if (row["set"], row["method"]) == (name, key)]
+            if mine:
+                dice = [100 * np.nanmean(row["dice"]) for row in mine]
+                hd95 = np.nanmean([np.nanmean(row["hd95"]) for row in mine])
+                folds = 100 * np.mean([row["fold_fraction"] for row in mine])
+                seconds = np.median([row["cpu_s"] for row in mine])
+                lines.append(
+                    f"| {name} | {key} | {len(mine)} | {np.mean(dice):.1f} ± {np.std(dice):.1f} | {hd95:.2f} | "
+                    f"{folds:.3f} | {seconds:.1f} |"
+                )
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--set", choices=tuple(SETS), default="hippocampus")
+    parser.add_argument(
+        "--work", type=Path, default=Path("synthetic_registration"), help="folder of synthetic_pairs.py"
+    )
+    parser.add_argument("--network", type=Path, help="network.safetensors")
+    parser.add_argument("--methods", nargs="+", default=[], help="default: all")
+    parser.add_argument("--pairs", type=int, default=1000, help="of the validation images, at most")
+    parser.add_argument("--table", action="store_true", help="print the rows that are there")
+    args = parser.parse_args()
+    if args.table:
+        print(table(read_rows(PATH)))
+        return
+    torch.set_num_threads(1)
+    prepare(args.set, args.work)
+    measure(args.set, args.work, args.network, args.methods, args.pairs)
+
+
+if __name__ == "__main__":
+    main()
