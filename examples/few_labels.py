@@ -6,6 +6,7 @@
 
 ``datalist.json`` is a MONAI datalist: ``{"training": [{"image": …, "label": …}], "validation": [the same, optional]}``.
 With two sizes the network sees slices (along the last axis of volumes), with three it sees volumes.
+``few_labels.ipynb`` goes the same way step by step.
 
 How it works. An average of the network's own weights over time, the teacher, predicts labels of unlabelled images.
 The network must predict the same labels on a strong view of each image: moved by a random pose and, with ``--deform``,
