@@ -32,6 +32,14 @@ test: $(VENV)/.ready
 test-long: $(VENV)/.ready
 	$(BIN)/python -m pytest -m '' --hypothesis-profile=long
 
+# the parts that depend on other packages, with the oldest versions of these that setup.cfg allows
+test-oldest:
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --quiet --no-compile torch==2.8.0 numpy==1.24.4
+	.venv-oldest/bin/python -m pip install --quiet --no-compile --constraint constraints-oldest.txt \
+		--editable '.[test,train,viz]'
+	.venv-oldest/bin/python -m pytest tests/deformation tests/fields tests/io tests/networks tests/transforms
+
 # which small changes of the code no test notices; MUTANTS="--sample 200" draws some of them
 mutate: $(VENV)/.ready
 	$(BIN)/python tests/mutate.py $(MUTANTS)
@@ -62,4 +70,4 @@ dist: $(VENV)/.ready
 	$(BIN)/check-wheel-contents dist/*.whl
 
 clean:
-	rm -rf $(VENV) build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .mutation
+	rm -rf $(VENV) .venv-oldest build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .mutation

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import configparser
 import importlib.util
 import re
 from pathlib import Path
@@ -47,3 +48,15 @@ def test_only_links_are_changed(setup):
 def test_the_citation_is_of_this_version(setup):
     assert f"\nversion: {__version__}\n" in setup.read("CITATION.cff")
     assert setup.PAPER.endswith(re.search(r"^  doi: (\S+)$", setup.read("CITATION.cff"), re.MULTILINE)[1])
+
+
+def test_the_oldest_versions_that_are_tested_are_those_that_are_allowed():
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg", encoding="utf-8")
+    allowed = dict(
+        line.lower().split(" >= ") for line in config["options"]["install_requires"].split("\n") if line.strip()
+    )
+    lines = (ROOT / "constraints-oldest.txt").read_text(encoding="utf-8").splitlines()
+    tested = dict(line.split("==") for line in lines if "==" in line)
+    for name, version in allowed.items():
+        assert f"{tested[name]}.".startswith(f"{version}."), name
