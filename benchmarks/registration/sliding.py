@@ -21,6 +21,7 @@ import multiprocessing
 import resource
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -138,10 +139,10 @@ def _judge_pair(predicted: Tensor, pairs: Pairs) -> dict[str, Any]:
     }
 
 
-def run(steps: int, seeds: list[int]) -> None:
+def run(steps: int, seeds: list[int], networks: Sequence[str]) -> None:
     """Train and judge every network with every seed, unless its row is there."""
     for seed in seeds:
-        for name in NETWORKS:
+        for name in networks:
             if any((r.get("network"), r.get("seed"), r.get("steps")) == (name, seed, steps) for r in read_rows(PATH)):
                 continue
             began = time.process_time()
@@ -189,23 +190,30 @@ def _seconds(call: Any) -> float:
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown tables of what was judged, as means over seeds ± standard deviation, and of costs."""
-    columns = ("network", "weights", "s of a core", "seeds", "error, voxels", "within 3 voxels of the interface")
+    columns = (
+        "network",
+        "steps",
+        "weights",
+        "s of a core",
+        "seeds",
+        "error, voxels",
+        "within 3 voxels of the interface",
+    )
     columns = (*columns, "separability at 1 voxel", "at 4 voxels", "folds %")
     lines = [f"| {' | '.join(columns)} |", "|" + "---|" * len(columns)]
     judged, costs = [r for r in rows if "network" in r], [r for r in rows if "cost" in r]
-    for name in NETWORKS:
-        mine = [r for r in judged if r["network"] == name]
-        if not mine:
-            continue
+    for name, steps in sorted({(r["network"], r["steps"]) for r in judged}, key=lambda k: (k[1], NETWORKS.index(k[0]))):
+        mine = [r for r in judged if (r["network"], r["steps"]) == (name, steps)]
 
         def shown(values: list[float], digits: int = 2) -> str:
             return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
 
         share = [[100 * r["separability"][DISTANCES.index(p)] for r in mine] for p in (1, 4)]
         seconds, folds = (np.mean([r[key] for r in mine]) for key in ("cpu_s", "fold_percent"))
+        taken, weights = steps * (8 if name == LONGER else 1), mine[0]["weights"]
         errors = [shown([r[key] for r in mine]) for key in ("error_vox", "error_near_vox")]
         lines.append(
-            f"| {name} | {mine[0]['weights']:,} | {seconds:.0f} | {len(mine)} | {' | '.join(errors)} | "
+            f"| {name} | {taken} | {weights:,} | {seconds:.0f} | {len(mine)} | {' | '.join(errors)} | "
             f"{shown(share[0], 0)} % | {shown(share[1], 0)} % | {folds:.2f} |"
         )
     lines += ["", "| network, 48³ | weights | seconds | memory, MB | a training step, s | MB |", "|" + "---|" * 6]
@@ -218,7 +226,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def figure(rows: list[dict[str, Any]]) -> Figure:
-    """A pair, the motion across the interface, and the separability beside the true one."""
+    """A pair, the motion across the interface, and the separability beside the true one, after the longest training."""
+    longest = {name: max((r["steps"] for r in rows if r.get("network") == name), default=0) for name in NETWORKS}
+    rows = [r for r in rows if r.get("steps") == longest.get(r.get("network", ""))]
     drawn = Figure(figsize=(12.0, 3.7), layout="constrained", facecolor="white")
     image, profile, separable = drawn.subplots(1, 3, width_ratios=(1.0, 1.4, 1.4))
     pairs = draw(1, torch.Generator().manual_seed(5))
@@ -248,7 +258,7 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     separable.set_title("motion separability between the blocks")
     for axis in (profile, separable):
         axis.grid(alpha=0.3)
-        axis.legend(frameon=False, fontsize=8)
+    profile.legend(frameon=False, fontsize=8)
     return drawn
 
 
@@ -256,12 +266,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("train", "cost", "table", "figure"))
     parser.add_argument("--steps", type=int, default=STEPS)
+    parser.add_argument("--networks", nargs="+", choices=NETWORKS, default=NETWORKS)
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=Path("sliding.png"), help="the figure")
     args = parser.parse_args()
     if args.what == "train":
         torch.set_num_threads(1)
-        run(args.steps, args.seeds)
+        run(args.steps, args.seeds, args.networks)
     elif args.what == "cost":
         cost()
     elif args.what == "table":
