@@ -32,6 +32,22 @@ def field_of(transform: SimpleITK.Transform, fixed: SimpleITK.Image) -> Tensor:
     return torch.from_numpy(vectors.copy()).movedim(-1, 0)[None].float()
 
 
+def affine(moving: Tensor, fixed: Tensor) -> Tensor:
+    """SimpleITK's affine registration by correlation, on three levels."""
+    target, source = to_itk(fixed), to_itk(moving)
+    method = SimpleITK.ImageRegistrationMethod()
+    method.SetMetricAsCorrelation()
+    method.SetInterpolator(SimpleITK.sitkLinear)
+    method.SetOptimizerAsRegularStepGradientDescent(1.0, 1e-3, 100)
+    method.SetOptimizerScalesFromPhysicalShift()
+    method.SetShrinkFactorsPerLevel([4, 2, 1])
+    method.SetSmoothingSigmasPerLevel([2, 1, 0])
+    middles = SimpleITK.CenteredTransformInitializerFilter.GEOMETRY
+    start = SimpleITK.CenteredTransformInitializer(target, source, SimpleITK.AffineTransform(3), middles)
+    method.SetInitialTransform(start)
+    return field_of(method.Execute(target, source), target)
+
+
 def demons(moving: Tensor, fixed: Tensor) -> Tensor:
     """Fast symmetric forces after histogram matching, on two levels."""
     target, source = to_itk(fixed), to_itk(moving)

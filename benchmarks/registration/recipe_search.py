@@ -1,8 +1,8 @@
 """Which settings let a registration network learn most in equal time?
 
 Every variant trains for as many minutes on the same images, one after the other on one thread, and registers validation
-pairs from the same affine start. What is best in minutes deserves hours: ``--variants`` and ``--minutes`` choose what
-is trained for how long. Runs that were stopped go on.
+pairs from the same affine start. What is best in minutes deserves hours: ``--variants`` and ``--minutes`` say what is
+trained for how long. Runs that were stopped go on.
 
     python benchmarks/registration/recipe_search.py --set hippocampus --work DIR --minutes 5
     python benchmarks/registration/recipe_search.py --table

@@ -27,12 +27,14 @@ from monai_drdm.registration import apply_affine, evaluate_registration, find_af
 from monai_drdm.registration.data import load_images
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
-from baselines import bspline, demons, syn
+from baselines import affine, bspline, demons, syn
 from common.rows import append_rows, read_rows
 from synthetic_pairs import prepare, SETS
 
 PATH = Path(__file__).parent / "stages.jsonl"
 Method = Callable[[Tensor, Tensor], Tensor]
+ORDER = ("nothing", "affine", "SimpleITK's affine", "demons", "affine, demons", "affine, B-splines", "affine, SyN")
+ORDER += ("affine, refine 30", "network", "affine, network", "affine, network, refine 30", "affine, network, refine 60")
 MEASURES = ("dice", "hd95", "fold_fraction", "seconds")
 
 
@@ -65,6 +67,7 @@ def methods(weights: Path | None) -> dict[str, Method]:
     found = {
         "nothing": by_network(still),
         "affine": by_network(still, affine=True),
+        "SimpleITK's affine": affine,
         "demons": demons,
         "affine, demons": after_affine(demons),
         "affine, B-splines": after_affine(bspline),
@@ -110,7 +113,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """Markdown table of means over pairs."""
     lines = ["| set | method | pairs | Dice % | HD95 vox | folds % | seconds of a core |", "|" + "---|" * 7]
     for name in dict.fromkeys(row["set"] for row in rows):
-        for key in dict.fromkeys(row["method"] for row in rows):
+        for key in sorted({row["method"] for row in rows}, key=ORDER.index):
             mine = [row for row in rows if (row["set"], row["method"]) == (name, key)]
             if mine:
                 dice = [100 * np.nanmean(row["dice"]) for row in mine]

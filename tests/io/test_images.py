@@ -468,3 +468,20 @@ def test_not_a_number_in_an_integer_image(tmp_path, recwarn):
     except ValueError:
         return
     assert [str(warning.message) for warning in recwarn] == []  # numpy casts NaN to an undefined value
+
+
+@pytest.mark.parametrize("suffix", [".nii.gz", ".mha"])
+def test_another_data_type_and_no_scaling(tmp_path, suffix):
+    """Values that the file's own type and scaling could not hold."""
+    path, values = tmp_path / f"file{suffix}", np.arange(24, dtype=np.int16).reshape(2, 3, 4)
+    if suffix == ".mha":
+        SimpleITK.WriteImage(SimpleITK.GetImageFromArray(values.T), str(path))
+    else:
+        scaled = nib.Nifti1Image(values, np.eye(4))
+        scaled.header.set_slope_inter(0.5, 3)
+        nib.save(scaled, path)
+    wanted = torch.linspace(-1e6, 1e6, 24).reshape(1, 2, 3, 4) + 0.125
+    load_image(path).save_like(wanted, tmp_path / f"new{suffix}", np.dtype(np.float32))
+    again = load_image(tmp_path / f"new{suffix}").data
+    assert again.dtype == torch.float32
+    assert torch.equal(again.as_tensor(), wanted)
