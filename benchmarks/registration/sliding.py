@@ -226,10 +226,9 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def figure(rows: list[dict[str, Any]]) -> Figure:
-    """A pair, the motion across the interface, and the separability beside the true one, after the longest training."""
-    longest = {name: max((r["steps"] for r in rows if r.get("network") == name), default=0) for name in NETWORKS}
-    rows = [r for r in rows if r.get("steps") == longest.get(r.get("network", ""))]
-    drawn = Figure(figsize=(12.0, 3.7), layout="constrained", facecolor="white")
+    """A pair, the motion across the interface, and the separability beside the true one, after ``STEPS``."""
+    rows = [r for r in rows if r.get("steps") == STEPS]
+    drawn = Figure(figsize=(12.0, 4.0), layout="constrained", facecolor="white")
     image, profile, separable = drawn.subplots(1, 3, width_ratios=(1.0, 1.4, 1.4))
     pairs = draw(1, torch.Generator().manual_seed(5))
     at = int((pairs.regions[0, 0, 0] == 1).sum())
@@ -258,7 +257,7 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     separable.set_title("motion separability between the blocks")
     for axis in (profile, separable):
         axis.grid(alpha=0.3)
-    profile.legend(frameon=False, fontsize=8)
+    drawn.legend(*profile.get_legend_handles_labels(), loc="outside lower center", ncols=6, frameon=False)
     return drawn
 
 
