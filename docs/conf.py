@@ -13,7 +13,7 @@ copyright = "The monai_drdm contributors, Apache-2.0"
 release = version = __version__
 
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx_design", "generated_tables"]
-exclude_patterns = ["_build"]
+exclude_patterns = ["images/README.md", "_build"]
 suppress_warnings = ["misc.highlighting_failure"]
 
 myst_enable_extensions = ["colon_fence", "deflist"]
