@@ -1,6 +1,6 @@
 """What do an affine start and refinement on the pair add, to a network and to methods without one?
 
-Validation pairs of ``synthetic_pairs.py``, whose folders this script shares: run its ``pairs`` and ``train`` first, or
+Pairs of ``synthetic_pairs.py``, whose folders this script shares: run its ``pairs`` and ``train`` first, or
 name any network. All methods get the same images; with ``affine`` they begin from the same affine map.
 
     python benchmarks/registration/stages.py --set hippocampus --work DIR --network RUN/network.safetensors
@@ -34,16 +34,14 @@ from synthetic_pairs import prepare, SETS
 PATH = Path(__file__).parent / "stages.jsonl"
 Method = Callable[[Tensor, Tensor], Tensor]
 ORDER = ("nothing", "affine", "SimpleITK's affine", "demons", "affine, demons", "affine, B-splines", "affine, SyN")
-ORDER += ("affine, refine 30", "network", "affine, network", "affine, network, refine 30", "affine, network, refine 60")
+ORDER += ("affine, refine 30", "affine, refine 60", "network", "affine, network")
+ORDER += ("affine, network, refine 30", "affine, network, refine 60")
 MEASURES = ("dice", "hd95", "fold_fraction", "seconds")
 
 
-class Still(nn.Module):
-    """A network that moves nothing."""
-
-    def forward(self, images: Tensor) -> Tensor:
-        """No displacement."""
-        return images.new_zeros(len(images), images.ndim - 2, *images.shape[2:])
+def nothing(moving: Tensor, fixed: Tensor) -> Tensor:
+    """No displacement."""
+    return fixed.new_zeros(len(fixed), fixed.ndim - 2, *fixed.shape[2:])
 
 
 def after_affine(method: Method) -> Method:
@@ -57,22 +55,22 @@ def after_affine(method: Method) -> Method:
     return run
 
 
-def by_network(network: nn.Module, **stages: Any) -> Method:
+def by_network(network: nn.Module | None, **stages: Any) -> Method:
     return lambda moving, fixed: register(network, moving, fixed, **stages)
 
 
 def methods(weights: Path | None) -> dict[str, Method]:
     """All that are compared, by name."""
-    still = Still()
     found = {
-        "nothing": by_network(still),
-        "affine": by_network(still, affine=True),
+        "nothing": nothing,
+        "affine": by_network(None, affine=True),
         "SimpleITK's affine": affine,
         "demons": demons,
         "affine, demons": after_affine(demons),
         "affine, B-splines": after_affine(bspline),
         "affine, SyN": after_affine(syn),
-        "affine, refine 30": by_network(still, affine=True, refine=30),
+        "affine, refine 30": by_network(None, affine=True, refine=30),
+        "affine, refine 60": by_network(None, affine=True, refine=60),
     }
     if weights is not None:
         network = load_registration(weights)
@@ -85,15 +83,15 @@ def methods(weights: Path | None) -> dict[str, Method]:
     return found
 
 
-def measure(name: str, work: Path, weights: Path | None, chosen: list[str], count: int) -> None:
-    """Register the next validation image to every one, by each method whose rows are not there."""
-    folder = work / name / "validation"
+def measure(name: str, split: str, work: Path, weights: Path | None, chosen: list[str], count: int) -> None:
+    """Register the next image of a split to every one, by each method whose rows are not there."""
+    folder = work / name / split
     bank = load_images(folder / "images", folder / "labels", spatial_dims=3)
-    there = {(row["set"], row["method"], row["pair"]) for row in read_rows(PATH)}
+    there = {(row["set"], row["split"], row["method"], row["pair"]) for row in read_rows(PATH)}
     for i in range(min(count, len(bank))):
         pair = bank.pairs(torch.tensor([(i + 1) % len(bank)]), torch.tensor([i])).to(torch.device("cpu"))
         for key, method in methods(weights).items():
-            if (chosen and key not in chosen) or (name, key, bank.names[i]) in there:
+            if (chosen and key not in chosen) or (name, split, key, bank.names[i]) in there:
                 continue
             began = time.process_time()
             score = evaluate_registration(
@@ -105,24 +103,30 @@ def measure(name: str, work: Path, weights: Path | None, chosen: list[str], coun
                 structures=SETS[name].structures,
                 both_ways=False,
             )
-            row = {"set": name, "method": key, "pair": bank.names[i], "cpu_s": time.process_time() - began}
+            row = {
+                "set": name,
+                "split": split,
+                "method": key,
+                "pair": bank.names[i],
+                "cpu_s": time.process_time() - began,
+            }
             append_rows(PATH, row | {measure: getattr(score, measure) for measure in MEASURES})
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown table of means over pairs."""
-    lines = ["| set | method | pairs | Dice % | HD95 vox | folds % | seconds of a core |", "|" + "---|" * 7]
-    for name in dict.fromkeys(row["set"] for row in rows):
+    lines = ["| set | split | method | pairs | Dice % | HD95 vox | folds % | seconds of a core |", "|" + "---|" * 8]
+    for name, split in dict.fromkeys((row["set"], row["split"]) for row in rows):
         for key in sorted({row["method"] for row in rows}, key=ORDER.index):
-            mine = [row for row in rows if (row["set"], row["method"]) == (name, key)]
+            mine = [row for row in rows if (row["set"], row["split"], row["method"]) == (name, split, key)]
             if mine:
                 dice = [100 * np.nanmean(row["dice"]) for row in mine]
                 hd95 = np.nanmean([np.nanmean(row["hd95"]) for row in mine])
                 folds = 100 * np.mean([row["fold_fraction"] for row in mine])
                 seconds = np.median([row["cpu_s"] for row in mine])
                 lines.append(
-                    f"| {name} | {key} | {len(mine)} | {np.mean(dice):.1f} ± {np.std(dice):.1f} | {hd95:.2f} | "
-                    f"{folds:.3f} | {seconds:.1f} |"
+                    f"| {name} | {split} | {key} | {len(mine)} | {np.mean(dice):.1f} ± {np.std(dice):.1f} "
+                    f"| {hd95:.2f} | {folds:.3f} | {seconds:.1f} |"
                 )
     return "\n".join(lines)
 
@@ -133,9 +137,10 @@ def main() -> None:
     parser.add_argument(
         "--work", type=Path, default=Path("synthetic_registration"), help="folder of synthetic_pairs.py"
     )
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
     parser.add_argument("--network", type=Path, help="network.safetensors")
     parser.add_argument("--methods", nargs="+", default=[], help="default: all")
-    parser.add_argument("--pairs", type=int, default=1000, help="of the validation images, at most")
+    parser.add_argument("--pairs", type=int, default=1000, help="of the split, at most")
     parser.add_argument("--table", action="store_true", help="print the rows that are there")
     args = parser.parse_args()
     if args.table:
@@ -143,7 +148,7 @@ def main() -> None:
         return
     torch.set_num_threads(1)
     prepare(args.set, args.work)
-    measure(args.set, args.work, args.network, args.methods, args.pairs)
+    measure(args.set, args.split, args.work, args.network, args.methods, args.pairs)
 
 
 if __name__ == "__main__":

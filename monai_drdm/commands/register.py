@@ -13,17 +13,19 @@ _DESCRIPTION = (
     "headers place them, and are resampled once."
 )
 _TRAINING = (
-    "Without images and --network the command trains a network: monai-drdm register --pairs FOLDER --out RUN. "
+    "Without images the command trains a network: monai-drdm register --pairs FOLDER --out RUN. "
     "python -m monai_drdm.registration.train --help lists its arguments."
 )
+
+_STAGES = ("--network", "--affine", "--refine")
 
 
 def trains(arguments: Sequence[str]) -> bool:
     """Whether a command line, after the word ``register``, is one of the training command."""
     if not arguments:
         return True
-    names_a_network = any(word.partition("=")[0] == "--network" for word in arguments)
-    return arguments[0].startswith("-") and arguments[0] not in ("-h", "--help") and not names_a_network
+    registers = any(word.partition("=")[0] in _STAGES for word in arguments)
+    return arguments[0].startswith("-") and arguments[0] not in ("-h", "--help") and not registers
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -44,7 +46,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("moving", type=named_path, help="image to move (NIfTI, .mha, .nrrd, .png)")
     parser.add_argument("fixed", type=named_path, help="image that it is brought onto, and whose grid results have")
     parser.add_argument(
-        "--network", required=True, help="network of this package, or the network.safetensors of a training run"
+        "--network", help="network of this package, or the network.safetensors of a training run (default: none)"
     )
     parser.add_argument("--labels", type=named_path, help="label map of the moving image (default: none)")
     parser.add_argument(

@@ -14,7 +14,7 @@ _RANGE_TOLERANCE = 0.01
 
 @torch.no_grad()
 def register(
-    network: nn.Module,
+    network: nn.Module | None,
     moving: Tensor,
     fixed: Tensor,
     *,
@@ -28,7 +28,8 @@ def register(
     However many stages there are, the result is one field, by which an image is resampled once.
 
     Args:
-        network: from ``load_registration``, or another that takes both images as channels.
+        network: from ``load_registration``, or another that takes both images as channels. None: the affine map and the
+            refinement do all.
         moving: ``(B, 1, *S)`` in [0, 1], such as ``unit_range`` makes of an image.
         fixed: ``(B, 1, *S)`` in [0, 1].
         rounds: number of registrations; every one after the first starts from the moving images warped so far.
@@ -45,10 +46,11 @@ def register(
         ``to_moving`` like ``moving(to_moving(x + ddf(x)))``.
 
     Raises:
-        ValueError: ``rounds`` is below 1 or ``refine`` below 0; images are not in [0, 1], or not on one grid without
-            ``to_moving``.
+        ValueError: ``rounds`` is below 1 or ``refine`` below 0; no network, and neither ``affine`` nor ``refine``;
+            images are not in [0, 1], or not on one grid without ``to_moving``.
     """
-    _check(moving, fixed, rounds, refine, to_moving)
+    check_stages(network is not None, rounds, affine, refine)
+    _check(moving, fixed, to_moving)
     grid = identity_grid(fixed.shape[2:], device=fixed.device)[None]
     matrix = find_affine(moving, fixed, to_moving) if affine else None
 
@@ -61,7 +63,9 @@ def register(
         return sample(moving, apply_affine(to_moving.to(fixed), grid + pose(ddf)))
 
     untouched = moving if matrix is None and to_moving is None else look(grid.new_zeros(1, *grid.shape[1:]))
-    ddf = _by_network(network, untouched, fixed, rounds, look)
+    ddf = untouched.new_zeros(len(fixed), *grid.shape[1:])
+    if network is not None:
+        ddf = _by_network(network, untouched, fixed, rounds, look)
     return pose(refine_field(look, fixed, ddf, refine) if refine else ddf)
 
 
@@ -75,11 +79,17 @@ def _by_network(network: nn.Module, moving: Tensor, fixed: Tensor, rounds: int, 
     return ddf
 
 
-def _check(moving: Tensor, fixed: Tensor, rounds: int, refine: int, to_moving: Tensor | None) -> None:
+def check_stages(network: bool, rounds: int, affine: bool, refine: int) -> None:
+    """Raise ``ValueError`` unless there is something to register with, in numbers that make sense."""
     if rounds < 1:
         raise ValueError(f"rounds must be 1 or more, got {rounds}.")
     if refine < 0:
         raise ValueError(f"refine must be 0 or more steps, got {refine}.")
+    if not (network or affine or refine):
+        raise ValueError("nothing would be registered: give a network, affine, refine, or several of them.")
+
+
+def _check(moving: Tensor, fixed: Tensor, to_moving: Tensor | None) -> None:
     for name, image in (("moving", moving), ("fixed", fixed)):
         low, high = float(image.min()), float(image.max())
         if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):

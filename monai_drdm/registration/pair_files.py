@@ -20,7 +20,7 @@ from monai_drdm._version import __version__
 from monai_drdm.fields import fold_fraction, identity_grid, sample
 from monai_drdm.io import ImageFile, load_image
 from monai_drdm.registration.affine import apply_affine
-from monai_drdm.registration.alignment import register
+from monai_drdm.registration.alignment import check_stages, register
 from monai_drdm.registration.data import unit_range
 from monai_drdm.registration.networks import load_registration, registration_file, RegistrationNetwork
 
@@ -52,7 +52,7 @@ class PairSettings:
 def register_files(
     moving: str | os.PathLike[str],
     fixed: str | os.PathLike[str],
-    network: str | os.PathLike[str],
+    network: str | os.PathLike[str] | None,
     out: str | os.PathLike[str],
     labels: str | os.PathLike[str] | None = None,
     settings: PairSettings | None = None,
@@ -66,7 +66,7 @@ def register_files(
     Args:
         moving: an image of one channel.
         fixed: an image of one channel and as many dimensions.
-        network: a name or file, as for ``load_registration``.
+        network: a name or file, as for ``load_registration``; None: no network, see ``register``.
         out: a folder that is new or empty.
         labels: a label map on the grid of the moving image.
         settings: how to register; None: the defaults.
@@ -79,12 +79,14 @@ def register_files(
     Raises:
         FileNotFoundError: a file does not exist.
         FileExistsError: the folder is not empty.
-        ValueError: a file that cannot be read, or does not suit the network or the other files.
+        ValueError: a file that cannot be read, or does not suit the network or the other files; settings by which
+            nothing would be registered.
     """
     folder, settings = Path(out), settings or PairSettings()
+    check_stages(network is not None, settings.rounds, settings.affine, settings.refine)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another with --out.")
-    loaded = load_registration(network, settings.device)
+    loaded = None if network is None else load_registration(network, settings.device)
     pair = _Pair.read(Path(moving), Path(fixed), None if labels is None else Path(labels), loaded)
     began = time.perf_counter()
     ddf = pair.register(loaded, settings)
@@ -98,7 +100,7 @@ def register_files(
             "moving": _described(moving),
             "fixed": _described(fixed),
             "labels": None if labels is None else _described(labels),
-            "network": _described(registration_file(network)),
+            "network": None if network is None else _described(registration_file(network)),
             "settings": asdict(settings),
             "statistics": numbers | {"seconds": round(seconds, 3)},
             "files": {path.name.partition(".")[0]: path.name for path in written},
@@ -121,9 +123,9 @@ class _Pair:
     """``(1, D, D + 1)``: voxels of the moving image from those of the fixed one."""
 
     @classmethod
-    def read(cls, moving: Path, fixed: Path, labels: Path | None, network: RegistrationNetwork) -> _Pair:
+    def read(cls, moving: Path, fixed: Path, labels: Path | None, network: RegistrationNetwork | None) -> _Pair:
         """Read and check the files."""
-        dims = network.structure.spatial_dims
+        dims = load_image(fixed).data.ndim - 1 if network is None else network.structure.spatial_dims
         images = (_read_image(moving, dims), _read_image(fixed, dims))
         marks = None if labels is None else _read_image(labels, dims)
         if marks is not None:
@@ -133,7 +135,7 @@ class _Pair:
         matrix = np.concatenate([back @ here[:, :dims], (back @ (here[:, dims] - there[:, dims]))[:, None]], axis=1)
         return cls(images[0], images[1], marks, torch.from_numpy(matrix).float()[None])
 
-    def register(self, network: RegistrationNetwork, settings: PairSettings) -> Tensor:
+    def register(self, network: RegistrationNetwork | None, settings: PairSettings) -> Tensor:
         """``(1, D, *S)`` voxels of the fixed image."""
         device = torch.device(settings.device)
         images = tuple(unit_range(one.data.as_tensor())[None].to(device) for one in (self.moving, self.fixed))
