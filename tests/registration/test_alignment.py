@@ -144,3 +144,12 @@ def test_wrong_calls_are_explained(arguments, says):
     images = {"moving": torch.rand(1, 1, 8, 8), "fixed": torch.rand(1, 1, 8, 8)}
     with pytest.raises(ValueError, match=says):
         register(Still(), **{**images, **arguments})
+
+
+def test_no_network_is_needed():
+    """An affine map and refinement alone: what a network that moves nothing leaves to them; and nothing is refused."""
+    moving, fixed = anatomy((20, 22)), anatomy((20, 22), seed=1)
+    for stages in ({"affine": True}, {"refine": 3}, {"affine": True, "refine": 3}):
+        torch.testing.assert_close(register(None, moving, fixed, **stages), register(Still(), moving, fixed, **stages))
+    with pytest.raises(ValueError, match="nothing would be registered"):
+        register(None, moving, fixed)

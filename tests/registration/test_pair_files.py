@@ -161,6 +161,18 @@ def test_whatever_order_the_words_have(volumes, networks):
     assert register(*words, "--out", volumes / "out") == 0
 
 
+def test_no_network_is_needed(volumes, capsys):
+    """The affine map and the refinement alone bring the images together; without either there is nothing to do."""
+    files = volumes / "moving.nii.gz", volumes / "fixed.nii.gz", "--out", volumes / "out"
+    assert register("--affine", "--refine", 10, *files) == 0
+    record = json.loads((volumes / "out" / "record.json").read_text())
+    assert record["network"] is None
+    assert record["statistics"]["correlation"] > max(0.98, record["statistics"]["correlation_before"] + 0.01)
+    assert record["statistics"]["fold_fraction"] == 0
+    assert register(*files[:2], "--out", volumes / "other") == 1
+    assert "nothing would be registered: give a network, affine, refine" in capsys.readouterr().err
+
+
 def test_networks_of_this_package_have_names(volumes, networks, monkeypatch, capsys):
     monkeypatch.setattr("monai_drdm.registration.networks._SHIPPED", networks)
     assert list_registrations() == ["2", "3", "still-2", "still-3"]
