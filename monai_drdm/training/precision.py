@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
 from monai.inferers import Inferer
 from torch import nn, Tensor
+from torch.overrides import TorchFunctionMode
+
+_CONVOLUTIONS = (
+    *(torch.conv1d, torch.conv2d, torch.conv3d),
+    *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
+)
+_SMALL = 2
 
 
 def has_native_bfloat16(device: torch.device) -> bool:
@@ -15,6 +23,25 @@ def has_native_bfloat16(device: torch.device) -> bool:
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+class SmallGridsInFloat32(TorchFunctionMode):
+    """Convolutions of grids that have 2 voxels or fewer along an axis run in float32, whatever autocast says.
+
+    On processors with bfloat16, the gradients that PyTorch 2.13 computes for the weights of such convolutions hold
+    whatever was in memory before: with ``Conv3d`` where the first axis has length 2, and with a stride of 2 where the
+    last axis has length 1.
+    """
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of PyTorch."""
+        kwargs = kwargs or {}
+        if func in _CONVOLUTIONS and min(args[0].shape[2:]) <= _SMALL:
+            with torch.autocast(args[0].device.type, enabled=False):
+                return func(*(one.float() if isinstance(one, Tensor) else one for one in args), **kwargs)
+        return func(*args, **kwargs)
 
 
 class Bfloat16Inferer(Inferer):
@@ -30,7 +57,8 @@ class Bfloat16Inferer(Inferer):
 
     def __call__(self, inputs: Tensor, network: Callable[..., Any], *args: Any, **kwargs: Any) -> Tensor:
         """The network's prediction in float32."""
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.enabled):
+        small = SmallGridsInFloat32() if self.enabled else nullcontext()
+        with small, torch.autocast(inputs.device.type, torch.bfloat16, enabled=self.enabled):
             predicted: Tensor = network(inputs, *args, **kwargs)
         return predicted.float()
 
