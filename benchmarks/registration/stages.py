@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy.stats import wilcoxon
 from torch import nn, Tensor
 
 from monai_drdm.fields import identity_grid, sample
@@ -131,6 +132,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def comparison(rows: list[dict[str, Any]]) -> str:
+    """Markdown table of differences on the same test pairs, and Wilcoxon's test of them."""
+    lines = ["| set | method | minus | pairs | Dice points | p (Wilcoxon) |", "|" + "---|" * 6]
+    for name in dict.fromkeys(row["set"] for row in rows if row["split"] == "test"):
+        found: dict[str, dict[str, float]] = {}
+        for row in rows:
+            if (row["set"], row["split"]) == (name, "test"):
+                found.setdefault(row["method"], {})[row["pair"]] = 100 * float(np.nanmean(row["dice"]))
+        for method in ("affine, refine 30", "affine, network, refine 30", "affine, network, refine 60"):
+            for other in ("demons", "affine, demons", "affine, refine 30"):
+                ours, theirs = found.get(method, {}), found.get(other, {})
+                points = [value - theirs[pair] for pair, value in ours.items() if pair in theirs]
+                if points and method != other:
+                    p = float(wilcoxon(points).pvalue)
+                    lines.append(f"| {name} | {method} | {other} | {len(points)} | {np.mean(points):+.2f} | {p:.2g} |")
+    return "\n".join(lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=tuple(SETS), default="hippocampus")
@@ -144,7 +163,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="print the rows that are there")
     args = parser.parse_args()
     if args.table:
-        print(table(read_rows(PATH)))
+        print(table(read_rows(PATH)), comparison(read_rows(PATH)), sep="\n\n")
         return
     torch.set_num_threads(1)
     prepare(args.set, args.work)
