@@ -23,6 +23,8 @@ _FAULTS = (ArithmeticError, AttributeError, LookupError, MemoryError, RecursionE
 
 Origin = str | os.PathLike[str]
 """The file that a text comes from, or another description that the user knows."""
+NO_BETTER = "no better than doing nothing on its validation data"
+"""What training writes into the source of such a network."""
 
 
 class DocumentError(ValueError):

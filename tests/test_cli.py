@@ -24,6 +24,7 @@ from monai_drdm.networks.kinds import SAMPLERS
 from monai_drdm.registration.config import RegistrationConfig
 from monai_drdm.train.config import TrainConfig
 from monai_drdm.training.command import TrainingCommand
+from monai_drdm.training.task import Validation
 
 CARDIAC, LUNG = "zheng2026-cmr-2d", "zheng2026-lct-3d"
 
@@ -151,6 +152,18 @@ def test_verify_of_own_files(capsys, small_network, tmp_path):
     lines = capsys.readouterr().out.splitlines()
     kinds = ["recresacnet 2D", "velocity_unet 2D", "velocity_unet 3D"]
     assert lines == [f"{path}  ok  {kind}  sha256 {one}" for path, kind, one in zip(paths, kinds, digests)]
+
+
+@pytest.mark.parametrize(("loss", "warns"), [(0.99, True), (1.2, True), (0.9, False)])
+def test_verify_warns_of_a_network_that_is_no_better_than_doing_nothing(capsys, tmp_path, loss, warns):
+    """The card is written by the validation of a training run."""
+    validation = Validation({"validation_loss": loss}, {"validation_loss": 1.0})
+    source, path = "; ".join(filter(None, ["trained", validation.doubt])), tmp_path / "mine.safetensors"
+    save_network(a_network(source=source, gates=validation.gates()), path)
+    assert main(["weights", "verify", str(path)]) == 0
+    out, err = capsys.readouterr()
+    assert f"{path}  ok" in out
+    assert ("no better than doing nothing" in err, str(loss) in err) == (warns, warns)
 
 
 @pytest.mark.parametrize("name", ["anatomy-2d", "anatomy-3d"])

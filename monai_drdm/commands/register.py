@@ -9,8 +9,8 @@ from monai_drdm.commands.arguments import Commands, named_path, require_matplotl
 
 _DESCRIPTION = (
     "Bring a moving image, and its labels, onto a fixed one: warped image, field for ITK and ANTs, labels, record and "
-    "figure. Affine, orientation, voxel size and data type are kept; images on different grids begin where their "
-    "headers place them, and are resampled once."
+    "figure. Affine, orientation, voxel size and data type are kept; images may lie on different grids; their headers "
+    "give the starting position. They are resampled once."
 )
 _TRAINING = (
     "Without images the command trains a network: monai-drdm register --pairs FOLDER --out RUN. "
@@ -57,7 +57,8 @@ def add_parser(commands: Commands) -> None:
         type=int,
         default=0,
         metavar="STEPS",
-        help="at last adapt the field to this pair in so many steps, without folds; 30 to 50 are enough (default: 0)",
+        help="after the network, optimise the field for this pair for STEPS steps, without folds; 30 to 50 are enough "
+        "(default: 0)",
     )
     parser.add_argument(
         "--rounds", type=int, default=1, help="how often the network registers, each time what is left (default: 1)"

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+import math
+import sys
 from pathlib import Path
 
 from monai_drdm.commands.arguments import Commands, named_path
+from monai_drdm.documents import NO_BETTER
 from monai_drdm.networks.registry import known_file, list_networks, list_published, network_card, weights_folder
 
 
@@ -75,4 +78,7 @@ def run_verify(options: argparse.Namespace) -> int:
         except ValueError as error:
             raise ValueError(f"{path}: {error}") from error
         print(f"{name}  ok  {card.kind} {card.spatial_dims}D  sha256 {card.sha256}")
+        if NO_BETTER in card.source:
+            loss = card.gates.get("validation_loss", math.nan)
+            print(f"{name}: warning: its card says that it is {NO_BETTER} (loss {loss:.3g}).", file=sys.stderr)
     return 0

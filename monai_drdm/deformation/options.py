@@ -80,8 +80,8 @@ class DrawOptions(SharedDrawOptions, total=False):
         float | Sequence[float],
         Option(
             (0.3, 0.8),
-            "how far the random field goes before recovery: a number in (0, 1], or a range from which it is drawn "
-            "uniformly. It is T'/T of the paper.",
+            "how strong the random field is before the network takes most of it back: a number in (0, 1], or a range "
+            "from which it is drawn uniformly. It is T'/T of the paper.",
         ),
     ]
 

@@ -19,6 +19,7 @@ from torch import nn, Tensor
 from monai_drdm.documents import Document
 from monai_drdm.fields import crop, exp_svf
 from monai_drdm.io.files import atomically
+from monai_drdm.networks.registry import list_networks
 from monai_drdm.registration.aligner import check_levels, ResidualAlignerNet, SEPARABLE_STRUCTURES
 from monai_drdm.registration.forces import demons_forces, WIDTHS
 
@@ -241,9 +242,19 @@ def registration_file(name: str | os.PathLike[str]) -> Path:
     if os.fspath(name) in list_registrations():
         return _SHIPPED / f"{os.fspath(name)}.safetensors"
     if not Path(name).is_file():
-        known = f" Networks of this package: {', '.join(list_registrations())}." if list_registrations() else ""
-        raise FileNotFoundError(f"no registration network {os.fspath(name)}.{known}")
+        raise FileNotFoundError(f"no registration network {os.fspath(name)}.{_advice(os.fspath(name))}")
     return Path(name)
+
+
+def _advice(name: str) -> str:
+    """What to do if there is no registration network of this name."""
+    if name in ("auto", *list_networks()):
+        return (
+            " A network of that name deforms one scan and cannot register two. Leave the network out and use the "
+            "affine map and the refinement (--affine --refine 40), or give the network.safetensors of a registration "
+            "run."
+        )
+    return f" Networks of this package: {', '.join(list_registrations())}." if list_registrations() else ""
 
 
 def kinds() -> Sequence[str]:

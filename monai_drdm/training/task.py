@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Protocol, TYPE_CHECKING
 import torch
 from torch import nn, Tensor
 
+from monai_drdm.documents import NO_BETTER
 from monai_drdm.training.settings import RunConfig
 
 if TYPE_CHECKING:
@@ -57,7 +58,7 @@ class Validation(NamedTuple):
     @property
     def doubt(self) -> str:
         """What a card says of a network that is no better than doing nothing; empty for a better one."""
-        return "" if self.beats_nothing else "no better than doing nothing on its validation data"
+        return "" if self.beats_nothing else NO_BETTER
 
     def gates(self) -> dict[str, float]:
         """Everything that was measured, for a card."""

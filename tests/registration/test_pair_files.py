@@ -182,6 +182,16 @@ def test_networks_of_this_package_have_names(volumes, networks, monkeypatch, cap
     assert "no registration network 4. Networks of this package: 2, 3, still-2" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["anatomy-3d", "zheng2026-cmr-2d", "auto"])
+def test_networks_that_deform_one_scan_are_told_apart(volumes, name, capsys):
+    files = volumes / "moving.nii.gz", volumes / "fixed.nii.gz"
+    assert register(*files, "--network", name, "--out", volumes / "out") == 1
+    said = capsys.readouterr().err
+    assert f"no registration network {name}. A network of that name deforms one scan" in said
+    assert "--affine --refine 40" in said
+    assert not (volumes / "out").exists()
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
