@@ -1,0 +1,124 @@
+"""Are deformed brains as symmetric as those of real people?
+
+Two measures of every brain. *Mirror Dice*: how well its label map agrees with its own mirror image after the affine map
+that brings both images closest, as a mean over structures; an affine map takes out pose and shear, but it cannot make
+unequal halves equal. *Larger half*: the volume of the larger half over that of the smaller, where the halves are those
+of the original, carried along by the field. The yardstick is the spread of the originals themselves.
+
+    python benchmarks/plausibility/symmetry.py --split test
+    python benchmarks/plausibility/symmetry.py --table
+
+Fields: of the network in this package at several levels, and the random fields that it starts from, made as strong as
+the network's by scaling. Rows are in ``symmetry.jsonl``; what is there is not measured again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from monai_drdm.diffusion import DRDM
+from monai_drdm.fields import fold_fraction, identity_grid, sample, warp
+from monai_drdm.metrics import mean_displacement, remove_affine
+from monai_drdm.networks import load_network, network_sha256
+from monai_drdm.registration import apply_affine, find_affine, unit_range
+
+sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
+from common.labels import dice
+from common.rows import append_rows, machine, read_rows
+from common.scans import Scan, scans
+from front_picture import larger_half
+
+PATH = Path(__file__).parent / "symmetry.jsonl"
+LEVELS = (0.3, 0.6, 0.8)
+STRUCTURES = 12
+LEFT_TO_RIGHT = 0
+"""Axis of the scans."""
+
+
+def mirror_dice(image: Tensor, label: Tensor) -> float:
+    """Mean Dice over structures of a label map ``(1, 1, *S)`` and its mirror image, brought onto it."""
+    here = unit_range(image[0])[None]
+    there, marks = (one.flip(LEFT_TO_RIGHT + 2) for one in (here, label))
+    where = apply_affine(find_affine(there, here), identity_grid(image.shape[2:])[None])
+    found = dice(sample(marks, where, "nearest", "zeros"), label, STRUCTURES)
+    return float(np.mean([one for one in found if one is not None]))
+
+
+def fields(model: DRDM, scan: Scan, draws: int) -> Iterator[tuple[str, float, int, Tensor]]:
+    """Kind, level, seed and field of everything that is compared on one scan."""
+    for level in LEVELS:
+        for seed in range(draws):
+            ours = model.sample(scan.image, level, [seed])
+            yield "network", level, seed, ours
+            random = model.diffuse(scan.image.shape[2:], [level], [seed])
+            share = mean_displacement(remove_affine(ours)) / mean_displacement(remove_affine(random))
+            yield "random", level, seed, random * float(share)
+
+
+def measure(split: str, network: str, draws: int) -> None:
+    """Write the rows of every scan that are not there."""
+    model = DRDM(load_network(network))
+    weights = network_sha256(model.network)[:8]
+    there = {(row["scan"], row["network"]) for row in read_rows(PATH) if row["kind"] == "random"}
+    for scan in tqdm(scans("ixi3d", split)):
+        if (scan.name, weights) in there:
+            continue
+        key = {"split": split, "scan": scan.name, "network": weights}
+        still = {"mirror": mirror_dice(scan.image, scan.label), "half": larger_half(scan.label, None, LEFT_TO_RIGHT)}
+        rows: list[dict[str, Any]] = [key | {"kind": "original", "level": 0.0, "seed": 0} | still]
+        for kind, level, seed, ddf in fields(model, scan, draws):
+            found = {
+                "mirror": mirror_dice(warp(scan.image, ddf), warp(scan.label, ddf, "nearest")),
+                "half": larger_half(scan.label, ddf, LEFT_TO_RIGHT),
+                "displacement_vox": float(mean_displacement(remove_affine(ddf))),
+                "folds": float(fold_fraction(ddf)),
+            }
+            rows.append(key | {"kind": kind, "level": level, "seed": seed} | found)
+        append_rows(PATH, *(row | machine() for row in rows))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown table of means over brains and draws."""
+    lines = ["| network | split | fields | level | n | mirror Dice % | larger half | largest | voxels without affine |"]
+    lines.append("|" + "---|" * 9)
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        groups.setdefault((row["network"], row["split"], row["kind"], row["level"]), []).append(row)
+    for (weights, split, kind, level), found in groups.items():
+        mirror, half = (np.array([row[name] for row in found]) for name in ("mirror", "half"))
+        cells = [weights, split, kind, f"{level:g}" if level else "–", str(len(found)), _spread(100 * mirror, 1)]
+        cells += [_spread(half, 3), f"{half.max():.3f}"]
+        cells.append(f"{np.mean([row['displacement_vox'] for row in found]):.2f}" if level else "–")
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n\nmean ± standard deviation over brains and draws"
+
+
+def _spread(values: np.ndarray, digits: int) -> str:
+    return f"{values.mean():.{digits}f} ± {values.std(ddof=1):.{digits}f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--split", choices=("validation", "test"), default="validation")
+    parser.add_argument("--network", default="anatomy-3d", help="name or safetensors file of a 3D network")
+    parser.add_argument("--draws", type=int, default=2)
+    parser.add_argument("--table", action="store_true", help="print the rows that are there")
+    args = parser.parse_args()
+    if args.table:
+        print(table(read_rows(PATH)))
+        return
+    torch.set_num_threads(1)
+    measure(args.split, args.network, args.draws)
+
+
+if __name__ == "__main__":
+    main()
