@@ -9,8 +9,8 @@ from monai_drdm.commands.arguments import Commands, named_path, require_matplotl
 
 _DESCRIPTION = (
     "Bring a moving image, and its labels, onto a fixed one: warped image, field for ITK and ANTs, labels, record and "
-    "figure. Affine, orientation, voxel size and data type are kept; images may lie on different grids; their headers "
-    "give the starting position. They are resampled once."
+    "figure. Affine, orientation, voxel size and data type are kept. Images may lie on different grids. The headers "
+    "give the starting position, and images are resampled once."
 )
 _TRAINING = (
     "Without images the command trains a network: monai-drdm register --pairs FOLDER --out RUN. "
