@@ -12,10 +12,10 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
-from table import by_structure, split
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from common.rows import read_rows
+from table import by_structure, split
 
 HERE = Path(__file__).parent
 Row = dict[str, Any]
@@ -39,7 +39,7 @@ def draw(path: Path) -> None:
     for name, panel in zip(names, axes[0]):
         alone, _ = split(read_rows(HERE / f"{name}.jsonl"))
         found = {True: [row for row in tested if row["protocol"] == name], False: alone}
-        counts = sorted({row["subjects"] for row in found[True]})
+        counts = sorted({row["subjects"] for row in found[True]} | {row["subjects"] for row in alone})
         ways = [way for way in WAYS if any(row["arm"] == way[0] for row in found[way[1]])]
         for place, way in enumerate(ways):
             for group, count in enumerate(counts):
@@ -48,14 +48,15 @@ def draw(path: Path) -> None:
                 at = group + (place - (len(ways) - 1) / 2) * 0.8 / len(ways)
                 if values:
                     label, colour = WAYS[way]
-                    panel.bar(at, np.mean(values), 0.72 / len(ways), color=colour, label=label if group == 0 else None)
+                    panel.bar(at, np.mean(values), 0.72 / len(ways), color=colour, label=label)
                     panel.plot([at] * len(values), values, "o", color="black", markersize=3)
         panel.set_xticks(range(len(counts)), [f"{count} labelled" for count in counts])
         panel.set(title=TITLES[name], ylabel="Dice of test subjects, %")
         low = min(100 * by_structure(row, "dice").mean() for rows in found.values() for row in rows)
         panel.set_ylim(max(0, 5 * ((low - 5) // 5)), None)
         panel.spines[["top", "right"]].set_visible(False)
-    axes[0, 0].legend(frameon=False, fontsize=8, loc="lower right")
+    shown = {name: bar for panel in axes[0] for bar, name in zip(*panel.get_legend_handles_labels())}
+    figure.legend(shown.values(), shown.keys(), frameon=False, fontsize=9, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=130)
 
 
