@@ -138,8 +138,11 @@ def main(arguments: list[str] | None = None) -> None:
     """Assemble all bundles and say where they are."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=HERE.parent / "dist" / "bundles", help="folder of the bundles")
-    for bundle in make_bundles(parser.parse_args(arguments).out):
-        print(bundle)
+    try:
+        made = make_bundles(parser.parse_args(arguments).out)
+    except FileExistsError as error:
+        raise SystemExit(str(error)) from None
+    print(*made, sep="\n")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,11 @@ def apply_affine(matrix: Tensor, points: Tensor) -> Tensor:
     return moved + shift.view(*shift.shape, *(1,) * (points.ndim - 2))
 
 
-@torch.no_grad()
+def ordinary(values: Tensor) -> Tensor:
+    """The same numbers in float32, in a tensor that gradients may be computed through."""
+    return values.float().clone() if values.is_inference() else values.float()
+
+
 def find_affine(moving: Tensor, fixed: Tensor, start: Tensor | None = None) -> Tensor:
     """The affine map with which a moving image correlates best with a fixed one.
 
@@ -39,6 +43,11 @@ def find_affine(moving: Tensor, fixed: Tensor, start: Tensor | None = None) -> T
     Returns:
         ``(B, D, D + 1)``, in voxels of the fixed image: ``fixed(x)`` resembles ``moving(start(found(x)))``.
     """
+    with torch.inference_mode(False), torch.no_grad():
+        return _find(ordinary(moving), ordinary(fixed), None if start is None else ordinary(start))
+
+
+def _find(moving: Tensor, fixed: Tensor, start: Tensor | None) -> Tensor:
     frame = _Frame(fixed.shape[2:], fixed.device)
     first = frame.identity(len(fixed)) if start is None else start.to(fixed).expand(len(fixed), -1, -1)
     back = torch.linalg.inv(first[:, :, :-1])

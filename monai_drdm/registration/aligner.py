@@ -34,7 +34,8 @@ _SLOPE_ALIGNER = 0.01
 def check_levels(pool_sizes: Sequence[int], dilations: Sequence[int]) -> None:
     """Raise ``ValueError`` unless both say of the same levels, coarse to fine, what a decoder can be built of."""
     pools, reach = tuple(pool_sizes), tuple(dilations)
-    if not pools or len(pools) != len(reach) or min(*pools, *reach) < 1:
+    whole = all(isinstance(one, int) and one >= 1 for one in (*pools, *reach))
+    if not pools or len(pools) != len(reach) or not whole:
         raise ValueError(f"pool_sizes and dilations must be as many numbers of 1 or more, got {pools} and {reach}.")
     if any(coarse % fine for coarse, fine in pairwise(pools)):
         raise ValueError(f"pool_sizes must be coarse to fine, each a multiple of the next, got {pools}.")
@@ -190,7 +191,8 @@ class ResidualAlignerNet(nn.Module):
         heads: candidate motions in every voxel.
 
     Raises:
-        ValueError: numbers of levels that differ, or pool sizes of which one is no multiple of the next.
+        ValueError: numbers out of range, numbers of levels that differ, or pool sizes of which one is no multiple of
+            the next.
     """
 
     def __init__(
@@ -207,6 +209,12 @@ class ResidualAlignerNet(nn.Module):
     ) -> None:
         super().__init__()
         check_levels(pool_sizes, dilations)
+        if spatial_dims not in _CONV or min(in_channels, channels, heads) < 1 or min(pair_channels, depth) < 0:
+            raise ValueError(
+                "a residual aligner needs spatial_dims 2 or 3, in_channels, channels and heads of 1 or more, and "
+                f"pair_channels and depth of 0 or more, got {spatial_dims}, {in_channels}, {channels}, {heads}, "
+                f"{pair_channels} and {depth}."
+            )
         self.dims, self.in_channels, self.heads = spatial_dims, in_channels, heads
         self.pools, make, width = tuple(pool_sizes), _Builder(spatial_dims), 3 * heads
         encoded = [channels, *(2 * channels,) * (depth - 1), 4 * channels][: depth + 1]

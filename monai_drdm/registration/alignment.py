@@ -6,13 +6,12 @@ import torch
 from torch import nn, Tensor
 
 from monai_drdm.fields import compose, identity_grid, sample, warp
-from monai_drdm.registration.affine import apply_affine, find_affine
+from monai_drdm.registration.affine import apply_affine, find_affine, ordinary
 from monai_drdm.registration.refinement import Look, refine_field
 
 _RANGE_TOLERANCE = 0.01
 
 
-@torch.no_grad()
 def register(
     network: nn.Module | None,
     moving: Tensor,
@@ -47,10 +46,27 @@ def register(
 
     Raises:
         ValueError: ``rounds`` is below 1 or ``refine`` below 0; no network, and neither ``affine`` nor ``refine``;
-            images are not in [0, 1], or not on one grid without ``to_moving``.
+            images of other shapes, not in [0, 1], or not on one grid without ``to_moving``.
     """
     check_stages(network is not None, rounds, affine, refine)
     _check(moving, fixed, to_moving)
+    with torch.inference_mode(False), torch.no_grad():
+        to_moving = None if to_moving is None else ordinary(to_moving).to(fixed.device)
+        moving, fixed = ordinary(moving), ordinary(fixed)
+        size = 1 if refine else len(fixed)
+        parts = zip(torch.split(moving, size), torch.split(fixed, size))
+        return torch.cat([_register(network, a, b, rounds, affine, refine, to_moving) for a, b in parts])
+
+
+def _register(
+    network: nn.Module | None,
+    moving: Tensor,
+    fixed: Tensor,
+    rounds: int,
+    affine: bool,
+    refine: int,
+    to_moving: Tensor | None,
+) -> Tensor:
     grid = identity_grid(fixed.shape[2:], device=fixed.device)[None]
     matrix = find_affine(moving, fixed, to_moving) if affine else None
 
@@ -60,11 +76,11 @@ def register(
     def look(ddf: Tensor) -> Tensor:
         if to_moving is None:
             return warp(moving, pose(ddf))
-        return sample(moving, apply_affine(to_moving.to(fixed), grid + pose(ddf)))
+        return sample(moving, apply_affine(to_moving, grid + pose(ddf)))
 
-    untouched = moving if matrix is None and to_moving is None else look(grid.new_zeros(1, *grid.shape[1:]))
-    ddf = untouched.new_zeros(len(fixed), *grid.shape[1:])
+    ddf = fixed.new_zeros(len(fixed), *grid.shape[1:])
     if network is not None:
+        untouched = moving if matrix is None and to_moving is None else look(ddf)
         ddf = _by_network(network, untouched, fixed, rounds, look)
     return pose(refine_field(look, fixed, ddf, refine) if refine else ddf)
 
@@ -72,11 +88,13 @@ def register(
 def _by_network(network: nn.Module, moving: Tensor, fixed: Tensor, rounds: int, look: Look) -> Tensor:
     training = network.training
     network.eval()
-    ddf: Tensor = network(torch.cat([moving, fixed], dim=1))
-    for _ in range(rounds - 1):
-        ddf = compose(ddf, network(torch.cat([look(ddf), fixed], dim=1)))
-    network.train(training)
-    return ddf
+    try:
+        ddf: Tensor = network(torch.cat([moving, fixed], dim=1))
+        for _ in range(rounds - 1):
+            ddf = compose(ddf, network(torch.cat([look(ddf), fixed], dim=1)))
+        return ddf
+    finally:
+        network.train(training)
 
 
 def check_stages(network: bool, rounds: int, affine: bool, refine: int) -> None:
@@ -91,6 +109,11 @@ def check_stages(network: bool, rounds: int, affine: bool, refine: int) -> None:
 
 def _check(moving: Tensor, fixed: Tensor, to_moving: Tensor | None) -> None:
     for name, image in (("moving", moving), ("fixed", fixed)):
+        if image.ndim not in (4, 5) or image.shape[1] != 1 or len(image) != len(fixed):
+            raise ValueError(
+                f"{name} must be as many images of one channel as fixed, (B, 1, *S) with 2 or 3 spatial axes, got "
+                f"{tuple(image.shape)} beside {tuple(fixed.shape)}."
+            )
         low, high = float(image.min()), float(image.max())
         if not (low >= -_RANGE_TOLERANCE and high <= 1 + _RANGE_TOLERANCE):
             raise ValueError(

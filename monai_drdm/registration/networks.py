@@ -82,8 +82,11 @@ class Structure:
 
     @property
     def multiple(self) -> int:
-        """What the size of images is padded to be a multiple of; the backbone of kind ``aligner`` pads by itself."""
-        return self.stride * (1 if self.kind == "aligner" else 2**self.depth)
+        """What the size of images is padded to be a multiple of.
+
+        The backbone of kind ``aligner`` pads by itself, but forces are differences of neighbours.
+        """
+        return self.stride * (1 + self.forces if self.kind == "aligner" else 2**self.depth)
 
 
 def _regunet(structure: Structure) -> nn.Module:

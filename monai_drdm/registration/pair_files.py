@@ -7,6 +7,7 @@ import json
 import os
 import tempfile
 import time
+import warnings
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,7 @@ def register_files(
     began = time.perf_counter()
     ddf = pair.register(loaded, settings)
     seconds = time.perf_counter() - began
+    pair.warn_of_nothing(ddf, settings)
     folder.parent.mkdir(parents=True, exist_ok=True)
     # files are moved into place at the end, so that an error leaves none of them behind
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
@@ -194,6 +196,14 @@ class _Pair:
         }
         return {name: round(value, 6) for name, value in found.items()}
 
+    def warn_of_nothing(self, ddf: Tensor, settings: PairSettings) -> None:
+        """Say so if there was nothing to compare."""
+        warped = self.through(ddf, self.moving)
+        for name, values in (("warped", warped), ("fixed", self.fixed.data.as_tensor())):
+            if bool((values == values.flatten()[0]).all()):
+                hint = "" if settings.affine else " If the headers place the images apart, use the affine stage."
+                warnings.warn(f"the {name} image is constant, so nothing was registered.{hint}", stacklevel=3)
+
     @property
     def spacing(self) -> list[float]:
         """Mm per voxel of the fixed image."""
@@ -219,8 +229,8 @@ def _read_image(path: Path, dims: int) -> ImageFile:
     file = load_image(path)
     if file.data.ndim != dims + 1 or file.data.shape[0] != 1:
         raise ValueError(
-            f"{path} must be a {dims}D image of one channel, as the network takes, got {tuple(file.data.shape)} with "
-            "channels first."
+            f"{path} must be a {dims}D image of one channel, as the network or the fixed image has, got "
+            f"{tuple(file.data.shape)} with channels first."
         )
     if not bool(torch.isfinite(file.data.as_tensor().double()).all()):
         raise ValueError(f"{path} must hold finite numbers, got NaN or infinity. Mend it first.")

@@ -27,16 +27,17 @@ def refine_field(look: Look, fixed: Tensor, ddf: Tensor, steps: int) -> Tensor:
     """Improve a field by gradient steps on the pair itself.
 
     A velocity, whose flow is composed with the field, is optimised for local normalised cross-correlation and smooth
-    fields without folds. What still folds is smoothed there and, if that is not enough, scaled down.
+    fields without folds. If the pair gets no better by it, the field stays as it was. What still folds is smoothed
+    there and, if that is not enough, scaled down.
 
     Args:
-        look: the moving images through a field; differentiable.
-        fixed: ``(B, 1, *S)`` in [0, 1].
-        ddf: ``(B, D, *S)`` voxels: where to begin.
+        look: the moving image through a field; differentiable.
+        fixed: ``(1, 1, *S)`` in [0, 1].
+        ddf: ``(1, D, *S)`` voxels: where to begin.
         steps: number of gradient steps.
 
     Returns:
-        ``(B, D, *S)`` voxels, without folds.
+        ``(1, D, *S)`` voxels, without folds.
     """
     shape = fixed.shape[2:]
     coarse = [-(-n // _COARSER) for n in shape]
@@ -51,8 +52,9 @@ def refine_field(look: Look, fixed: Tensor, ddf: Tensor, steps: int) -> Tensor:
             loss = similarity(look(refined), fixed) + _SMOOTHNESS * _roughness(refined) + folding_loss(flow)
             loss.backward()
             optimizer.step()
-    flow = exp_svf(velocity.detach(), _SQUARINGS)
-    return shrink_to_fold_limit(mend_folds(compose(ddf, resize_ddf(flow, shape))), 0.0)[0]
+    refined = compose(ddf, resize_ddf(exp_svf(velocity.detach(), _SQUARINGS), shape))
+    before, after = (similarity(look(one), fixed) + _SMOOTHNESS * _roughness(one) for one in (ddf, refined))
+    return shrink_to_fold_limit(mend_folds(torch.where(after < before, refined, ddf)), 0.0)[0]
 
 
 def _roughness(ddf: Tensor) -> Tensor:

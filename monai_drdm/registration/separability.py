@@ -143,8 +143,9 @@ def separability_bound(
     Raises:
         ValueError: different numbers of pool sizes and dilations, none, numbers below 1, or pool sizes that grow.
     """
-    pools, reaches = [int(p) for p in pool_sizes], [int(d) * int(convolutions) for d in dilations]
-    if not pools or len(pools) != len(reaches) or min(*pools, *reaches) < 1:
+    pools, reaches = list(pool_sizes), [dilation * convolutions for dilation in dilations]
+    whole = all(isinstance(one, int) and one >= 1 for one in (*pools, *dilations, convolutions))
+    if not pools or len(pools) != len(reaches) or not whole:
         raise ValueError(
             f"separability_bound: pool_sizes and dilations must be as many numbers of 1 or more, and convolutions 1 or "
             f"more, got {pools}, {list(dilations)} and {convolutions}."

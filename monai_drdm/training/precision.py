@@ -16,6 +16,11 @@ _CONVOLUTIONS = (
     *(torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d),
 )
 _SMALL = 2
+_ROUNDED = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def _exact(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.dtype in _ROUNDED else value
 
 
 def has_native_bfloat16(device: torch.device) -> bool:
@@ -38,9 +43,12 @@ class SmallGridsInFloat32(TorchFunctionMode):
     ) -> Any:
         """Call a function of PyTorch."""
         kwargs = kwargs or {}
-        if func in _CONVOLUTIONS and min(args[0].shape[2:]) <= _SMALL:
-            with torch.autocast(args[0].device.type, enabled=False):
-                return func(*(one.float() if isinstance(one, Tensor) else one for one in args), **kwargs)
+        if func in _CONVOLUTIONS:
+            image = args[0] if args else kwargs["input"]
+            weight = args[1] if len(args) > 1 else kwargs["weight"]
+            if image.dtype in _ROUNDED and min(image.shape[2 - weight.ndim :]) <= _SMALL:
+                with torch.autocast(image.device.type, enabled=False):
+                    return func(*map(_exact, args), **{name: _exact(one) for name, one in kwargs.items()})
         return func(*args, **kwargs)
 
 

@@ -73,13 +73,15 @@ def recovery_steps(
     Raises:
         TypeError: ``params`` is no record of ``RandDRDMDeform`` or ``RandDRDMDeformd``. A call that did not fire has
             none.
-        ValueError: an image that does not fit the network, or a record of another network.
+        ValueError: an image that does not fit the network, a label of another grid, or a record of another network.
     """
     check_record(params, DeformationParams)
     values, spacing = as_tensor(image, "image"), spacing_of(image, pixdim, "image")
     fields = FieldDrawer(network).replay_steps(values, spacing, params)
     plane = Plane.of(image, params.slice_axis, label, pixdim)
     marks = None if label is None else as_tensor(label, "label")
+    if marks is not None and marks.shape[1:] != values.shape[1:]:
+        raise ValueError(f"label must have the grid of image, {tuple(values.shape[1:])}, got {tuple(marks.shape[1:])}.")
 
     def step(title: str, ddf: Tensor) -> RecoveryStep:
         moved = None if marks is None else plane.cut_warped(marks, ddf, "nearest").cpu()

@@ -153,3 +153,48 @@ def test_no_network_is_needed():
         torch.testing.assert_close(register(None, moving, fixed, **stages), register(Still(), moving, fixed, **stages))
     with pytest.raises(ValueError, match="nothing would be registered"):
         register(None, moving, fixed)
+
+
+def test_pairs_of_a_batch_are_registered_one_by_one():
+    """With all stages, and the fields do not depend on what else is in the batch."""
+    images = torch.cat([anatomy((20, 22), seed) for seed in (0, 1, 2)])
+    moving, fixed = images, images.roll(1, 0)
+    together = register(Still(), moving, fixed, affine=True, refine=4)
+    for number in range(len(images)):
+        alone = register(Still(), moving[number, None], fixed[number, None], affine=True, refine=4)
+        torch.testing.assert_close(together[number, None], alone, atol=1e-4, rtol=0)
+
+
+def test_pairs_that_agree_are_left_alone():
+    image = anatomy((20, 22, 18))
+    assert float(register(None, image, image, refine=5).abs().max()) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64, torch.uint8])
+def test_every_type_of_numbers_is_registered(dtype):
+    moving, fixed = anatomy((20, 22)), anatomy((20, 22), seed=1)
+    if dtype == torch.uint8:
+        moving, fixed = (moving > 0.5).float(), (fixed > 0.5).float()
+    expected = register(None, moving, fixed, affine=True, refine=2)
+    found = register(None, moving.to(dtype), fixed.to(dtype), affine=True, refine=2)
+    assert found.dtype == torch.float32
+    torch.testing.assert_close(found, expected, atol=0.5, rtol=0)
+
+
+def test_inference_mode_changes_nothing():
+    moving, fixed = anatomy((20, 22)), anatomy((20, 22), seed=1)
+    expected = register(Still(), moving, fixed, affine=True, refine=2)
+    with torch.inference_mode():
+        found = register(Still(), anatomy((20, 22)), anatomy((20, 22), seed=1), affine=True, refine=2)
+    torch.testing.assert_close(found, expected)
+
+
+def test_a_network_trains_on_after_an_error():
+    class Broken(torch.nn.Module):
+        def forward(self, images):
+            raise RuntimeError("broken")
+
+    network = Broken().train()
+    with pytest.raises(RuntimeError, match="broken"):
+        register(network, anatomy((8, 8)), anatomy((8, 8)))
+    assert network.training

@@ -197,7 +197,7 @@ def test_networks_that_deform_one_scan_are_told_apart(volumes, name, capsys):
     [
         ({"moving": "none.nii.gz"}, "no file"),
         ({"--network": "none.safetensors"}, "no registration network"),
-        ({"--network": "2.safetensors"}, "must be a 2D image of one channel, as the network takes"),
+        ({"--network": "2.safetensors"}, "must be a 2D image of one channel, as the network or the fixed image has"),
         ({"--labels": "fixed.nii.gz"}, r"must lie on the grid of"),
         ({"--rounds": 0}, "rounds must be 1 or more and refine 0 or more, got 0 and 0"),
         ({"--refine": -1}, "rounds must be 1 or more and refine 0 or more, got 1 and -1"),

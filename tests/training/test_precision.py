@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from monai_drdm.training.precision import Bfloat16Inferer, has_native_bfloat16
+from monai_drdm.training.precision import Bfloat16Inferer, has_native_bfloat16, SmallGridsInFloat32
 
 
 @pytest.mark.skipif(not has_native_bfloat16(torch.device("cpu")), reason="this processor has no bfloat16")
@@ -40,3 +40,20 @@ def test_large_grids_are_computed_in_bfloat16():
     assert exact.dtype == rounded.dtype == torch.float32
     torch.testing.assert_close(rounded, rounded.bfloat16().float(), atol=0, rtol=0)
     assert not torch.equal(exact, rounded)
+
+
+def test_convolutions_may_be_called_in_any_way():
+    """Names instead of places, no batch, and numbers that bfloat16 is not meant for."""
+    image, weight = torch.randn(1, 3, 2, 8), torch.randn(4, 3, 3, 3)
+
+    def call(images, by_name):
+        if by_name:
+            return torch.nn.functional.conv2d(input=images, weight=weight.to(images.dtype), padding=1)
+        return torch.nn.functional.conv2d(images, weight.to(images.dtype), padding=1)
+
+    exact = call(image, False)
+    for by_name in (False, True):
+        torch.testing.assert_close(Bfloat16Inferer(True)(image, call, by_name), exact)
+        torch.testing.assert_close(Bfloat16Inferer(True)(image[0], call, by_name), exact[0])
+    with SmallGridsInFloat32():
+        assert call(image.double(), False).dtype == torch.float64
