@@ -177,6 +177,8 @@ def unlabelled_views(data: Data, view: View, size: int, generator: torch.Generat
     images = data.images[chosen]
     strong = sample(images, position + moved)
     here = identity_grid(data.protocol.grid).expand_as(position)
+    if not view.posed and view.where == "both" and ddf is not None:
+        return sample(images, here + ddf), strong, position
     if not view.posed:
         return images, strong, position + moved
     if view.where == "both":
