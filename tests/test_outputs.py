@@ -328,7 +328,8 @@ def test_a_case_that_kills_its_workers_is_skipped_with_its_name(inputs, tmp_path
     executor = ProcessPoolExecutor(2, multiprocessing.get_context("fork"), signal.alarm, (120,))
     with executor, pytest.warns(UserWarning, match="a worker was lost"):
         report = function(cases, tmp_path / "out", settings, executor=executor)
-    assert report.written == 2
+    # the pool may break after a case is written and before it is reported; its repetition then finds it there
+    assert report.written + report.kept == 2
     assert set(report.failed) == {"deadly"}
     assert "died, and so did the next one" in report.failed["deadly"]
 
