@@ -118,6 +118,16 @@ STRENGTHS: dict[str, dict[str, tuple[tuple[float, float], ...]]] = {
         "elastic": ((0.0, 2.0), (0.0, 4.0), (0.0, 6.0)),
         "random": ((0.03, 0.16), (0.06, 0.32), (0.1, 0.44)),
     },
+    "hippocampus": {
+        "drdm": ((0.05, 0.25), (0.3, 0.8)),
+        "elastic": ((0.0, 65.0), (0.0, 260.0)),
+        "random": ((0.03, 0.16), (0.11, 0.49)),
+    },
+    "ixi": {
+        "drdm": ((0.05, 0.25), (0.3, 0.8)),
+        "elastic": ((0.0, 100.0), (0.0, 320.0)),
+        "random": ((0.04, 0.23), (0.13, 0.57)),
+    },
 }
 """Ranges that an arm may choose; by rank they move the middle half of the images equally far (``displacement``)."""
 

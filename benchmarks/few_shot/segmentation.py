@@ -158,9 +158,13 @@ def trials(protocol: Protocol, arm: str, count: int, fields: Fields) -> list[Set
 
 
 def chosen_setting(protocol: Protocol, arm: str, count: int, fields: Fields) -> Setting:
-    """The best setting of an arm on validation subjects; without a search for this count, that of 5 subjects."""
+    """The best setting of an arm on validation subjects; without a search for this count, that of 5 subjects.
+
+    Brains take the settings of hippocampi, which are 3D scans of heads too.
+    """
     if arm == "none":
         return Setting()
+    protocol = PROTOCOLS["hippocampus"] if protocol.name == "ixi" else protocol
     searched = ARMS[arm].setting_of or arm
     key = {"recipe": recipe(protocol), "arm": searched, "network": fields.name_for(searched, protocol)}
     rows = [row for row in read_rows(SEARCH) if all(row[name] == value for name, value in key.items())]
