@@ -126,6 +126,34 @@ def drawn_samples(seed, counts, size=32):
     return groups
 
 
+def test_few_labels_follows_its_seed(few_labels):
+    few, many = drawn_samples(0, (2, 3), 16)
+    settings = {"size": (16, 16), "classes": 4, "iterations": 3, "batch": (2, 3), "device": "cpu"}
+    first, again, other = (
+        few_labels.train(few, many, [], **settings, bank=None, deform=0.0, weight=1.0, seed=seed)[0].state_dict()
+        for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": (16, 12)}, "multiples of 8, got \\[16, 12\\]"),
+        ({"classes": 3}, "0-0 has the label 3, but with classes=3"),
+        ({"label": None}, "0-0 has no label"),
+    ],
+)
+def test_few_labels_refuses_what_it_cannot_learn_from(few_labels, change, message):
+    (few,) = drawn_samples(0, (1,), 16)
+    if "label" in change:
+        del few[0]["label"]
+    settings = {"size": (16, 16), "classes": 4, **change}
+    with pytest.raises(ValueError, match=message):
+        few_labels.train(few, few, [], **settings, iterations=1)
+
+
 @pytest.mark.long
 def test_few_labels_learns_from_unlabelled_images(few_labels):
     """Two labelled images, sixty without labels: these add some points of Dice in every one of two draws."""
