@@ -21,7 +21,7 @@ from typing import Any
 import drawn_hearts
 import numpy as np
 import torch
-from mean_teacher import batches, check_samples, light_view, MeanTeacher, predict_labels, Sample, StrongView
+from mean_teacher import batches, check_samples, CONFIDENCE, light_view, MeanTeacher, predict_labels, Sample, StrongView
 from monai.data import Dataset, set_track_meta
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
@@ -47,15 +47,16 @@ def train(
 ) -> tuple[nn.Module, list[dict[str, float]]]:
     """The teacher after so many iterations, and how the training went."""
     size, iterations, classes = settings["size"], settings["iterations"], settings["classes"]
+    confidence, pose = settings.get("confidence", CONFIDENCE), settings.get("pose", {})
     check_samples([*labelled, *validation], size, classes)
     set_determinism(settings["seed"])
     set_track_meta(False)  # plain tensors: nothing here is inverted or written
     network = build_network(len(size), classes).to(settings["device"])
     optimiser = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=1e-3)
     supervised = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
-    strong = StrongView(size, settings["batch"][1], settings["bank"], settings["deform"])
+    strong = StrongView(size, settings["batch"][1], settings["bank"], settings["deform"], confidence, **pose)
     learn = MeanTeacher(network, optimiser, supervised, strong, iterations, settings["weight"])
-    few = batches(Dataset(labelled, light_view(size)), settings["batch"][0], iterations)
+    few = batches(Dataset(labelled, light_view(size, **pose)), settings["batch"][0], iterations)
     many = batches(Dataset(unlabelled), settings["batch"][1], iterations)
     story: list[dict[str, float]] = []
     bar = tqdm(zip(few, many), total=iterations, desc="training")
@@ -104,7 +105,8 @@ def run_training(args: argparse.Namespace) -> dict[str, float]:
     if args.deform > 0:
         options = {"fields_per_image": 4, "deformation_level": tuple(args.level), "device": args.device}
         bank = DeformationBank.build(unlabelled, id_key="name", **options)
-    options = {name: getattr(args, name) for name in ("iterations", "batch", "deform", "weight", "device", "seed")}
+    names = ("iterations", "batch", "confidence", "deform", "weight", "device", "seed")
+    options = {name: getattr(args, name) for name in names}
     network, story = train(labelled, unlabelled, validation, bank=bank, **settings, **options)
     save_file(network.state_dict(), args.out / "network.safetensors")
     (args.out / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -128,6 +130,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     one.add_argument("--iterations", type=int, default=4000)
     one.add_argument("--batch", type=int, nargs=2, default=[8, 12], help="labelled and unlabelled images an iteration")
     one.add_argument("--weight", type=float, default=1.0, help="of the unlabelled loss")
+    one.add_argument("--confidence", type=float, default=CONFIDENCE, help="with which a predicted label counts")
     one.add_argument("--deform", type=float, default=0.0, help="chance that a strong view is deformed by DRDM")
     one.add_argument("--level", type=float, nargs=2, default=[0.2, 0.5], help="deformation level, lowest and highest")
     one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
