@@ -21,7 +21,7 @@ from monai_drdm.io.datalists import Case, find_cases, read_cases
 def load_case(case: Case, size: Sequence[int]) -> list[dict[str, Any]]:
     """The slices of a scan, or the whole of it, at one size and in [0, 1], with their labels if there are any."""
     found: list[dict[str, Any]] = []
-    volume = load_image(case.image).data.as_tensor()[:1]
+    volume = load_image(case.image).data.as_tensor()[:1].float()
     images = _pieces(ScaleIntensityRangePercentiles(0.5, 99.5, 0, 1, clip=True)(volume), len(size))
     labels = [None] * len(images)
     if case.label is not None:

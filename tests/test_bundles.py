@@ -83,21 +83,21 @@ def outcome(fork, bundle, configs, **settings):
     return *process.communicate(), process.returncode
 
 
-def draw_cases(folder, count, shape, suffixes=("images", "labels")):
+def draw_cases(folder, count, shape, suffixes=("images", "labels"), dtype=np.float64):
     """Binary discs: the image is the label, so that both must go the same way."""
     axes = np.stack(np.meshgrid(*(np.linspace(-1, 1, n) for n in shape), indexing="ij"))
     for number in range(count):
         disc = (np.linalg.norm(axes * (1 + 0.1 * number), axis=0) < 0.7).astype(np.uint8)
-        for suffix, array in zip(suffixes, (100.0 * disc, disc)):
+        for suffix, array in zip(suffixes, ((100 * disc).astype(dtype), disc)):
             (folder / suffix).mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(array.astype(array.dtype), AFFINE), folder / suffix / f"case{number}.nii.gz")
+            nib.save(nib.Nifti1Image(array, AFFINE), folder / suffix / f"case{number}.nii.gz")
     return [folder / suffix for suffix in suffixes]
 
 
 def draw_few_and_many(folder, shape, validation=False):
     """Discs, three of them with labels, as the bundle for few labels takes them."""
-    draw_cases(folder, 3, shape, ("known", "truth"))
-    draw_cases(folder, 5, shape, ("unlabelled", "judged"))
+    draw_cases(folder, 3, shape, ("known", "truth"), np.int16)
+    draw_cases(folder, 5, shape, ("unlabelled", "judged"), np.uint8)
     entries = [{"image": f"known/case{n}.nii.gz", "label": f"truth/case{n}.nii.gz"} for n in range(3)]
     sections = {"training": entries[:2], "validation": entries[2:]} if validation else {"training": entries}
     (folder / "datalist.json").write_text(json.dumps(sections), encoding="utf-8")

@@ -80,7 +80,9 @@ def hearts(folder, count, labelled, size=(40, 36, 3), seed=1):
                 continue
             path = folder / (f"labelled_{key}s" if number < labelled else "unlabelled") / f"{number}.nii.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(np.stack(arrays, -1)[:, : size[1]], affine), path)
+            values = np.stack(arrays, -1)[:, : size[1]]
+            values = values if key == "label" else (1000 * values).astype(np.int16)  # as scanners write
+            nib.save(nib.Nifti1Image(values, affine), path)
         if number < labelled:
             entries.append({key: f"labelled_{key}s/{number}.nii.gz" for key in ("image", "label")})
     (folder / "list.json").write_text(json.dumps({"training": entries[:-1], "validation": entries[-1:]}))
