@@ -58,7 +58,8 @@ docs: $(VENV)/.docs-ready
 	$(BIN)/python -m sphinx -b html -W --keep-going --quiet docs docs/_build/html
 	@echo "open docs/_build/html/index.html"
 
-# MONAI bundles: one of each network in the package, and one that trains a segmenter
+# MONAI bundles: one of each network in the package, one that trains a segmenter on labelled scans, and one that trains
+# it on a few labelled and many unlabelled ones
 bundles: $(VENV)/.ready
 	$(BIN)/python bundles/make.py --out $(BUNDLES)
 

@@ -3,8 +3,8 @@
     python bundles/make.py --out dist/bundles
 
 A bundle is a folder: ``configs/`` and ``docs/`` come from here, ``LICENSE`` from the repository, versions and what is
-known of a network from the package. ``models/model.pt`` holds the weights of a recovery network; the bundle that trains
-a segmenter has none.
+known of a network from the package. ``models/model.pt`` holds the weights of a recovery network; the bundles that train
+a segmenter have none. ``scripts/`` of the bundle for few labels gets modules of ``examples/``.
 """
 
 from __future__ import annotations
@@ -24,6 +24,11 @@ from monai_drdm.networks import NetworkCard
 
 HERE = Path(__file__).parent
 NETWORKS = ("anatomy-2d", "anatomy-3d")
+SEGMENTERS: dict[str, tuple[str, ...]] = {
+    "hippocampus_segmentation": (),
+    "few_label_segmentation": ("mean_teacher.py", "scans.py"),
+}
+"""The bundles that train a segmenter, and which examples each of them needs."""
 AXES = ("first", "second", "third")
 SLICE_ROW = (
     "| `slice_axis` | null | lets this 2D network deform volumes: one field, drawn on the middle slice across this "
@@ -102,6 +107,13 @@ def make_network_bundle(name: str, bundle: Path) -> None:
     write_json(configs / "metadata.json", network_metadata(read_json(configs / "metadata.json"), card))
 
 
+def copy_scripts(source: Path, examples: tuple[str, ...], scripts: Path) -> None:
+    """The Python code of a bundle: its own, if it has any, and some of the examples."""
+    for path in [*source.glob("*.py"), *(HERE.parent / "examples" / name for name in examples)]:
+        scripts.mkdir(exist_ok=True)
+        shutil.copy(path, scripts)
+
+
 def network_metadata(values: dict[str, Any], card: NetworkCard) -> dict[str, Any]:
     """The metadata, with what the card of the network says."""
     values["task"] = values["task"].format(dims=card.spatial_dims)
@@ -123,14 +135,16 @@ def make_bundles(out: Path) -> list[Path]:
     Raises:
         FileExistsError: a bundle is there already. It may hold what was trained with it, so nothing is written.
     """
-    names = [*(name.replace("-", "_") for name in NETWORKS), "hippocampus_segmentation"]
+    names = [*(name.replace("-", "_") for name in NETWORKS), *SEGMENTERS]
     bundles = [out / name for name in names]
     for bundle in bundles:
         if bundle.exists():
             raise FileExistsError(f"{bundle} exists. Move it away, or choose another folder with --out.")
     for name, bundle in zip(NETWORKS, bundles):
         make_network_bundle(name, bundle)
-    start_bundle(HERE / "hippocampus_segmentation", bundles[-1], {"repository": repository()})
+    for name, examples in SEGMENTERS.items():
+        start_bundle(HERE / name, out / name, {"repository": repository()})
+        copy_scripts(HERE / name / "scripts", examples, out / name / "scripts")
     return bundles
 
 

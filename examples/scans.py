@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,13 +15,13 @@ from torch import nn, Tensor
 from tqdm import tqdm
 
 from monai_drdm.io import load_image, save_image
-from monai_drdm.io.datalists import Case, find_cases
+from monai_drdm.io.datalists import Case, find_cases, read_cases
 
 
 def load_case(case: Case, size: Sequence[int]) -> list[dict[str, Any]]:
     """The slices of a scan, or the whole of it, at one size and in [0, 1], with their labels if there are any."""
     found: list[dict[str, Any]] = []
-    volume = load_image(case.image).data.as_tensor()[:1]
+    volume = load_image(case.image).data.as_tensor()[:1].float()
     images = _pieces(ScaleIntensityRangePercentiles(0.5, 99.5, 0, 1, clip=True)(volume), len(size))
     labels = [None] * len(images)
     if case.label is not None:
@@ -28,6 +30,20 @@ def load_case(case: Case, size: Sequence[int]) -> list[dict[str, Any]]:
         one = {"name": f"{case.name}/{number}", "image": _resized(image, size, _linear(size))}
         found.append(one if label is None else {**one, "label": _resized(label, size, "nearest-exact").byte()})
     return found
+
+
+def load_cases(cases: Sequence[Case], size: Sequence[int]) -> list[dict[str, Any]]:
+    """What ``load_case`` gives for each of several scans, in one list."""
+    return [one for case in cases for one in load_case(case, size)]
+
+
+def find_groups(
+    datalist: str | os.PathLike[str], unlabelled: str | os.PathLike[str]
+) -> tuple[list[Case], list[Case], list[Case]]:
+    """Labelled scans of a MONAI datalist, unlabelled ones of a folder, and the datalist's validation scans, if any."""
+    labelled = read_cases(datalist)
+    sections = json.loads(Path(datalist).read_text(encoding="utf-8"))
+    return labelled, find_cases(unlabelled), read_cases(datalist, "validation") if "validation" in sections else []
 
 
 def _resized(image: Tensor, size: Sequence[int], mode: str) -> Tensor:

@@ -80,7 +80,9 @@ def hearts(folder, count, labelled, size=(40, 36, 3), seed=1):
                 continue
             path = folder / (f"labelled_{key}s" if number < labelled else "unlabelled") / f"{number}.nii.gz"
             path.parent.mkdir(parents=True, exist_ok=True)
-            nib.save(nib.Nifti1Image(np.stack(arrays, -1)[:, : size[1]], affine), path)
+            values = np.stack(arrays, -1)[:, : size[1]]
+            values = values if key == "label" else (1000 * values).astype(np.int16)  # as scanners write
+            nib.save(nib.Nifti1Image(values, affine), path)
         if number < labelled:
             entries.append({key: f"labelled_{key}s/{number}.nii.gz" for key in ("image", "label")})
     (folder / "list.json").write_text(json.dumps({"training": entries[:-1], "validation": entries[-1:]}))
@@ -124,6 +126,34 @@ def drawn_samples(seed, counts, size=32):
             sample = {"image": torch.from_numpy(image)[None], "label": torch.from_numpy(label)[None]}
             groups[-1].append(sample | {"name": f"{group}-{number}"})
     return groups
+
+
+def test_few_labels_follows_its_seed(few_labels):
+    few, many = drawn_samples(0, (2, 3), 16)
+    settings = {"size": (16, 16), "classes": 4, "iterations": 3, "batch": (2, 3), "device": "cpu"}
+    first, again, other = (
+        few_labels.train(few, many, [], **settings, bank=None, deform=0.0, weight=1.0, seed=seed)[0].state_dict()
+        for seed in (0, 0, 1)
+    )
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"size": (16, 12)}, "multiples of 8, got \\[16, 12\\]"),
+        ({"classes": 3}, "0-0 has the label 3, but with classes=3"),
+        ({"label": None}, "0-0 has no label"),
+    ],
+)
+def test_few_labels_refuses_what_it_cannot_learn_from(few_labels, change, message):
+    (few,) = drawn_samples(0, (1,), 16)
+    if "label" in change:
+        del few[0]["label"]
+    settings = {"size": (16, 16), "classes": 4, **change}
+    with pytest.raises(ValueError, match=message):
+        few_labels.train(few, few, [], **settings, iterations=1)
 
 
 @pytest.mark.long

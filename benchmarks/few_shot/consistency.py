@@ -36,8 +36,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchma
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))  # the recipe that is measured
 from arms import INTENSITY, Setting
 from common.rows import append_rows, machine, read_rows
-from few_labels import unlabelled_loss
 from fields import Fields
+from mean_teacher import unlabelled_loss
 from protocols import autocast, build_segmenter, Case, labelled, PRECISION, Protocol, PROTOCOLS, subjects
 from segmentation import chosen_setting, has, judge, mean_dice, results
 from table import apart, by_structure, case_means, p_value, Row, split, spread

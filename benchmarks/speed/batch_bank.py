@@ -25,7 +25,8 @@ from monai_drdm.train.synthetic import synthetic_images
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 from common.rows import append_rows, machine, read_rows
-from few_labels import build_network, unlabelled_loss
+from few_labels import build_network
+from mean_teacher import unlabelled_loss
 
 ROWS = Path(__file__).parent / "batch_bank.jsonl"
 SIZE, UNLABELLED, LABELLED, FIELDS = 96, 12, 8, 2
