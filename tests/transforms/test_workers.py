@@ -535,7 +535,7 @@ def check_cuda(epoch):
     with pytest.raises(RuntimeError) as caught:
         epoch()
     said = "".join(traceback.format_exception(caught.value))  # MONAI wraps what a transform raises
-    assert "CUDA" in said
+    assert "CUDA" in said or "NVIDIA" in said  # a build of torch without it, or one without a driver
     assert "forked worker" not in said
 
 
