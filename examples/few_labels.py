@@ -100,7 +100,7 @@ def run_training(args: argparse.Namespace) -> dict[str, float]:
         raise SystemExit(f"--size must be multiples of 8, which the network halves three times; got {args.size}.")
     args.out.mkdir(parents=True, exist_ok=True)
     labelled, unlabelled, validation = collect(args)
-    settings = {"size": args.size, "classes": 1 + max(int(one["label"].max()) for one in labelled)}
+    settings = {"size": args.size, "classes": 1 + max(int(one["label"].max()) for one in labelled if "label" in one)}
     bank = None
     if args.deform > 0:
         options = {"fields_per_image": 4, "deformation_level": tuple(args.level), "device": args.device}

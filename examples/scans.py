@@ -61,7 +61,13 @@ def _linear(size: Sequence[int]) -> str:
 
 @torch.no_grad()
 def label_folder(network: nn.Module, size: Sequence[int], images: Path, out: Path) -> None:
-    """Write what a network finds in all images of a folder, on their own grids and with their affines."""
+    """Write what a network finds in all images of a folder, on their own grids and with their affines.
+
+    Raises:
+        FileExistsError: ``out`` holds files, which might be the images themselves.
+    """
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty; choose a new folder.")
     network.eval()
     out.mkdir(parents=True, exist_ok=True)
     for case in tqdm(find_cases(images), desc="predicting"):

@@ -156,6 +156,15 @@ def test_few_labels_refuses_what_it_cannot_learn_from(few_labels, change, messag
         few_labels.train(few, few, [], **settings, iterations=1)
 
 
+def test_few_labels_writes_over_no_image(few_labels, tmp_path):
+    image = np.random.default_rng(0).random((16, 16)).astype(np.float32)
+    nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "one.nii.gz")
+    before = (tmp_path / "one.nii.gz").read_bytes()
+    with pytest.raises(FileExistsError, match="is not empty"):
+        few_labels.label_folder(few_labels.build_network(2, 2), (16, 16), tmp_path, tmp_path)
+    assert (tmp_path / "one.nii.gz").read_bytes() == before
+
+
 @pytest.mark.long
 def test_few_labels_learns_from_unlabelled_images(few_labels):
     """Two labelled images, sixty without labels: these add some points of Dice in every one of two draws."""
