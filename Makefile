@@ -35,7 +35,7 @@ test-long: $(VENV)/.ready
 # the parts that depend on other packages, with the oldest versions of these that setup.cfg allows
 test-oldest:
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --quiet --no-compile torch==2.8.0 numpy==1.24.4
+	.venv-oldest/bin/python -m pip install --quiet --no-compile torch==2.8.0 numpy==1.25.2
 	.venv-oldest/bin/python -m pip install --quiet --no-compile --constraint constraints-oldest.txt \
 		--editable '.[test,train,viz]'
 	.venv-oldest/bin/python -m pytest tests/deformation tests/fields tests/io tests/networks tests/transforms

@@ -11,6 +11,8 @@ from monai_drdm.fields.grid import field_dtype
 from monai_drdm.fields.sampling import gather_voxels, PaddingMode, reachable_coordinates
 
 _CHUNK = 1 << 19  # voxels per chunk; working memory does not grow with the volume
+_SAME_BITS = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+"""Signed types of the same size for the unsigned ones, between which older versions of torch cannot choose."""
 
 
 def sample_labels(label: Tensor, coordinates: Tensor, padding_mode: PaddingMode) -> Tensor:
@@ -42,6 +44,7 @@ def _vote(label: Tensor, coordinates: Tensor, padding_mode: PaddingMode) -> Tens
         corners.append(gather_voxels(label, low.long() + step, padding_mode))
         weights.append(torch.where(step.bool(), fraction, 1 - fraction).prod(dim=1)[:, None])
     # votes that differ by rounding only are equal: the winner must not depend on the order of summation
+    bits = _SAME_BITS.get(label.dtype, label.dtype)
     best, best_votes = corners[0], torch.full_like(weights[0].expand(corners[0].shape), -1.0)
     for corner in corners:
         votes = sum(
@@ -49,7 +52,7 @@ def _vote(label: Tensor, coordinates: Tensor, padding_mode: PaddingMode) -> Tens
         )
         tied = (votes - best_votes).abs() <= 1e-6
         better = torch.where(tied, _less(corner, best), votes > best_votes)
-        best = torch.where(better, corner, best)
+        best = torch.where(better, corner.view(bits), best.view(bits)).view(label.dtype)
         best_votes = torch.where(better, votes, best_votes)
     return best
 
