@@ -49,7 +49,7 @@ class RegistrationTask:
         self.config = config
         self.bank: PairBank | ImageBank | None = None
         self.validation_bank: PairBank | ImageBank | None = None
-        self.similarity = LocalNormalizedCrossCorrelationLoss(config.spatial_dims, _WINDOW, reduction="mean")
+        self.similarity = LocalNormalizedCrossCorrelationLoss(config.spatial_dims, _WINDOW, reduction="none")
         self.smoothness = DiffusionLoss()
         self.dice = DiceLoss()
 
@@ -111,14 +111,16 @@ class RegistrationTask:
         return Batch(torch.cat(images, dim=1), pairs)
 
     def error(self, predicted: Tensor, target: RegistrationBatch) -> Tensor:
-        """The mean distance to the known fields in voxels or, without them, the dissimilarity of the images."""
+        """The mean distance to the known fields in voxels or, without them, the dissimilarity of the images.
+
+        Only voxels of the fixed image count, and not the border values that extend it to the common grid.
+        """
         config = self.config
         if target.ddf is not None:
             distance = (predicted - target.ddf).norm(dim=1, keepdim=True)
-            inside = target.inside.sum().clamp(min=1)  # a strong pose may move a small image out of view
-            mean: Tensor = (distance * target.inside).sum() / inside
-            return config.error_weight * mean
-        loss: Tensor = config.similarity_weight * (1 + self.similarity(warp(target.moving, predicted), target.fixed))
+            return config.error_weight * _mean_inside(distance, target.inside)
+        unlike = 1 + self.similarity(warp(target.moving, predicted), target.fixed)
+        loss = config.similarity_weight * _mean_inside(unlike, target.inside)
         return loss if config.label_weight == 0 else loss + config.label_weight * self._overlap(predicted, target)
 
     def measures(self, predicted: Tensor, target: RegistrationBatch) -> Mapping[str, float]:
@@ -186,6 +188,12 @@ class RegistrationTask:
         }
         text = json.dumps(described, indent=2) + "\n"
         atomically(path.with_suffix(".json"), lambda part: Path(part).write_text(text, encoding="utf-8"))
+
+
+def _mean_inside(values: Tensor, inside: Tensor) -> Tensor:
+    """The mean of values over the voxels of images; 0 where a strong pose moves a small image out of view."""
+    mean: Tensor = (values * inside).sum() / inside.sum().clamp(min=1)
+    return mean
 
 
 def _digest(*banks: PairBank | ImageBank) -> str:

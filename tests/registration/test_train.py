@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from monai.networks.blocks import Warp
+from scipy.ndimage import uniform_filter
 
 from monai_drdm.augment import make_pairs, PairSettings
 from monai_drdm.io import find_cases
@@ -172,6 +173,26 @@ def test_dice_of_the_validation():
     empty = RegistrationBatch(image, image, image.bool(), None, fixed * 0, fixed * 0)
     assert task.measures(ddf, empty) == {}
     assert task.measures(ddf, RegistrationBatch(image, image, image.bool())) == {}
+
+
+def test_images_are_compared_where_the_fixed_image_is_and_not_in_its_padding():
+    """The expected mean is that of local correlation by SciPy, whose windows see zeros beyond the grid as MONAI's do."""
+    task, rng = RegistrationTask(RegistrationConfig(images="unread", spatial_dims=2)), np.random.default_rng(0)
+    moving, fixed = rng.uniform(size=(2, 2, 1, 28, 26))
+    inside = np.zeros(fixed.shape, dtype=bool)
+    inside[0, 0, 5:20, 3:23], inside[1, 0, :, 8:] = True, True
+
+    def mean(values):
+        return uniform_filter(values, (0, 0, 9, 9), mode="constant")
+
+    together = mean(moving * fixed) - mean(moving) * mean(fixed)
+    spread = [mean(one**2) - mean(one) ** 2 for one in (moving, fixed)]
+    correlation = together**2 / (spread[0] * spread[1])
+    images = [torch.from_numpy(one).float() for one in (moving, fixed)]
+    still = torch.zeros(2, 2, 28, 26)
+    found = task.error(still, RegistrationBatch(*images, torch.from_numpy(inside)))
+    assert float(found) == pytest.approx(1 - correlation[inside].mean(), abs=1e-4)
+    assert abs(correlation[inside].mean() - correlation.mean()) > 1e-3  # the whole grid would give another value
 
 
 def test_pairs_are_drawn_anew_in_every_step(scans):
