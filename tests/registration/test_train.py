@@ -176,7 +176,7 @@ def test_dice_of_the_validation():
 
 
 def test_images_are_compared_where_the_fixed_image_is_and_not_in_its_padding():
-    """The expected mean is that of local correlation by SciPy, whose windows see zeros beyond the grid as MONAI's do."""
+    """The expected mean is that of local correlation by SciPy. Its windows see zeros beyond the grid, as MONAI's do."""
     task, rng = RegistrationTask(RegistrationConfig(images="unread", spatial_dims=2)), np.random.default_rng(0)
     moving, fixed = rng.uniform(size=(2, 2, 1, 28, 26))
     inside = np.zeros(fixed.shape, dtype=bool)
