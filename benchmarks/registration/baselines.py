@@ -14,6 +14,8 @@ import torch
 from scipy.ndimage import binary_dilation, binary_fill_holes
 from torch import Tensor
 
+from monai_drdm.registration import find_affine
+
 Masks: TypeAlias = tuple[Tensor, Tensor]
 """Of the moving and the fixed image, ``(1, 1, *S)`` bool."""
 
@@ -31,6 +33,24 @@ def foreground(image: Tensor, inside: Tensor) -> Tensor:
     """
     bright = binary_fill_holes(image[0, 0].numpy() > _DARK)
     return torch.from_numpy(binary_dilation(bright, iterations=_MARGIN))[None, None] & inside
+
+
+def affine_start(moving: Tensor, fixed: Tensor, masks: Masks | None = None) -> Tensor:
+    """The affine map between both images, or between the smallest boxes around their masks: ``(1, 3, 4)``."""
+    if masks is None:
+        return find_affine(moving, fixed)
+    (there, moving), (here, fixed) = (_cut(one, mask) for one, mask in zip((moving, fixed), masks))
+    between = torch.cat([torch.eye(3), (here - there)[:, None]], dim=1)[None]  # from one box to the other
+    found = find_affine(moving, fixed, between)
+    shift = found[:, :, -1] + here - found[:, :, :-1] @ here
+    return torch.cat([found[:, :, :-1], shift[..., None]], dim=2)
+
+
+def _cut(image: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """The corner of the smallest box around a mask, and the image in it."""
+    at = mask[0, 0].nonzero()
+    low, high = at.amin(dim=0), at.amax(dim=0) + 1
+    return low.float(), image[(..., *(slice(int(a), int(b)) for a, b in zip(low, high)))]
 
 
 def nothing(moving: Tensor, fixed: Tensor, masks: Masks | None = None) -> Tensor:

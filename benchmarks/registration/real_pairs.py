@@ -79,13 +79,12 @@ class Aligned(RegistrationTask):
 
 VARIANTS: dict[str, tuple[type[RegistrationTask], dict[str, Any]]] = {
     "whole grid, smoothness 0.1": (WholeGrid, {}),
-    "inside, smoothness 0.1": (RegistrationTask, {}),
-    "whole grid, smoothness 0.5": (WholeGrid, {"smoothness_weight": 0.5}),
-    "inside, smoothness 0.5": (RegistrationTask, {"smoothness_weight": 0.5}),
-    "inside, smoothness 1": (RegistrationTask, {"smoothness_weight": 1.0}),
-    "inside, smoothness 2": (RegistrationTask, {"smoothness_weight": 2.0}),
-    "inside, smoothness 0.5, affine start": (Aligned, {"smoothness_weight": 0.5}),
-    "inside, smoothness 0.5, rate 1e-4": (RegistrationTask, {"smoothness_weight": 0.5, "learning_rate": 1e-4}),
+    "smoothness 0.1": (RegistrationTask, {}),
+    "smoothness 0.5": (RegistrationTask, {"smoothness_weight": 0.5}),
+    "smoothness 2": (RegistrationTask, {"smoothness_weight": 2.0}),
+    "affine start, smoothness 0.1": (Aligned, {}),
+    "affine start, smoothness 0.5": (Aligned, {"smoothness_weight": 0.5}),
+    "affine start, smoothness 2": (Aligned, {"smoothness_weight": 2.0}),
 }
 """The first is how networks of the arm ``drdm-real`` in ``synthetic_pairs.py`` were trained."""
 

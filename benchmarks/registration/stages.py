@@ -2,8 +2,8 @@
 
 Pairs of ``synthetic_pairs.py``, whose folders this script shares: run its ``pairs`` and ``train`` first, or
 name any network. All methods get the same images; with ``affine`` they begin from the same affine map. With ``masks``,
-they compare only what is in the foreground of both images, as the same masks say; the affine map is the same with and
-without them.
+they compare only what is in the foreground of the images, as the same masks say, and all begin from the affine map
+between what the masks enclose.
 
     python benchmarks/registration/stages.py --set hippocampus --work DIR --network RUN/network.safetensors
     python benchmarks/registration/stages.py --table
@@ -32,7 +32,6 @@ from monai_drdm.fields import identity_grid, sample
 from monai_drdm.registration import (
     apply_affine,
     evaluate_registration,
-    find_affine,
     load_registration,
     refinement,
     register,
@@ -40,7 +39,7 @@ from monai_drdm.registration import (
 from monai_drdm.registration.data import load_images
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
-from baselines import affine, bspline, demons, foreground, Masks, nothing, syn
+from baselines import affine, affine_start, bspline, demons, foreground, Masks, nothing, syn
 from common.rows import append_rows, read_rows
 from synthetic_pairs import prepare, SETS
 
@@ -49,9 +48,16 @@ Method = Callable[..., Tensor]
 """Takes the moving and the fixed image, and their ``masks`` or None."""
 MASKED = ", masks"
 BY_OTHERS: dict[str, Method] = {"demons": demons, "B-splines": bspline, "SyN": syn}
-ORDER = ("nothing", "affine", "SimpleITK's affine", f"SimpleITK's affine{MASKED}", "demons")
+ORDER = ("nothing", "affine", f"affine{MASKED}", "SimpleITK's affine", f"SimpleITK's affine{MASKED}", "demons")
 ORDER += tuple(f"affine, {name}{end}" for name in BY_OTHERS for end in ("", MASKED))
-ORDER += ("affine, refine 30", f"affine, refine 30{MASKED}", "affine, refine 60", "network", "affine, network")
+ORDER += (
+    "affine, refine 30",
+    f"affine{MASKED}, refine 30",
+    f"affine, refine 30{MASKED}",
+    "affine, refine 60",
+    "network",
+    "affine, network",
+)
 ORDER += ("affine, network, refine 30", "affine, network, refine 60")
 MEASURES = ("dice", "hd95", "fold_fraction", "seconds")
 
@@ -60,7 +66,7 @@ def after_affine(method: Method) -> Method:
     """A method that gets the moving image as the affine map shows it; its field and the map become one field."""
 
     def run(moving: Tensor, fixed: Tensor, masks: Masks | None = None) -> Tensor:
-        grid, matrix = identity_grid(fixed.shape[2:])[None], find_affine(moving, fixed)
+        grid, matrix = identity_grid(fixed.shape[2:])[None], affine_start(moving, fixed, masks)
         at = apply_affine(matrix, grid)
         if masks is not None:
             masks = (sample(masks[0].float(), at, padding_mode="zeros") > 0.5, masks[1])
@@ -86,11 +92,14 @@ class WithinMask(LocalNormalizedCrossCorrelationLoss):
         return (super().forward(pred, target) * self.mask).sum() / self.mask.sum()
 
 
-def refined_within_mask(moving: Tensor, fixed: Tensor, masks: Masks) -> Tensor:
-    """Affine map and refinement as if the package's refinement knew the mask of the fixed image."""
-    similarity = partial(WithinMask, masks[1])
-    with patch.object(refinement, "LocalNormalizedCrossCorrelationLoss", similarity):
-        return register(None, moving, fixed, affine=True, refine=30)
+def by_network_within_mask(network: nn.Module | None, **stages: Any) -> Method:
+    """What the stages do if the refinement compares only what is in the mask of the fixed image."""
+
+    def run(moving: Tensor, fixed: Tensor, masks: Masks) -> Tensor:
+        with patch.object(refinement, "LocalNormalizedCrossCorrelationLoss", partial(WithinMask, masks[1])):
+            return register(network, moving, fixed, **stages)
+
+    return after_affine(run)
 
 
 def methods(weights: Path | None) -> dict[str, Method]:
@@ -114,7 +123,9 @@ def methods(weights: Path | None) -> dict[str, Method]:
         }
     masked = ("SimpleITK's affine", *(f"affine, {name}" for name in BY_OTHERS))
     found |= {f"{key}{MASKED}": found[key] for key in masked}
-    return found | {f"affine, refine 30{MASKED}": refined_within_mask}
+    found[f"affine{MASKED}"] = after_affine(nothing)
+    found[f"affine{MASKED}, refine 30"] = after_affine(by_network(None, refine=30))
+    return found | {f"affine, refine 30{MASKED}": by_network_within_mask(None, refine=30)}
 
 
 def measure(name: str, split: str, work: Path, weights: Path | None, chosen: list[str], count: int) -> None:
@@ -131,7 +142,7 @@ def measure(name: str, split: str, work: Path, weights: Path | None, chosen: lis
                 continue
             began = time.process_time()
             score = evaluate_registration(
-                partial(method, masks=masks if key.endswith(MASKED) else None),
+                partial(method, masks=masks if MASKED in key else None),
                 pair.moving,
                 pair.fixed,
                 moving_label=pair.moving_label,
