@@ -30,6 +30,7 @@ from torch import nn, Tensor
 
 from monai_drdm.fields import identity_grid, sample
 from monai_drdm.registration import (
+    alignment,
     apply_affine,
     evaluate_registration,
     load_registration,
@@ -92,14 +93,18 @@ class WithinMask(LocalNormalizedCrossCorrelationLoss):
         return (super().forward(pred, target) * self.mask).sum() / self.mask.sum()
 
 
-def by_network_within_mask(network: nn.Module | None, **stages: Any) -> Method:
-    """What the stages do if the refinement compares only what is in the mask of the fixed image."""
+def refined_with_masks(similarity: bool) -> Method:
+    """Affine map and refinement as if the package knew masks: for the affine map and, if asked, for the refinement."""
 
     def run(moving: Tensor, fixed: Tensor, masks: Masks) -> Tensor:
-        with patch.object(refinement, "LocalNormalizedCrossCorrelationLoss", partial(WithinMask, masks[1])):
-            return register(network, moving, fixed, **stages)
+        loss = partial(WithinMask, masks[1]) if similarity else LocalNormalizedCrossCorrelationLoss
+        with (
+            patch.object(alignment, "find_affine", lambda *_: affine_start(moving, fixed, masks)),
+            patch.object(refinement, "LocalNormalizedCrossCorrelationLoss", loss),
+        ):
+            return register(None, moving, fixed, affine=True, refine=30)
 
-    return after_affine(run)
+    return run
 
 
 def methods(weights: Path | None) -> dict[str, Method]:
@@ -124,8 +129,8 @@ def methods(weights: Path | None) -> dict[str, Method]:
     masked = ("SimpleITK's affine", *(f"affine, {name}" for name in BY_OTHERS))
     found |= {f"{key}{MASKED}": found[key] for key in masked}
     found[f"affine{MASKED}"] = after_affine(nothing)
-    found[f"affine{MASKED}, refine 30"] = after_affine(by_network(None, refine=30))
-    return found | {f"affine, refine 30{MASKED}": by_network_within_mask(None, refine=30)}
+    found[f"affine{MASKED}, refine 30"] = refined_with_masks(similarity=False)
+    return found | {f"affine, refine 30{MASKED}": refined_with_masks(similarity=True)}
 
 
 def measure(name: str, split: str, work: Path, weights: Path | None, chosen: list[str], count: int) -> None:
