@@ -15,7 +15,13 @@ from torch import nn, Tensor
 
 from monai_drdm.fields import warp
 from monai_drdm.io.files import atomically
-from monai_drdm.registration.augmentation import drawn_pairs, intensity_jitter, random_affine, random_flip
+from monai_drdm.registration.augmentation import (
+    affinely_aligned,
+    drawn_pairs,
+    intensity_jitter,
+    random_affine,
+    random_flip,
+)
 from monai_drdm.registration.config import RegistrationConfig
 from monai_drdm.registration.data import ImageBank, load_images, load_pairs, PairBank, RegistrationBatch
 from monai_drdm.registration.networks import load_registration, RegistrationNetwork, save_registration, Structure
@@ -103,6 +109,7 @@ class RegistrationTask:
         pairs = bank.draw(self.config.batch_size, generator)
         if self.config.drawn_level > 0:
             pairs = drawn_pairs(pairs, self.config.drawn_level, generator)
+        pairs = affinely_aligned(pairs) if self.config.affine else pairs
         images = [pairs.moving, pairs.fixed]
         if not validate:
             pairs = random_flip(pairs, generator) if self.config.mirror else pairs

@@ -207,6 +207,26 @@ def test_pairs_are_drawn_anew_in_every_step(scans):
     assert float(task.loss(first.ddf, first)) < 0.2  # what is left are penalties
 
 
+def test_images_are_aligned_before_they_are_registered(scans):
+    """Ellipses of different sizes overlap more, and moving labels still belong to their images."""
+    found = {}
+    for affine in (False, True):
+        folders = {"images": str(scans / "images"), "labels": str(scans / "labels")}
+        task = RegistrationTask(RegistrationConfig(**folders, spatial_dims=2, affine=affine, batch_size=8))
+        task.prepare(False)
+        found[affine] = task.batch(None, torch.Generator().manual_seed(0), validate=True).target
+
+    def dice(a, b):
+        return float(2 * ((a > 0) & (b > 0)).sum() / ((a > 0).sum() + (b > 0).sum()))
+
+    before, after = (dice(found[affine].moving_label, found[affine].fixed_label) for affine in (False, True))
+    assert after > before + 0.03
+    assert after > 0.95
+    torch.testing.assert_close(found[True].fixed, found[False].fixed, rtol=0, atol=0)
+    bright = found[True].moving > 0.25  # labels have brightness 0, 100 and 200
+    assert dice(bright, found[True].moving_label) > 0.95
+
+
 def test_runs_go_on(pairs, tmp_path):
     settings = [*SMALL, "epoch_length=6", "max_epochs=2"]
     config, steps = read_config(RegistrationConfig, None, settings, pairs=str(pairs)), iter(range(100))
@@ -226,6 +246,8 @@ def test_runs_go_on(pairs, tmp_path):
         (("--images", "nowhere"), "nowhere"),
         (("--pairs", "a", "--labels", "b"), "labels goes with images"),
         (("--pairs", "a", "--set", "drawn_level=0.5"), "drawn_level goes with images"),
+        (("--pairs", "a", "--set", "affine=true"), "affine goes with images"),
+        (("--images", "a", "--set", "affine=true", "--set", "drawn_level=0.5"), "affine goes with images"),
         (("--images", "a", "--set", "network=other"), "network must be one of"),
     ],
 )
