@@ -1,7 +1,9 @@
 """What do an affine start and refinement on the pair add, to a network and to methods without one?
 
 Pairs of ``synthetic_pairs.py``, whose folders this script shares: run its ``pairs`` and ``train`` first, or
-name any network. All methods get the same images; with ``affine`` they begin from the same affine map.
+name any network. All methods get the same images; with ``affine`` they begin from the same affine map. With ``masks``,
+they compare only what is in the foreground of the images, as the same masks say, and all begin from the affine map
+between what the masks enclose.
 
     python benchmarks/registration/stages.py --set hippocampus --work DIR --network RUN/network.safetensors
     python benchmarks/registration/stages.py --table
@@ -15,49 +17,94 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
+from monai.losses import LocalNormalizedCrossCorrelationLoss
 from scipy.stats import wilcoxon
 from torch import nn, Tensor
 
 from monai_drdm.fields import identity_grid, sample
-from monai_drdm.registration import apply_affine, evaluate_registration, find_affine, load_registration, register
+from monai_drdm.registration import (
+    alignment,
+    apply_affine,
+    evaluate_registration,
+    load_registration,
+    refinement,
+    register,
+)
 from monai_drdm.registration.data import load_images
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
-from baselines import affine, bspline, demons, syn
+from baselines import affine, affine_start, bspline, demons, foreground, Masks, nothing, syn
 from common.rows import append_rows, read_rows
 from synthetic_pairs import prepare, SETS
 
 PATH = Path(__file__).parent / "stages.jsonl"
-Method = Callable[[Tensor, Tensor], Tensor]
-ORDER = ("nothing", "affine", "SimpleITK's affine", "demons", "affine, demons", "affine, B-splines", "affine, SyN")
-ORDER += ("affine, refine 30", "affine, refine 60", "network", "affine, network")
+Method = Callable[..., Tensor]
+"""Takes the moving and the fixed image, and their ``masks`` or None."""
+MASKED = ", masks"
+BY_OTHERS: dict[str, Method] = {"demons": demons, "B-splines": bspline, "SyN": syn}
+ORDER = ("nothing", "affine", f"affine{MASKED}", "SimpleITK's affine", f"SimpleITK's affine{MASKED}", "demons")
+ORDER += tuple(f"affine, {name}{end}" for name in BY_OTHERS for end in ("", MASKED))
+ORDER += (
+    "affine, refine 30",
+    f"affine{MASKED}, refine 30",
+    f"affine, refine 30{MASKED}",
+    "affine, refine 60",
+    "network",
+    "affine, network",
+)
 ORDER += ("affine, network, refine 30", "affine, network, refine 60")
 MEASURES = ("dice", "hd95", "fold_fraction", "seconds")
-
-
-def nothing(moving: Tensor, fixed: Tensor) -> Tensor:
-    """No displacement."""
-    return fixed.new_zeros(len(fixed), fixed.ndim - 2, *fixed.shape[2:])
 
 
 def after_affine(method: Method) -> Method:
     """A method that gets the moving image as the affine map shows it; its field and the map become one field."""
 
-    def run(moving: Tensor, fixed: Tensor) -> Tensor:
-        grid, matrix = identity_grid(fixed.shape[2:])[None], find_affine(moving, fixed)
-        ddf = method(sample(moving, apply_affine(matrix, grid)), fixed)
+    def run(moving: Tensor, fixed: Tensor, masks: Masks | None = None) -> Tensor:
+        grid, matrix = identity_grid(fixed.shape[2:])[None], affine_start(moving, fixed, masks)
+        at = apply_affine(matrix, grid)
+        if masks is not None:
+            masks = (sample(masks[0].float(), at, padding_mode="zeros") > 0.5, masks[1])
+        ddf = method(sample(moving, at), fixed, masks)
         return apply_affine(matrix, grid + ddf) - grid
 
     return run
 
 
 def by_network(network: nn.Module | None, **stages: Any) -> Method:
-    return lambda moving, fixed: register(network, moving, fixed, **stages)
+    return lambda moving, fixed, masks=None: register(network, moving, fixed, **stages)
+
+
+class WithinMask(LocalNormalizedCrossCorrelationLoss):
+    """The mean of the loss over a mask."""
+
+    def __init__(self, mask: Tensor, *args: Any) -> None:
+        super().__init__(*args, reduction="none")
+        self.mask = mask.float()
+
+    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
+        """The loss."""
+        return (super().forward(pred, target) * self.mask).sum() / self.mask.sum()
+
+
+def refined_with_masks(similarity: bool) -> Method:
+    """Affine map and refinement as if the package knew masks: for the affine map and, if asked, for the refinement."""
+
+    def run(moving: Tensor, fixed: Tensor, masks: Masks) -> Tensor:
+        loss = partial(WithinMask, masks[1]) if similarity else LocalNormalizedCrossCorrelationLoss
+        with (
+            patch.object(alignment, "find_affine", lambda *_: affine_start(moving, fixed, masks)),
+            patch.object(refinement, "LocalNormalizedCrossCorrelationLoss", loss),
+        ):
+            return register(None, moving, fixed, affine=True, refine=30)
+
+    return run
 
 
 def methods(weights: Path | None) -> dict[str, Method]:
@@ -67,9 +114,7 @@ def methods(weights: Path | None) -> dict[str, Method]:
         "affine": by_network(None, affine=True),
         "SimpleITK's affine": affine,
         "demons": demons,
-        "affine, demons": after_affine(demons),
-        "affine, B-splines": after_affine(bspline),
-        "affine, SyN": after_affine(syn),
+        **{f"affine, {name}": after_affine(method) for name, method in BY_OTHERS.items()},
         "affine, refine 30": by_network(None, affine=True, refine=30),
         "affine, refine 60": by_network(None, affine=True, refine=60),
     }
@@ -81,7 +126,11 @@ def methods(weights: Path | None) -> dict[str, Method]:
             "affine, network, refine 30": by_network(network, rounds=2, affine=True, refine=30),
             "affine, network, refine 60": by_network(network, rounds=2, affine=True, refine=60),
         }
-    return found
+    masked = ("SimpleITK's affine", *(f"affine, {name}" for name in BY_OTHERS))
+    found |= {f"{key}{MASKED}": found[key] for key in masked}
+    found[f"affine{MASKED}"] = after_affine(nothing)
+    found[f"affine{MASKED}, refine 30"] = refined_with_masks(similarity=False)
+    return found | {f"affine, refine 30{MASKED}": refined_with_masks(similarity=True)}
 
 
 def measure(name: str, split: str, work: Path, weights: Path | None, chosen: list[str], count: int) -> None:
@@ -90,13 +139,15 @@ def measure(name: str, split: str, work: Path, weights: Path | None, chosen: lis
     bank = load_images(folder / "images", folder / "labels", spatial_dims=3)
     there = {(row["set"], row["split"], row["method"], row["pair"]) for row in read_rows(PATH)}
     for i in range(min(count, len(bank))):
-        pair = bank.pairs(torch.tensor([(i + 1) % len(bank)]), torch.tensor([i])).to(torch.device("cpu"))
+        j = (i + 1) % len(bank)
+        pair = bank.pairs(torch.tensor([j]), torch.tensor([i])).to(torch.device("cpu"))
+        masks = foreground(pair.moving, bank.inside[[j]]), foreground(pair.fixed, pair.inside)
         for key, method in methods(weights).items():
             if (chosen and key not in chosen) or (name, split, key, bank.names[i]) in there:
                 continue
             began = time.process_time()
             score = evaluate_registration(
-                method,
+                partial(method, masks=masks if MASKED in key else None),
                 pair.moving,
                 pair.fixed,
                 moving_label=pair.moving_label,

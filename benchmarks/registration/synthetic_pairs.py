@@ -10,6 +10,9 @@
 | `drdm-real` | pairs by DRDM, then real ones unsupervised |
 | `identity`, `demons`, `bspline` | nothing: SimpleITK's symmetric-forces demons and B-spline registration |
 
+Demons and B-splines are those of ``baselines.py``. Their rows that are there were measured with plainer
+ones: demons on one level, without matching histograms, and B-splines by mean squares.
+
 All fields between synthetic pairs of one image have the same mean displacement, that of DRDM's. All networks are the
 same and train for as many steps; `drdm-real` takes as many again. The averaged weights of the last step are judged.
 Settings are chosen on validation images, among them how often each network registers, once to six times; test
@@ -39,7 +42,6 @@ from typing import Any
 
 import nibabel as nib
 import numpy as np
-import SimpleITK
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -55,6 +57,7 @@ from monai_drdm.registration.data import load_images
 from monai_drdm.registration.task import fit, RegistrationConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
+from baselines import bspline, demons, nothing
 from common.rows import append_rows, read_rows
 from common.scans import data_folder, DOMAINS
 from table import ARMS, BASELINES, by_structure, comparisons, figure, table
@@ -234,46 +237,7 @@ def _method(name: str, work: Path, arm: str, seed: int, rounds: int) -> Register
     if arm in ARMS:
         network = load_registration(train(name, work, arm, seed))
         return lambda moving, fixed: register(network, moving, fixed, rounds=rounds)
-    return {"identity": _identity, "demons": _demons, "bspline": _bspline}[arm]
-
-
-def _identity(moving: Tensor, fixed: Tensor) -> Tensor:
-    return torch.zeros(1, 3, *fixed.shape[2:])
-
-
-def _itk(image: Tensor) -> SimpleITK.Image:
-    """Convert to ITK, which reverses the order of axes."""
-    return SimpleITK.GetImageFromArray(image[0, 0].numpy())
-
-
-def _ddf(transform: SimpleITK.Transform, fixed: SimpleITK.Image) -> Tensor:
-    field = SimpleITK.TransformToDisplacementField(
-        transform, SimpleITK.sitkVectorFloat64, fixed.GetSize(), (0.0,) * 3, (1.0,) * 3, fixed.GetDirection()
-    )
-    vectors = SimpleITK.GetArrayFromImage(field)[..., ::-1]
-    return torch.from_numpy(vectors.copy()).movedim(-1, 0)[None].float()
-
-
-def _demons(moving: Tensor, fixed: Tensor) -> Tensor:
-    demons = SimpleITK.FastSymmetricForcesDemonsRegistrationFilter()
-    demons.SetNumberOfIterations(100)
-    demons.SetStandardDeviations(1.5)
-    target = _itk(fixed)
-    field = demons.Execute(target, _itk(moving))
-    return _ddf(SimpleITK.DisplacementFieldTransform(SimpleITK.Cast(field, SimpleITK.sitkVectorFloat64)), target)
-
-
-def _bspline(moving: Tensor, fixed: Tensor) -> Tensor:
-    target, source = _itk(fixed), _itk(moving)
-    method = SimpleITK.ImageRegistrationMethod()
-    method.SetMetricAsMeanSquares()
-    method.SetMetricSamplingStrategy(method.RANDOM)
-    method.SetMetricSamplingPercentage(0.2, seed=1)
-    method.SetInterpolator(SimpleITK.sitkLinear)
-    method.SetOptimizerAsLBFGSB(numberOfIterations=50)
-    initial = SimpleITK.BSplineTransformInitializer(target, [max(2, n // 8) for n in target.GetSize()])
-    method.SetInitialTransform(initial, inPlace=True)
-    return _ddf(method.Execute(target, source), target)
+    return {"identity": nothing, "demons": demons, "bspline": bspline}[arm]
 
 
 def main() -> None:

@@ -30,6 +30,11 @@ class RegistrationConfig(RunConfig):
         low=0,
         high=1,
     )
+    affine: bool = setting(
+        False,
+        "with images: bring moving images near the fixed ones by an affine map first, for networks that "
+        "register(affine=True) uses",
+    )
     spatial_dims: int = setting(3, "2 or 3", choices=(2, 3))
     network: str = setting("voxelmorph", "kind of network: voxelmorph, aligner, regunet or localnet", choices=KINDS)
     channels: int = setting(16, "features on the finest grid of the network", low=2, high=256)
@@ -63,5 +68,9 @@ class RegistrationConfig(RunConfig):
             raise ValueError("labels goes with images; pairs bring their own.")
         if self.drawn_level and not self.images:
             raise ValueError("drawn_level goes with images, of which pairs are drawn; pairs bring their own fields.")
+        if self.affine and (not self.images or self.drawn_level):
+            raise ValueError(
+                "affine goes with images that are registered with each other; the fields of other pairs are known."
+            )
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 1e-3)

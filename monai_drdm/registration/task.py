@@ -15,7 +15,13 @@ from torch import nn, Tensor
 
 from monai_drdm.fields import warp
 from monai_drdm.io.files import atomically
-from monai_drdm.registration.augmentation import drawn_pairs, intensity_jitter, random_affine, random_flip
+from monai_drdm.registration.augmentation import (
+    affinely_aligned,
+    drawn_pairs,
+    intensity_jitter,
+    random_affine,
+    random_flip,
+)
 from monai_drdm.registration.config import RegistrationConfig
 from monai_drdm.registration.data import ImageBank, load_images, load_pairs, PairBank, RegistrationBatch
 from monai_drdm.registration.networks import load_registration, RegistrationNetwork, save_registration, Structure
@@ -49,7 +55,7 @@ class RegistrationTask:
         self.config = config
         self.bank: PairBank | ImageBank | None = None
         self.validation_bank: PairBank | ImageBank | None = None
-        self.similarity = LocalNormalizedCrossCorrelationLoss(config.spatial_dims, _WINDOW, reduction="mean")
+        self.similarity = LocalNormalizedCrossCorrelationLoss(config.spatial_dims, _WINDOW, reduction="none")
         self.smoothness = DiffusionLoss()
         self.dice = DiceLoss()
 
@@ -103,6 +109,7 @@ class RegistrationTask:
         pairs = bank.draw(self.config.batch_size, generator)
         if self.config.drawn_level > 0:
             pairs = drawn_pairs(pairs, self.config.drawn_level, generator)
+        pairs = affinely_aligned(pairs) if self.config.affine else pairs
         images = [pairs.moving, pairs.fixed]
         if not validate:
             pairs = random_flip(pairs, generator) if self.config.mirror else pairs
@@ -111,14 +118,16 @@ class RegistrationTask:
         return Batch(torch.cat(images, dim=1), pairs)
 
     def error(self, predicted: Tensor, target: RegistrationBatch) -> Tensor:
-        """The mean distance to the known fields in voxels or, without them, the dissimilarity of the images."""
+        """The mean distance to the known fields in voxels or, without them, the dissimilarity of the images.
+
+        Only voxels of the fixed image count, and not the border values that extend it to the common grid.
+        """
         config = self.config
         if target.ddf is not None:
             distance = (predicted - target.ddf).norm(dim=1, keepdim=True)
-            inside = target.inside.sum().clamp(min=1)  # a strong pose may move a small image out of view
-            mean: Tensor = (distance * target.inside).sum() / inside
-            return config.error_weight * mean
-        loss: Tensor = config.similarity_weight * (1 + self.similarity(warp(target.moving, predicted), target.fixed))
+            return config.error_weight * _mean_inside(distance, target.inside)
+        unlike = 1 + self.similarity(warp(target.moving, predicted), target.fixed)
+        loss = config.similarity_weight * _mean_inside(unlike, target.inside)
         return loss if config.label_weight == 0 else loss + config.label_weight * self._overlap(predicted, target)
 
     def measures(self, predicted: Tensor, target: RegistrationBatch) -> Mapping[str, float]:
@@ -186,6 +195,12 @@ class RegistrationTask:
         }
         text = json.dumps(described, indent=2) + "\n"
         atomically(path.with_suffix(".json"), lambda part: Path(part).write_text(text, encoding="utf-8"))
+
+
+def _mean_inside(values: Tensor, inside: Tensor) -> Tensor:
+    """The mean of values over the voxels of images; 0 where a strong pose moves a small image out of view."""
+    mean: Tensor = (values * inside).sum() / inside.sum().clamp(min=1)
+    return mean
 
 
 def _digest(*banks: PairBank | ImageBank) -> str:

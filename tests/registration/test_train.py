@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from monai.networks.blocks import Warp
+from scipy.ndimage import uniform_filter
 
 from monai_drdm.augment import make_pairs, PairSettings
 from monai_drdm.io import find_cases
@@ -174,6 +175,26 @@ def test_dice_of_the_validation():
     assert task.measures(ddf, RegistrationBatch(image, image, image.bool())) == {}
 
 
+def test_images_are_compared_where_the_fixed_image_is_and_not_in_its_padding():
+    """The expected mean is that of local correlation by SciPy. Its windows see zeros beyond the grid, as MONAI's do."""
+    task, rng = RegistrationTask(RegistrationConfig(images="unread", spatial_dims=2)), np.random.default_rng(0)
+    moving, fixed = rng.uniform(size=(2, 2, 1, 28, 26))
+    inside = np.zeros(fixed.shape, dtype=bool)
+    inside[0, 0, 5:20, 3:23], inside[1, 0, :, 8:] = True, True
+
+    def mean(values):
+        return uniform_filter(values, (0, 0, 9, 9), mode="constant")
+
+    together = mean(moving * fixed) - mean(moving) * mean(fixed)
+    spread = [mean(one**2) - mean(one) ** 2 for one in (moving, fixed)]
+    correlation = together**2 / (spread[0] * spread[1])
+    images = [torch.from_numpy(one).float() for one in (moving, fixed)]
+    still = torch.zeros(2, 2, 28, 26)
+    found = task.error(still, RegistrationBatch(*images, torch.from_numpy(inside)))
+    assert float(found) == pytest.approx(1 - correlation[inside].mean(), abs=1e-4)
+    assert abs(correlation[inside].mean() - correlation.mean()) > 1e-3  # the whole grid would give another value
+
+
 def test_pairs_are_drawn_anew_in_every_step(scans):
     config = RegistrationConfig(images=str(scans / "images"), spatial_dims=2, drawn_level=0.6, relative_error=True)
     task, generator = RegistrationTask(config), torch.Generator().manual_seed(0)
@@ -184,6 +205,26 @@ def test_pairs_are_drawn_anew_in_every_step(scans):
     assert float(task.error(nothing, first)) > 0.3
     assert float(task.loss(nothing, first)) == pytest.approx(1, abs=1e-5)
     assert float(task.loss(first.ddf, first)) < 0.2  # what is left are penalties
+
+
+def test_images_are_aligned_before_they_are_registered(scans):
+    """Ellipses of different sizes overlap more, and moving labels still belong to their images."""
+    found = {}
+    for affine in (False, True):
+        folders = {"images": str(scans / "images"), "labels": str(scans / "labels")}
+        task = RegistrationTask(RegistrationConfig(**folders, spatial_dims=2, affine=affine, batch_size=8))
+        task.prepare(False)
+        found[affine] = task.batch(None, torch.Generator().manual_seed(0), validate=True).target
+
+    def dice(a, b):
+        return float(2 * ((a > 0) & (b > 0)).sum() / ((a > 0).sum() + (b > 0).sum()))
+
+    before, after = (dice(found[affine].moving_label, found[affine].fixed_label) for affine in (False, True))
+    assert after > before + 0.03
+    assert after > 0.95
+    torch.testing.assert_close(found[True].fixed, found[False].fixed, rtol=0, atol=0)
+    bright = found[True].moving > 0.25  # labels have brightness 0, 100 and 200
+    assert dice(bright, found[True].moving_label) > 0.95
 
 
 def test_runs_go_on(pairs, tmp_path):
@@ -205,6 +246,8 @@ def test_runs_go_on(pairs, tmp_path):
         (("--images", "nowhere"), "nowhere"),
         (("--pairs", "a", "--labels", "b"), "labels goes with images"),
         (("--pairs", "a", "--set", "drawn_level=0.5"), "drawn_level goes with images"),
+        (("--pairs", "a", "--set", "affine=true"), "affine goes with images"),
+        (("--images", "a", "--set", "affine=true", "--set", "drawn_level=0.5"), "affine goes with images"),
         (("--images", "a", "--set", "network=other"), "network must be one of"),
     ],
 )
