@@ -38,7 +38,7 @@ def check_samples(samples: Sequence[Sample], size: Sequence[int], classes: int, 
         raise ValueError(f"size must be two or three multiples of {factor}, got {list(size)}.")
     for one in samples:
         if "label" not in one:
-            raise ValueError(f"{one['name']} has no label. Name one in the datalist, or list the scan as unlabelled.")
+            raise ValueError(f"{one['name']} has no label. Name one in the datalist, or take the scan out.")
         if int(one["label"].max()) >= classes:
             raise ValueError(
                 f"{one['name']} has the label {int(one['label'].max())}, but with classes={classes} labels go from 0 "

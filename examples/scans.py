@@ -19,13 +19,20 @@ from monai_drdm.io.datalists import Case, find_cases, read_cases
 
 
 def load_case(case: Case, size: Sequence[int]) -> list[dict[str, Any]]:
-    """The slices of a scan, or the whole of it, at one size and in [0, 1], with their labels if there are any."""
+    """The slices of a scan, or the whole of it, at one size and in [0, 1], with their labels if there are any.
+
+    Raises:
+        ValueError: files that do not go together, or not with the size. The message names them.
+    """
     found: list[dict[str, Any]] = []
-    volume = load_image(case.image).data.as_tensor()[:1].float()
-    images = _pieces(ScaleIntensityRangePercentiles(0.5, 99.5, 0, 1, clip=True)(volume), len(size))
+    volume = load_image(case.image).data.as_tensor()
+    _check_image(case, volume, size)
+    images = _pieces(ScaleIntensityRangePercentiles(0.5, 99.5, 0, 1, clip=True)(volume.float()), len(size))
     labels = [None] * len(images)
     if case.label is not None:
-        labels = _pieces(load_image(case.label).data.as_tensor().float(), len(size))
+        label = load_image(case.label).data.as_tensor()
+        _check_label(case, label, volume)
+        labels = _pieces(label.float(), len(size))
     for number, (image, label) in enumerate(zip(images, labels, strict=True)):
         one = {"name": f"{case.name}/{number}", "image": _resized(image, size, _linear(size))}
         found.append(one if label is None else {**one, "label": _resized(label, size, "nearest-exact").byte()})
@@ -44,6 +51,27 @@ def find_groups(
     labelled = read_cases(datalist)
     sections = json.loads(Path(datalist).read_text(encoding="utf-8"))
     return labelled, find_cases(unlabelled), read_cases(datalist, "validation") if "validation" in sections else []
+
+
+def _check_image(case: Case, volume: Tensor, size: Sequence[int]) -> None:
+    if not isinstance(size, Sequence) or len(size) not in (2, 3):
+        raise ValueError(f"size must be two numbers for slices, such as [96, 96], or three for volumes, got {size!r}.")
+    if len(volume) != 1:
+        raise ValueError(f"{case.image} has {len(volume)} channels, expected one. Write one channel to a file.")
+    axes = volume.ndim - 1
+    if axes not in (len(size), 3):
+        wanted = "slices" if len(size) == 2 else "volumes"
+        raise ValueError(f"{case.image} has {axes} axes, but size={list(size)} asks for {wanted}. Choose another size.")
+
+
+def _check_label(case: Case, label: Tensor, volume: Tensor) -> None:
+    if label.shape != volume.shape:
+        shapes = f"{tuple(label.shape[1:])}, but {case.image} has {tuple(volume.shape[1:])}"
+        raise ValueError(f"{case.label} has the shape {shapes}. A label must lie on the grid of its image.")
+    values = label.double().unique()
+    if not bool(((values >= 0) & (values <= 255) & (values == values.round())).all()):
+        shown = [float(one) for one in values[:5]]
+        raise ValueError(f"{case.label} must hold whole numbers from 0 to 255, got values such as {shown}.")
 
 
 def _resized(image: Tensor, size: Sequence[int], mode: str) -> Tensor:

@@ -339,6 +339,15 @@ def test_the_bundle_for_few_labels_writes_over_no_network(bundles, fork):
     assert (bundle / "models" / "model.pt").read_bytes() == b"trained"
 
 
+def test_the_bundle_for_few_labels_says_what_is_missing_before_it_labels(bundles, fork, tmp_path):
+    bundle, (images, _) = bundles / "few_label_segmentation", draw_cases(tmp_path, 1, (16, 16))
+    for size, message in (("[48,48]", "model.pt. Train first"), ("[50,50]", "multiples of 8, got [50, 50]")):
+        _, errors, code = outcome(fork, bundle, ["inference"], dataset_dir=images, size=size)
+        assert code != 0
+        assert message in errors
+        (bundle / "models" / "model.pt").write_bytes(b"trained")
+
+
 def test_a_bundle_that_is_there_is_left_alone(assemble, tmp_path):
     (tmp_path / "anatomy_3d").mkdir()
     with pytest.raises(FileExistsError, match="Move it away"):

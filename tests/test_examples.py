@@ -156,6 +156,26 @@ def test_few_labels_refuses_what_it_cannot_learn_from(few_labels, change, messag
         few_labels.train(few, few, [], **settings, iterations=1)
 
 
+@pytest.mark.parametrize(
+    ("image", "label", "size", "message"),
+    [
+        ((16, 16), 0.5, (16, 16), r"label.nii.gz must hold whole numbers from 0 to 255, got values such as \[0.5"),
+        ((16, 16), 256, (16, 16), "label.nii.gz must hold whole numbers"),
+        ((16, 16), -1, (16, 16), "label.nii.gz must hold whole numbers"),
+        ((16, 8), 1, (16, 16), r"label.nii.gz has the shape \(16, 16\), but .*image.nii.gz has \(16, 8\)"),
+        ((16, 16), 1, (16, 16, 16), "image.nii.gz has 2 axes, but size=.* asks for volumes"),
+        ((16, 16), 1, 16, "size must be two numbers for slices"),
+    ],
+)
+def test_few_labels_names_files_that_do_not_fit(few_labels, tmp_path, image, label, size, message):
+    files = [tmp_path / "image.nii.gz", tmp_path / "label.nii.gz"]
+    for path, values in zip(files, (np.zeros(image), np.full((16, 16), label))):
+        nib.save(nib.Nifti1Image(values.astype(np.float32), np.eye(4)), path)
+    case = few_labels.find_cases(tmp_path)[0]._replace(label=files[1])
+    with pytest.raises(ValueError, match=message):
+        few_labels.load_cases([case], size)
+
+
 def test_few_labels_writes_over_no_image(few_labels, tmp_path):
     image = np.random.default_rng(0).random((16, 16)).astype(np.float32)
     nib.save(nib.Nifti1Image(image, np.eye(4)), tmp_path / "one.nii.gz")
