@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, Phase, settings
+from monai.transforms import Randomizable
 from tqdm import tqdm
 
 from monai_drdm.networks import convert_published, RecResACNet
@@ -35,7 +36,12 @@ settings.load_profile("short")
 
 @pytest.fixture(autouse=True)
 def seeded() -> None:
-    """The same global random state for every test, whatever ran before: MONAI's DataLoader seeds from torch's."""
+    """The same global random state for every test, whatever ran before.
+
+    MONAI's DataLoader seeds from torch's; transforms without a seed of their own share one state, which MONAI takes
+    from the operating system when it is imported.
+    """
+    Randomizable.R = np.random.RandomState(0)
     torch.manual_seed(0)
     np.random.seed(0)
     random.seed(0)
