@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -43,8 +43,8 @@ class DatasetSettings(ABC):
     """Everything that fixes the files of a run, given the images.
 
     A run can be continued if its folder was begun with equal settings. A setting that was added in a later version has
-    ``LATER`` in its metadata. At its default it is left out of the JSON, so that folders of earlier versions can still
-    be continued.
+    in its metadata, at ``LATER``, the value that means what earlier versions did. At that value it is left out of the
+    JSON, so that folders of earlier versions can still be continued.
     """
 
     folders: ClassVar[tuple[str, ...]]
@@ -58,6 +58,7 @@ class DatasetSettings(ABC):
     sampler: str = "auto"
     steps: int | None = None
     recovery: float = 1.0
+    symmetry: float = field(default=1.0, metadata={LATER: 0.0})
     slice_axis: int | None = None
     max_displacement_mm: float | None = None
     label_mode: Mode = "nearest"
@@ -96,7 +97,7 @@ class DatasetSettings(ABC):
         """The settings as JSON. A network from a file is named by its card and hash, not by the path of the file."""
         described: dict[str, Any] = asdict(self)
         for one in fields(self):
-            if LATER in one.metadata and described[one.name] == one.default:
+            if LATER in one.metadata and described[one.name] == one.metadata[LATER]:
                 del described[one.name]
         if self.network.endswith(".safetensors"):
             network = load_network(self.network)
@@ -116,6 +117,7 @@ class DatasetSettings(ABC):
             "sampler": self.sampler,
             "steps": self.steps,
             "recovery": self.recovery,
+            "symmetry": self.symmetry,
             "mode": [self.label_mode if key == "label" else "bilinear" for key in keys],
             "slice_axis": self.slice_axis,
             "max_displacement_mm": self.max_displacement_mm,

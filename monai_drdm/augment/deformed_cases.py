@@ -33,7 +33,7 @@ class AugmentSettings(DatasetSettings):
     draws: int = 1
     seed: int = 0
     version: str = __version__
-    image_number: int = field(default=0, metadata={LATER: True})
+    image_number: int = field(default=0, metadata={LATER: 0})
     """Number of the image, counted from 0, that the network sees. Its field moves all images of the case."""
 
     def __post_init__(self) -> None:

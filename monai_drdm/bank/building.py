@@ -44,6 +44,7 @@ class Maker:
             sampler=model.sampler,
             steps=model.steps,
             recovery=model.recovery,
+            symmetry=model.symmetry,
             image_channel=drawer.image_channel,
             max_displacement_mm=drawer.max_displacement_mm,
             on_fold=drawer.on_fold,

@@ -41,6 +41,8 @@ class BankSettings:
     pixdim: tuple[float, ...] | None
     seed: int
     format: int = FORMAT
+    symmetry: float = 0.0
+    """How far fields are kept symmetric where images are. Version 1.0 did not do it, and did not write this."""
 
     @property
     def digest(self) -> str:
@@ -103,6 +105,7 @@ class BankSettings:
             raise TypeError(f"seed must be a whole number, got {self.seed!r}")
         low, high = self.deformation_level
         shares = {"deformation_level": low, "deformation_level to": high, "recovery": self.recovery}
+        shares["symmetry"] = self.symmetry
         for name, number in (shares | {"max_fold_fraction": self.max_fold_fraction}).items():
             if type(number) not in (int, float) or not 0.0 <= number <= 1.0:
                 raise ValueError(f"{name} must be a number in [0, 1], got {number!r}")

@@ -18,7 +18,7 @@ EXIT_CODES = (
 
 LEVEL_RANGE = (0.3, 0.8)
 """The range of deformation levels, unless another is given."""
-_DRAW_OPTIONS = ("network", "seed", "sampler", "steps", "recovery", "slice_axis", "max_displacement_mm")
+_DRAW_OPTIONS = ("network", "seed", "sampler", "steps", "recovery", "symmetry", "slice_axis", "max_displacement_mm")
 
 
 def add_network(parser: argparse.ArgumentParser) -> None:
@@ -58,6 +58,12 @@ def add_draw_options(parser: argparse.ArgumentParser) -> None:
         default=1.0,
         help="factor on every recovery step in [0, 1], for sampler velocity: less leaves more of the random field "
         "(default: 1)",
+    )
+    parser.add_argument(
+        "--symmetry",
+        type=float,
+        default=1.0,
+        help="how far the halves of a symmetric anatomy are kept alike, in [0, 1]; 0 is not at all (default: 1)",
     )
     parser.add_argument(
         "--slice-axis",

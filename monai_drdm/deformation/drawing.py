@@ -20,7 +20,7 @@ from monai_drdm.deformation.options import AllDrawOptions, NetworkLike, with_opt
 from monai_drdm.deformation.record import Deformation, DeformationParams
 from monai_drdm.deformation.stored_field import StoredField
 from monai_drdm.diffusion import DRDM, SAMPLERS
-from monai_drdm.diffusion.schedule import check_precision, check_recovery
+from monai_drdm.diffusion.schedule import check_precision, check_share
 from monai_drdm.fields import fold_fraction, shrink_to_fold_limit, voxels_to_mm
 from monai_drdm.networks import network_sha256, RecoveryNetwork
 from monai_drdm.networks.kinds import MAX_STEPS
@@ -69,7 +69,8 @@ class FieldDrawer:
         self.source = NetworkSource(network)
         self.levels = _level_range(options["deformation_level"])
         self.sampler, self.steps = options["sampler"], _optional_index(options["steps"], "steps")
-        self.recovery = check_recovery(options["recovery"])
+        self.recovery = check_share(options["recovery"], "recovery")
+        self.symmetry = check_share(options["symmetry"], "symmetry")
         self.precision, self.compiled = check_precision(options["precision"]), options["compiled"]
         self.image_channel = _optional_index(options["image_channel"], "image_channel")
         self.max_displacement_mm = options["max_displacement_mm"]
@@ -91,7 +92,15 @@ class FieldDrawer:
 
     def model(self, network: RecoveryNetwork) -> DRDM:
         """A network with this drawer's sampler."""
-        return DRDM(network, self.sampler, self.steps, self.recovery, precision=self.precision, compiled=self.compiled)
+        return DRDM(
+            network,
+            self.sampler,
+            self.steps,
+            self.recovery,
+            symmetry=self.symmetry,
+            precision=self.precision,
+            compiled=self.compiled,
+        )
 
     def draw(self, image: Tensor, spacing: Sequence[float], seed: int) -> Deformation:
         """Draw the field of one image ``(C, *S)``; see ``draw_batch``."""
@@ -180,7 +189,7 @@ class FieldDrawer:
         """The network with the sampler of a record. It must be the network that the record names."""
         compiled = self.compiled and params.sampler == "velocity"
         sampler = params.sampler, params.steps, params.recovery
-        model = DRDM(network, *sampler, precision=params.precision, compiled=compiled)
+        model = DRDM(network, *sampler, symmetry=params.symmetry, precision=params.precision, compiled=compiled)
         _check_record(params, model)
         return model
 
@@ -243,6 +252,7 @@ class FieldDrawer:
             sampler=model.sampler,
             steps=model.steps,
             recovery=model.recovery,
+            symmetry=model.symmetry,
             precision=model.precision,
             image_channel=self.image_channel,
             slice_axis=self.slice_axis,
@@ -271,7 +281,7 @@ def _sample(
     """Compact fields ``(1, D, *C)``. Images of equal model, shape and spacing go through the network together."""
     alike: dict[object, list[int]] = {}
     for i, (model, view) in enumerate(zip(models, views)):
-        kind = model.sampler, model.steps, model.recovery, model.precision
+        kind = model.sampler, model.steps, model.recovery, model.symmetry, model.precision
         alike.setdefault((kind, view.image.shape, view.spacing), []).append(i)
     found: dict[int, Tensor] = {}
     for group in alike.values():

@@ -44,6 +44,14 @@ class SharedDrawOptions(TypedDict, total=False):
             "differ more and are less plausible. Values below 1 need the sampler ``velocity``.",
         ),
     ]
+    symmetry: Annotated[
+        float,
+        Option(
+            1.0,
+            "how far the halves of a symmetric anatomy are kept alike, in [0, 1]; 0: not at all. It changes nothing in "
+            "images that do not agree with their mirror image. The published samplers do not do it.",
+        ),
+    ]
     image_channel: Annotated[
         int | None, Option(None, "number of the channel that the network sees; None: the mean over channels.")
     ]

@@ -95,6 +95,8 @@ class DeformationParams:
     """Factor on the drawn field, from ``max_displacement_mm`` and the fold policy."""
     version: str
     format: int = RECORD_FORMAT
+    symmetry: float = 0.0
+    """How far the field was kept symmetric where the image is. Version 1.0 did not do it, and did not write this."""
 
     def _check(self) -> None:
         """Raise unless every entry has the right type and range: a rounded number, for example, gives another field."""
@@ -110,6 +112,7 @@ class DeformationParams:
         for name, number in (
             ("deformation_level", self.deformation_level),
             ("recovery", self.recovery),
+            ("symmetry", self.symmetry),
             ("scale", self.scale),
         ):
             if type(number) not in (int, float) or not 0.0 <= number <= 1.0:

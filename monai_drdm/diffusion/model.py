@@ -12,7 +12,7 @@ from torch import Tensor
 from monai_drdm.diffusion.diffuse import diffuse, diffuse_published
 from monai_drdm.diffusion.recover import Callback, recover_fast, recover_reference, strided_times
 from monai_drdm.diffusion.recover_velocity import OVER_RELAXATION, recover_velocity
-from monai_drdm.diffusion.schedule import check_precision, check_recovery, levels_of_batch, time_step
+from monai_drdm.diffusion.schedule import check_precision, check_share, levels_of_batch, time_step
 from monai_drdm.diffusion.working_grid import WorkingGrid
 from monai_drdm.fields import crop, fractions_to_voxels, mend_folds
 from monai_drdm.networks import RecoveryNetwork, RecResACNet, VelocityUNet
@@ -31,6 +31,8 @@ class DRDM:
         steps: recovery steps; None is the card's. ``reference`` always takes 80.
         recovery: factor on every recovery step, in [0, 1], for ``velocity`` only. Below 1 more of the random field is
             left: shapes differ more and are less plausible. 0 is no recovery.
+        symmetry: how far fields are kept symmetric where images are, in [0, 1], by ``velocity``; 0 is not at all. The
+            published samplers do not do it.
         precision: ``bfloat16`` computes the convolutions of ``velocity`` in bfloat16, which is faster on hardware that
             supports it; fields and coordinates stay float32. The fields differ a little from those of ``float32``.
         compiled: compile the network of ``velocity`` with ``torch.compile``, with CUDA graphs on a GPU. The first
@@ -47,6 +49,7 @@ class DRDM:
         steps: int | None = None,
         recovery: float = 1.0,
         *,
+        symmetry: float = 1.0,
         precision: str = "float32",
         compiled: bool = False,
     ) -> None:
@@ -69,9 +72,10 @@ class DRDM:
                 strided_times(self.steps)
             elif not 1 <= self.steps <= MAX_STEPS:
                 raise ValueError(f"sampler 'velocity': steps must be from 1 to {MAX_STEPS}, got {self.steps}.")
-        self.recovery = check_recovery(recovery)
+        self.recovery = check_share(recovery, "recovery")
         if self.recovery != 1.0 and self.sampler != "velocity":
             raise ValueError(f"recovery below 1 needs sampler 'velocity', got {recovery} for {self.sampler!r}.")
+        self.symmetry = check_share(symmetry, "symmetry") if self.sampler == "velocity" else 0.0
         self.precision, self.compiled = check_precision(precision), compiled
         if (precision != "float32" or compiled) and self.sampler != "velocity":
             raise ValueError(f"bfloat16 and compiled need sampler 'velocity', got {self.sampler!r}.")
@@ -178,6 +182,7 @@ class DRDM:
                 levels,
                 steps=self.steps,
                 over_relaxation=self.recovery * OVER_RELAXATION,
+                symmetry=self.symmetry,
                 predict=self._predict,
                 callback=callback,
                 progress=progress,

@@ -1,6 +1,6 @@
 """Recovery with a network that predicts velocities: few cheap steps, each a small diffeomorphism.
 
-Two corrections are added to the predictions of the network.
+Three corrections are added to the predictions of the network.
 
 *Smoothing in flat regions.* A network recognises a deformation only where the image has structure. In flat regions it
 predicts no velocity, and the random field would stay as rough as it was drawn. Before each step the field is therefore
@@ -10,6 +10,9 @@ blended with its own smoothing where the deformed image is flat.
 is unlike its training data a network predicts a velocity for it too, which would bias all draws in the same direction.
 This prediction is therefore warped by the field and subtracted from the one for the deformed image. It changes little
 with the level, so it is computed at every fourth step only.
+
+*Keeping symmetry.* If the original image is symmetric, as a brain is, each step also takes off a share of that part of
+the field which breaks the symmetry (``symmetry.py``), so that both halves stay alike.
 """
 
 from __future__ import annotations
@@ -24,6 +27,7 @@ from tqdm import tqdm
 
 from monai_drdm.diffusion.recover import Callback, RecoveryStep
 from monai_drdm.diffusion.schedule import integration_times, levels_of_batch
+from monai_drdm.diffusion.symmetry import find_mirror, half_grid, keep_symmetry
 from monai_drdm.fields import compose, exp_svf, gaussian_smooth, mend_folds, resize_ddf, resize_image, warp
 from monai_drdm.networks import VelocityUNet
 
@@ -37,6 +41,7 @@ _FLAT = 0.07  # slope, in intensity ranges per voxel, at which a region counts a
 _SMOOTHING = 3 / 80  # standard deviation as a fraction of the longest side, about the finest node spacing
 _EDGE_SIGMA_VOX, _REACH_SIGMA_VOX = 1.0, 2.0
 _ANCHOR_EVERY = 4
+_ASYMMETRY_LEFT = 0.05  # of the random field, in all steps together, in symmetric images
 _SQUARINGS = 6  # a step of 8 voxels of the half grid starts with 1/8 voxel, a larger one with more
 
 
@@ -49,6 +54,7 @@ def recover_velocity(
     *,
     steps: int = 12,
     over_relaxation: float = OVER_RELAXATION,
+    symmetry: float = 1.0,
     predict: Predict | None = None,
     callback: Callback | None = None,
     progress: bool = False,
@@ -67,6 +73,7 @@ def recover_velocity(
         steps: number of steps, 1 or more; each costs one prediction, every fourth step two.
         over_relaxation: factor on every step. A larger one gives images closer to the original, a smaller one leaves
             more of the random field.
+        symmetry: how far fields are kept symmetric where images are, in [0, 1].
         predict: is called instead of ``network``, for example the same network compiled or in lower precision.
         callback: called after each step; its ``time`` is the number of steps left.
         progress: show a progress bar.
@@ -83,9 +90,13 @@ def recover_velocity(
     low, high = network.card.input_range
     unseen = flatness((image - low) / (high - low), ddf.shape[2:])
     left, share = timetable(levels, steps, ddf)
+    kept = min(1.0, over_relaxation / OVER_RELAXATION) * symmetry
+    mirror = half_grid(find_mirror((image - low) / (high - low)), image.shape[2:]) if kept > 0 else None
     for k in tqdm(range(steps), desc="recover", unit="step", disable=not progress):
         if k % _ANCHOR_EVERY == 0:
             anchor = predict(image, left[k])
+        if mirror is not None:
+            ddf = keep_symmetry(ddf, mirror, 1 - _ASYMMETRY_LEFT ** (kept / steps))
         ddf = recovery_step(predict, image, unseen, ddf, left[k], over_relaxation * share[k], anchor)
         if callback is not None:
             callback(RecoveryStep(k, steps - 1 - k, ddf))

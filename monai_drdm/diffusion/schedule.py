@@ -29,15 +29,15 @@ def check_level(level: float, function: str) -> float:
     return float(level)
 
 
-def check_recovery(recovery: float) -> float:
-    """Return a factor on recovery steps as a float.
+def check_share(share: float, name: str) -> float:
+    """Return a share, such as the factor on recovery steps, as a float.
 
     Raises:
         ValueError: not a number in [0, 1].
     """
-    if isinstance(recovery, bool) or not isinstance(recovery, Real) or not 0.0 <= recovery <= 1.0:
-        raise ValueError(f"recovery must be a number in [0, 1], got {recovery!r}.")
-    return float(recovery)
+    if isinstance(share, bool) or not isinstance(share, Real) or not 0.0 <= share <= 1.0:
+        raise ValueError(f"{name} must be a number in [0, 1], got {share!r}.")
+    return float(share)
 
 
 def check_precision(precision: str) -> str:

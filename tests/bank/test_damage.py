@@ -185,6 +185,7 @@ def test_a_setting_that_comes_later_leaves_old_banks_as_they_are():
         ("fields_per_image", 0),
         ("deformation_level", [0.3, 7]),
         ("recovery", float("nan")),
+        ("symmetry", 2.0),
         ("on_fold", "hope"),
         ("slice_axis", 5),
         ("pixdim", [0, 1]),

@@ -24,6 +24,7 @@ CONTRACT = {
     "sampler": "auto",
     "steps": None,
     "recovery": 1.0,
+    "symmetry": 1.0,
     "image_channel": None,
     "max_displacement_mm": None,
     "on_fold": "rescale",

@@ -198,7 +198,7 @@ def test_what_an_image_shows_stays_as_it_is():
     image = structure(1, 97, 97)
     image[..., 49:] = 0.0
     start = diffuse([torch.Generator().manual_seed(0)], (49, 49), 0.1)
-    recovered = recover_velocity(Oracle(torch.zeros(1, 2, 49, 49)), image, start, [0.1], steps=4)
+    recovered = recover_velocity(Oracle(torch.zeros(1, 2, 49, 49)), image, start, [0.1], steps=4, symmetry=0.0)
     torch.testing.assert_close(recovered[..., :16], start[..., :16], rtol=0, atol=0.01)
     before, after = (field[..., 36:].diff(n=2, dim=2).square().mean() for field in (start, recovered))
     assert after < 0.1 * before

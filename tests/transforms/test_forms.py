@@ -43,6 +43,7 @@ CHOICES = {
     "sampler": ["velocity"],
     "steps": [1],
     "recovery": [0.5],
+    "symmetry": [0.0],
     "image_channel": [0, -1],
     "max_displacement_mm": [0.3],
     "on_fold": ["resample", "skip", "keep", "raise"],

@@ -1,0 +1,182 @@
+import math
+
+import pytest
+import SimpleITK
+import torch
+
+from monai_drdm import RandDRDMDeform
+from monai_drdm.deformation import DeformationParams
+from monai_drdm.diffusion import DRDM
+from monai_drdm.diffusion.symmetry import find_mirror, half_grid, keep_symmetry, Mirror
+from monai_drdm.fields import identity_grid, warp
+from monai_drdm.metrics import remove_affine
+from monai_drdm.networks import load_network
+from monai_drdm.train.augmentation import smooth_noise
+
+SHAPES = [(61, 49), (41, 33, 37)]
+
+
+def blobs(seed, shape, nodes=7):
+    """Smooth random structures, the same under every seed, in [0, 1]."""
+    noise = smooth_noise(torch.Generator().manual_seed(seed), 1, 1, torch.Size(shape), nodes)
+    return (0.5 + 0.2 * noise).clamp(0, 1)
+
+
+def resampled(image, normal, point):
+    """The mirror image of an image across a plane, by SimpleITK."""
+    dims = image.ndim - 2
+    reversed_normal = normal.flip(0).double()  # SimpleITK counts axes from the last
+    matrix = torch.eye(dims, dtype=torch.float64) - 2 * torch.outer(reversed_normal, reversed_normal)
+    transform = SimpleITK.AffineTransform(dims)
+    transform.SetMatrix(matrix.flatten().tolist())
+    transform.SetCenter(point.flip(0).double().tolist())
+    scan = SimpleITK.GetImageFromArray(image[0, 0].numpy())
+    result = SimpleITK.Resample(scan, scan, transform, SimpleITK.sitkLinear, 0.0, SimpleITK.sitkFloat32)
+    return torch.from_numpy(SimpleITK.GetArrayFromImage(result))[None, None]
+
+
+def tilted_plane(shape, axis=0, degrees=12.0, shift=2.0):
+    """A plane across an axis, tilted towards the next one, off the middle of the image."""
+    normal = torch.eye(len(shape))[axis].clone()
+    normal[(axis + 1) % len(shape)] = math.tan(math.radians(degrees))
+    normal = normal / normal.norm()
+    return normal, torch.tensor([(n - 1) / 2 for n in shape]) + shift * normal
+
+
+def two_halves(shape, **plane):
+    """A body of random structures that are the same on both sides of a plane."""
+    normal, point = tilted_plane(shape, **plane)
+    image = blobs(1, shape)
+    side = ((identity_grid(shape) - point.view(-1, *(1,) * len(shape))) * normal.view(-1, *(1,) * len(shape))).sum(0)
+    away = (identity_grid(shape) - point.view(-1, *(1,) * len(shape))).square().sum(0).sqrt()
+    body = torch.sigmoid((0.42 * min(shape) - away) / 1.5)
+    return torch.where(side > 0, image, resampled(image, normal, point)) * body, normal, point
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(("axis", "degrees", "shift"), [(0, 0.0, 0.0), (1, 12.0, 2.0), (0, -20.0, -1.0)])
+def test_the_plane_of_two_like_halves_is_found(shape, axis, degrees, shift):
+    image, normal, point = two_halves(shape, axis=axis, degrees=degrees, shift=shift)
+    found = find_mirror(image)
+    assert float(found.weight) > 0.9
+    assert abs(float(found.normal[0] @ normal)) > math.cos(math.radians(2.0))
+    assert abs(float((found.point[0] - point) @ normal)) < 0.02 * max(shape)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("seed", range(4))
+def test_an_image_without_like_halves_is_not_symmetric(shape, seed):
+    assert float(find_mirror(blobs(seed, shape)).weight) == 0.0
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (20, 24, 28), (1, 30, 30), (5, 3), (1, 1)])
+def test_constant_images_have_no_plane(shape):
+    found = find_mirror(torch.full((2, 3, *shape), 0.4))
+    assert found.weight.tolist() == [0.0, 0.0]
+    assert found.normal.shape == found.point.shape == (2, len(shape))
+    assert bool(torch.isfinite(found.point).all())
+
+
+def test_each_image_of_a_batch_has_its_own_plane():
+    images = [two_halves((61, 49), axis=0)[0], blobs(0, (61, 49)), two_halves((61, 49), axis=1)[0]]
+    together = find_mirror(torch.cat(images))
+    for row, image in enumerate(images):
+        for whole, alone in zip(together, find_mirror(image)):
+            torch.testing.assert_close(whole[row], alone[0])
+    assert together.normal.abs().argmax(dim=1)[::2].tolist() == [0, 1]
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_fields_are_mirrored_as_a_vector_is(shape):
+    """A field that is its own mirror image stays; one that is minus its mirror image goes, unless it is rigid."""
+    middle = torch.tensor([(n - 1) / 2 for n in shape])
+    mirror = Mirror(torch.eye(len(shape))[:1], middle[None], torch.ones(1))
+    x, y = (identity_grid(shape)[d] - middle[d] for d in (0, 1))
+    zero = [torch.zeros(shape)] * (len(shape) - 2)
+    even = torch.stack([torch.sin(x / 6) * torch.cos(y / 5), torch.cos(x / 7) + y / 9, *zero])[None]
+    odd = torch.stack([0.1 * (x / 8) ** 2 * torch.cos(y / 6), torch.sin(x / 4) * torch.cos(y / 3), *zero])[None]
+    rigid = torch.stack([0.7 - 0.1 * y, 0.1 * x, *zero])[None]
+    shear = torch.stack([0.1 * y, 0.1 * x, *zero])[None]
+    torch.testing.assert_close(keep_symmetry(even, mirror, 1.0), even, atol=1e-4, rtol=0)
+    torch.testing.assert_close(keep_symmetry(rigid, mirror, 1.0), rigid, atol=1e-4, rtol=0)
+    torch.testing.assert_close(keep_symmetry(shear, mirror, 1.0), torch.zeros_like(shear), atol=0.35, rtol=0)
+    left = keep_symmetry(odd, mirror, 1.0)
+    assert float(remove_affine(left).norm()) < 1e-3 * float(odd.norm())
+    half = keep_symmetry(even + odd, mirror, 0.5)
+    torch.testing.assert_close(half, even + (odd + left) / 2, atol=1e-4, rtol=0)
+    unsure = mirror._replace(weight=torch.tensor([0.5]))
+    torch.testing.assert_close(keep_symmetry(even + odd, unsure, 1.0), half, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_symmetric_image_stays_symmetric_under_the_field(shape):
+    """SimpleITK mirrors the deformed image across the tilted plane."""
+    image, normal, point = two_halves(shape, axis=0, degrees=8.0, shift=1.0)
+    mirror = Mirror(normal[None], point[None], torch.ones(1))
+    random = torch.cat(
+        [3 * smooth_noise(torch.Generator().manual_seed(d), 1, 1, shape, 5) for d in range(len(shape))], 1
+    )
+    random = remove_affine(random)
+
+    def asymmetry(ddf):
+        moved = warp(image, ddf)
+        return float((resampled(moved, normal, point) - moved).abs().mean())
+
+    assert asymmetry(keep_symmetry(random, mirror, 1.0)) < 0.35 * asymmetry(random)
+
+
+def test_planes_on_the_half_grid():
+    normal, point = tilted_plane((61, 49))
+    halved = half_grid(Mirror(normal[None], point[None], torch.ones(1)), (61, 49))
+    torch.testing.assert_close(halved.point[0], point / 2)
+    torch.testing.assert_close(halved.normal[0], normal)
+    flat = half_grid(Mirror(normal[None], point[None], torch.ones(1)), (61, 1))
+    torch.testing.assert_close(flat.point[0], point / torch.tensor([2.0, 1.0]))
+    assert abs(float(flat.normal[0] @ torch.tensor([-normal[1] / 2, normal[0]]))) < 1e-6
+
+
+def odd_part(ddf):
+    """What differs from the mirror image across the first axis, without its affine part."""
+    mirrored = ddf.flip(2).clone()
+    mirrored[:, 0] *= -1
+    return float(remove_affine((ddf - mirrored) / 2).norm(dim=1).mean())
+
+
+def test_recovered_halves_stay_alike_as_far_as_is_asked():
+    network, image = load_network("anatomy-2d"), two_halves((97, 81), axis=0, degrees=0.0, shift=0.0)[0]
+    drawn = [DRDM(network, symmetry=share).sample(image, 0.6, [3]) for share in (0.0, 0.3, 1.0)]
+    odd = [odd_part(ddf) for ddf in drawn]
+    assert odd[2] < 0.35 * odd[0]
+    assert odd[2] < odd[1] < odd[0]
+    unlike = blobs(5, (97, 81))
+    free, kept = (DRDM(network, symmetry=share).sample(unlike, 0.6, [3]) for share in (0.0, 1.0))
+    assert torch.equal(free, kept)
+
+
+def test_records_say_how_symmetric_a_field_was_kept():
+    """Those of version 1.0 say nothing, and are replayed as that version drew."""
+    image = two_halves((65, 65), degrees=0.0)[0][0]
+    free, kept = (
+        RandDRDMDeform(prob=1.0, deformation_level=0.6, symmetry=share).set_random_state(1) for share in (0.0, 1.0)
+    )
+    for transform in (free, kept):
+        transform(image)
+    assert (free.last.ddf - kept.last.ddf).abs().max() > 0.5
+    record = DeformationParams.from_json(kept.last.params.to_json())
+    assert (record.symmetry, free.last.params.symmetry) == (1.0, 0.0)
+    field = kept.last.ddf
+    free(image, params=record)
+    torch.testing.assert_close(free.last.ddf, field, atol=1e-4, rtol=0)
+    entries = {name: value for name, value in record.__dict__.items() if name != "symmetry"}
+    kept(image, params=DeformationParams(**entries))
+    expected = RandDRDMDeform(prob=1.0, deformation_level=0.6, symmetry=0.0).set_random_state(1)
+    expected(image)
+    torch.testing.assert_close(kept.last.ddf, expected.last.ddf, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("symmetry", [1.5, -0.1, True, "all", float("nan")])
+def test_impossible_symmetry(symmetry):
+    with pytest.raises(ValueError, match="symmetry must be a number in"):
+        DRDM(load_network("anatomy-2d"), symmetry=symmetry)
+    with pytest.raises(ValueError, match="symmetry must be a number in"):
+        RandDRDMDeform(symmetry=symmetry)
