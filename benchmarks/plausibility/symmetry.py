@@ -8,8 +8,9 @@ of the original, carried along by the field. The yardstick is the spread of the 
     python benchmarks/plausibility/symmetry.py --split test
     python benchmarks/plausibility/symmetry.py --table
 
-Fields: of the network in this package at several levels, and the random fields that it starts from, made as strong as
-the network's by scaling. Rows are in ``symmetry.jsonl``; what is there is not measured again.
+Fields at several levels: of the network in this package; of the same without keeping symmetry (``symmetry=0``); and the
+random fields that it starts from, made as strong as the network's by scaling. Rows are in ``symmetry.jsonl``; what is
+there is not measured again.
 """
 
 from __future__ import annotations
@@ -55,10 +56,12 @@ def mirror_dice(image: Tensor, label: Tensor) -> float:
 
 def fields(model: DRDM, scan: Scan, draws: int) -> Iterator[tuple[str, float, int, Tensor]]:
     """Kind, level, seed and field of everything that is compared on one scan."""
+    free = DRDM(model.network, symmetry=0.0)
     for level in LEVELS:
         for seed in range(draws):
             ours = model.sample(scan.image, level, [seed])
             yield "network", level, seed, ours
+            yield "network, symmetry=0", level, seed, free.sample(scan.image, level, [seed])
             random = model.diffuse(scan.image.shape[2:], [level], [seed])
             share = mean_displacement(remove_affine(ours)) / mean_displacement(remove_affine(random))
             yield "random", level, seed, random * float(share)

@@ -58,6 +58,8 @@ BASE: dict[int, dict[str, Any]] = {
     },
 }
 """Recipes of the networks that come with the package."""
+HALF_SIZE = {2: 81, 3: 41}
+"""Half the working size, as odd as it must be."""
 STEPS_A_MINUTE = {2: 250, 3: 60}
 """Of the base recipe on one idle core of the processor that the rows name, for choosing the number of steps."""
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -154,7 +156,8 @@ def run(dims: int, variant: str, minutes: float, seed: int, work: Path, count: i
     with tempfile.TemporaryDirectory(dir=work) as folder:
         more: dict[str, Any] = {"seed": seed}
         if share:
-            coarse = configure(dims, variant, work, round(base_steps * share * 2**dims), working_size=81, **more)
+            steps, half = round(base_steps * share * 2**dims), HALF_SIZE[dims]
+            coarse = configure(dims, variant, work, steps, working_size=half, **more)
             more["init"] = str(fit(coarse, Path(folder) / "coarse", progress=True))
         config = configure(dims, variant, work, round(base_steps * (1 - share) / cost), **more)
         started = time.process_time()
