@@ -432,6 +432,17 @@ def test_forced_runs_that_are_interrupted_go_on(command, folders, fork):
     assert hashes(folders / "out") == hashes(folders / "whole")
 
 
+def test_folders_of_version_1_0_are_continued_without_symmetry(command, folders, capsys):
+    """That version did not keep it, and its settings do not name it."""
+    assert main(command(symmetry=0)) == 0
+    assert "symmetry" not in json.loads((folders / "out" / "settings.json").read_text())
+    capsys.readouterr()
+    assert main(command(symmetry=0)) == 0
+    assert "0 written, 6 already there" in capsys.readouterr().out
+    assert main(command()) == 1
+    assert "other settings" in capsys.readouterr().err
+
+
 def test_weights_are_known_by_what_they_hold(command, folders, network_file, capsys):
     assert main(command()) == 0
     moved = folders / "renamed.safetensors"

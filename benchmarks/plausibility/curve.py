@@ -45,12 +45,17 @@ from segmenters import default_cache, load_segmenter, Segmenter
 
 PATH = Path(__file__).parent / "curve.jsonl"
 IMAGES = {2: 30, 3: 10}
+LEAST_VOXELS = 100
+"""Images with fewer labelled voxels do not count."""
 DRDM_LEVELS = (0.2, 0.4, 0.6, 0.8, 1.0)
+HALF_LEVELS = (0.4, 0.6, 0.8, 1.0)
+"""Levels with half the recovery, which leaves more of the random field."""
 DEFAULTS = (0.3, 0.8)
 """Range of levels that the transforms draw from unless told otherwise."""
 RANDOM_SHARES = {2: (0.03, 0.06, 0.12, 0.2, 0.3), 3: (0.05, 0.1, 0.2, 0.3, 0.45)}
 """Factors on random fields of level 0.6."""
-ELASTIC_MAGNITUDES = {2: (1.0, 3.0, 6.0, 10.0, 16.0), 3: (50.0, 150.0, 300.0, 500.0, 800.0)}
+ELASTIC_MAGNITUDES = {2: (0.0, 0.005, 0.01, 0.02, 0.04), 3: (0.5, 1.5, 3.0, 5.0, 8.0)}
+"""Magnitudes of MONAI's elastic deformation, as fractions of the longest side."""
 NAMES = {
     "acdc": "heart MR, slices",
     "cxr": "chest X-rays",
@@ -58,6 +63,13 @@ NAMES = {
     "ixi3d": "brain MR, volumes",
     "hippocampus3d": "hippocampus MR, volumes",
 }
+STYLE = {
+    "drdm": ("#c0392b", "o", "DRDM"),
+    "drdm, recovery 0.5": ("#e59866", "D", "DRDM, half the recovery"),
+    "elastic": ("#2471a3", "s", "elastic"),
+    "random": ("#888888", "^", "random"),
+}
+"""Colour, marker and name of the methods in the figure."""
 KEY = ("domain", "split", "method", "strength", "image", "seed", "network")
 
 
@@ -80,7 +92,7 @@ class Method(NamedTuple):
             return self.model.sample(image, self.strength, [seed])
         if self.name == "random":
             return self.strength * random_field(image, 0.6, seed)
-        return elastic_field(tuple(image.shape[2:]), self.strength, seed)
+        return elastic_field(tuple(image.shape[2:]), self.strength * max(image.shape[2:]), seed)
 
 
 def methods(dims: int) -> Iterator[Method]:
@@ -88,6 +100,9 @@ def methods(dims: int) -> Iterator[Method]:
     model = DRDM(load_network(auto_network(dims)))
     for level in DRDM_LEVELS:
         yield Method("drdm", level, model)
+    half = DRDM(model.network, recovery=0.5)
+    for level in HALF_LEVELS:
+        yield Method("drdm, recovery 0.5", level, half)
     for share in RANDOM_SHARES[dims]:
         yield Method("random", share)
     for magnitude in ELASTIC_MAGNITUDES[dims]:
@@ -118,6 +133,8 @@ def affine_part(ddf: Tensor, inside: Tensor) -> Tensor:
 def measure(scan: Scan, ddf: Tensor, segmenter: Segmenter, classes: int) -> dict[str, Any]:
     """Change of shape and Dice lost by one field, on the grid of the scan."""
     dims, grid = ddf.shape[1], identity_grid(scan.image.shape[2:])
+    if int((scan.label > 0).sum()) < LEAST_VOXELS:
+        return {"shape_points": None, "dice_lost": None, "folds": float(fold_fraction(ddf))}
     matrix = affine_part(ddf, scan.label[0, 0] > 0)
     linear, shift = matrix[:, :dims].float(), matrix[:, dims].float().view(-1, *(1,) * dims)
     posed = torch.einsum("ij,j...->i...", linear, grid) + shift
@@ -226,25 +243,18 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     curves = summary(rows)
     domains = [name for name in NAMES if any(domain == name for domain, _ in curves)]
     drawn = Figure(figsize=(3.1 * len(domains), 3.1), layout="constrained", facecolor="white")
-    style = {
-        "drdm": ("#c0392b", "o", "DRDM"),
-        "elastic": ("#2471a3", "s", "elastic"),
-        "random": ("#888888", "^", "random"),
-    }
     for axis, domain in zip(np.atleast_1d(drawn.subplots(1, len(domains))), domains):
-        limit = max(point[1] for point in curves[domain, "drdm"]) * 1.3
-        for method, (colour, marker, label) in style.items():
-            points = np.array([point for point in curves[domain, method] if point[1] <= 1.6 * limit])
-            axis.errorbar(
-                points[:, 1], points[:, 3], points[:, 4], points[:, 2], color=colour, marker=marker, ms=4, label=label
-            )
-        usual = [point for point in curves[domain, "drdm"] if DEFAULTS[0] <= point[0] <= DEFAULTS[1]]
-        axis.plot(
-            [p[1] for p in usual], [p[3] for p in usual], color="#c0392b", lw=5, alpha=0.25, label="default levels"
-        )
-        axis.set(title=NAMES[domain], xlabel="change of shape, Dice points", xlim=(0, limit))
-        top = max(point[3] for key in style for point in curves[domain, key] if point[1] <= limit)
-        axis.set_ylim(-0.1 * top, 1.1 * top)
+        found = {method: np.array(curves[domain, method]) for method in STYLE if (domain, method) in curves}
+        limit = 1.15 * max(found[method][:, 1].max() for method in found if method.startswith("drdm"))
+        for method, points in found.items():
+            colour, marker, label = STYLE[method]
+            x, x_error, y, y_error = points[:, 1:5].T
+            axis.errorbar(x, y, y_error, x_error, color=colour, marker=marker, ms=4, label=label)
+        strengths = found["drdm"][:, 0]
+        usual = found["drdm"][(strengths >= DEFAULTS[0]) & (strengths <= DEFAULTS[1])]
+        axis.plot(usual[:, 1], usual[:, 3], color=STYLE["drdm"][0], lw=6, alpha=0.25, label="default levels")
+        top = max(points[points[:, 1] <= limit, 3].max() for points in found.values())
+        axis.set(title=NAMES[domain], xlabel="change of shape, points", xlim=(0, limit), ylim=(-0.1 * top, 1.1 * top))
         axis.spines[["top", "right"]].set_visible(False)
     drawn.axes[0].set_ylabel("Dice lost by a segmenter, points")
     drawn.axes[0].legend(frameon=False, fontsize=8)
