@@ -77,6 +77,20 @@ def test_constant_images_have_no_plane(shape):
     assert bool(torch.isfinite(found.point).all())
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_round_field_of_view_does_not_make_an_image_symmetric(seed):
+    x, y = identity_grid((97, 97)) - 48
+    view = (x.square() + y.square()).sqrt() < 44
+    assert float(find_mirror(blobs(seed, (97, 97), nodes=9) * view).weight) == 0.0
+
+
+def test_slices_that_resemble_each_other_are_no_symmetry():
+    """A thin slab is its own mirror image from one face to the other, which says nothing of the anatomy."""
+    slab = blobs(1, (61, 49, 3))
+    slab = torch.cat((slab, slab[..., 1:2], slab[..., :1]), dim=-1)
+    assert float(find_mirror(slab).weight) == 0.0
+
+
 def test_each_image_of_a_batch_has_its_own_plane():
     images = [two_halves((61, 49), axis=0)[0], blobs(0, (61, 49)), two_halves((61, 49), axis=1)[0]]
     together = find_mirror(torch.cat(images))
