@@ -6,6 +6,7 @@
 | `ixi` | slices of brain T1, five about the middle of each of the three axes | subjects 1-26 | 27-30 | 31-40 |
 | `cxr` | chest X-rays, 256² | images 1-40 | 41-45 | 46-60 |
 | `ixi3d` | brain T1 volumes, 80×96×80 | subjects 1-26 | 27-30 | 31-40 |
+| `nuclei` | nuclei under the microscope, 256², of `tools/nuclei_data.py` | images 1-500 | 501-564 | 565-664 |
 | `hippocampus3d` | hippocampus T1 crops, about 35×50×36 | 1-140 | 141-160 | 161-200 |
 
 Files are sorted by name. Nothing but the pool is ever trained on, choices are made on validation.
@@ -60,6 +61,7 @@ DOMAINS = {
         Domain("acdc", 2, 3, _splits(60, 70, 80), field_size=256),
         Domain("ixi", 2, 5, _splits(26, 30, 40)),
         Domain("cxr", 2, 1, _splits(40, 45, 60)),
+        Domain("nuclei", 2, 1, _splits(500, 564, 664)),
         Domain("ixi3d", 3, 12, _splits(26, 30, 40)),
         Domain("hippocampus3d", 3, 2, _splits(140, 160, 200)),
     )
@@ -100,7 +102,7 @@ def scans(domain: str, split: str) -> list[Scan]:
         return _acdc(members)
     if domain == "ixi":
         return _ixi_slices(members)
-    return _files({"cxr": "cxr", "ixi3d": "ixi", "hippocampus3d": "hippocampus"}[domain], members)
+    return _files({"cxr": "cxr", "ixi3d": "ixi", "hippocampus3d": "hippocampus", "nuclei": "nuclei"}[domain], members)
 
 
 def draws(domain: str, split: str, count: int) -> list[Draw]:

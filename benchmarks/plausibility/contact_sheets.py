@@ -33,7 +33,7 @@ _SEED_STEP = 10_000_000
 def planes(volume: Tensor, domain: Domain) -> list[Tensor]:
     """Upright 2D pictures of ``(1, 1, *S)``: the image itself, or the three central planes of a volume."""
     image = volume[0, 0]
-    if domain.name in ("acdc", "cxr"):
+    if domain.name in ("acdc", "cxr", "nuclei"):
         return [image]
     flat = [image] if image.ndim == 2 else [image.select(axis, n // 2) for axis, n in enumerate(image.shape)]
     return [torch.rot90(one) for one in flat]
@@ -46,7 +46,7 @@ def sheet(method: Method, domain: Domain, split: str, level: float, images: int,
         scan = draw.scan
         shape = (domain.field_size,) * domain.spatial_dims if domain.field_size else tuple(scan.image.shape[2:])
         image = resize_image(scan.image, shape)
-        shown = [(scan.name, scan.image, scan.label)]
+        shown = [(scan.name[:24], scan.image, scan.label)]
         for k in range(columns):
             ddf = method.draw(image, level, draw.seed + _SEED_STEP * k)
             rest = float(mean_displacement(remove_affine(ddf))) * 256 / max(shape)

@@ -59,6 +59,7 @@ ELASTIC_MAGNITUDES = {2: (0.0, 0.005, 0.01, 0.02, 0.04), 3: (0.5, 1.5, 3.0, 5.0,
 NAMES = {
     "acdc": "heart MR, slices",
     "cxr": "chest X-rays",
+    "nuclei": "nuclei, microscopy",
     "ixi": "brain MR, slices",
     "ixi3d": "brain MR, volumes",
     "hippocampus3d": "hippocampus MR, volumes",

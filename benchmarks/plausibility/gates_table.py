@@ -156,6 +156,7 @@ def tables(rows: Rows, published: Rows = ()) -> str:
 NAMES = {
     "acdc": "cardiac MR (never trained on)",
     "cxr": "chest X-rays",
+    "nuclei": "nuclei (never trained on)",
     "ixi": "brain MR, slices",
     "ixi3d": "brain MR, volumes",
     "hippocampus3d": "hippocampus MR, volumes",
