@@ -26,7 +26,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from monai.transforms import Rand2DElastic, Rand3DElastic
 from torch import Tensor
 from tqdm import tqdm
 
@@ -39,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchma
 from common.labels import dice
 from common.rows import append_rows, machine, read_rows
 from common.scans import Domain, DOMAINS, Draw, draws, Scan, scans
+from elastic import elastic_field
 from gates import random_field
 from gates_table import FOUND
 from segmenters import default_cache, load_segmenter, Segmenter
@@ -54,7 +54,7 @@ DEFAULTS = (0.3, 0.8)
 """Range of levels that the transforms draw from unless told otherwise."""
 RANDOM_SHARES = {2: (0.03, 0.06, 0.12, 0.2, 0.3), 3: (0.05, 0.1, 0.2, 0.3, 0.45)}
 """Factors on random fields of level 0.6."""
-ELASTIC_MAGNITUDES = {2: (0.0, 0.005, 0.01, 0.02, 0.04), 3: (0.5, 1.5, 3.0, 5.0, 8.0)}
+ELASTIC_MAGNITUDES = {2: (0.003, 0.006, 0.01, 0.02, 0.04), 3: (0.5, 1.5, 3.0, 5.0, 8.0)}
 """Magnitudes of MONAI's elastic deformation, as fractions of the longest side."""
 NAMES = {
     "acdc": "heart MR, slices",
@@ -93,7 +93,7 @@ class Method(NamedTuple):
             return self.model.sample(image, self.strength, [seed])
         if self.name == "random":
             return self.strength * random_field(image, 0.6, seed)
-        return elastic_field(tuple(image.shape[2:]), self.strength * max(image.shape[2:]), seed)
+        return elastic_field(image.shape[2:], self.strength * max(image.shape[2:]), seed)
 
 
 def methods(dims: int) -> Iterator[Method]:
@@ -108,19 +108,6 @@ def methods(dims: int) -> Iterator[Method]:
         yield Method("random", share)
     for magnitude in ELASTIC_MAGNITUDES[dims]:
         yield Method("elastic", magnitude)
-
-
-def elastic_field(shape: tuple[int, ...], magnitude: float, seed: int) -> Tensor:
-    """The displacement of MONAI's elastic deformation, which has no affine part."""
-    options: dict[str, Any] = {"magnitude_range": (magnitude, magnitude), "prob": 1.0, "padding_mode": "border"}
-    elastic = (
-        Rand2DElastic(spacing=tuple(n / 8 for n in shape), **options)
-        if len(shape) == 2
-        else Rand3DElastic(sigma_range=(5, 7), **options)
-    )
-    grid = identity_grid(shape)
-    moved = torch.as_tensor(elastic.set_random_state(seed % 2**32)(grid)).as_subclass(Tensor)
-    return (moved - grid)[None]
 
 
 def affine_part(ddf: Tensor, inside: Tensor) -> Tensor:

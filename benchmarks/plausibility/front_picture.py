@@ -21,12 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from matplotlib.figure import Figure
 from monai.data import MetaTensor
-from monai.transforms import Rand2DElastic, Rand3DElastic
 from PIL import Image
 from torch import Tensor
 
 from monai_drdm.diffusion import DRDM
-from monai_drdm.fields import fold_fraction, identity_grid, warp
+from monai_drdm.fields import fold_fraction, warp
 from monai_drdm.metrics import mean_displacement, remove_affine
 from monai_drdm.networks import auto_network, load_network
 from monai_drdm.viz import Plane, plot_labels
@@ -35,6 +34,7 @@ from monai_drdm.viz.figures import grey_style
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from common.rows import append_rows
 from common.scans import Scan, scans
+from elastic import elastic_field
 
 ROWS = Path(__file__).with_suffix(".jsonl")
 LEVEL, SEEDS = 0.55, (0, 1, 2, 3)
@@ -84,15 +84,7 @@ def draw_elastic(subject: Subject, displacement: float) -> Drawn:
     image, magnitude = subject.scan.image[0], 1.0
     shape = image.shape[1:]
     for _ in range(3):  # what points out of the image is cut off, so not quite linear
-        options: dict[str, Any] = {"magnitude_range": (magnitude, magnitude), "prob": 1.0, "padding_mode": "border"}
-        elastic = (
-            Rand2DElastic(spacing=tuple(n / 8 for n in shape), **options)
-            if len(shape) == 2
-            else Rand3DElastic(sigma_range=(5, 7), **options)
-        )
-        elastic.set_random_state(0)
-        grid = identity_grid(shape)
-        ddf = (torch.as_tensor(elastic(grid)).as_subclass(Tensor) - grid)[None]
+        ddf = elastic_field(shape, magnitude, 0)
         found = _measured(subject, ddf, "elastic")
         magnitude *= displacement / found.measured["displacement_vox"]
     return found
