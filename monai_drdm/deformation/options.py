@@ -49,7 +49,8 @@ class SharedDrawOptions(TypedDict, total=False):
         Option(
             1.0,
             "how far the halves of a symmetric anatomy are kept alike, in [0, 1]; 0: not at all. It changes nothing in "
-            "images that do not agree with their mirror image. The published samplers do not do it.",
+            "images that do not agree with their mirror image. Less ``recovery`` keeps less. The published samplers "
+            "do not do it.",
         ),
     ]
     image_channel: Annotated[

@@ -31,8 +31,8 @@ class DRDM:
         steps: recovery steps; None is the card's. ``reference`` always takes 80.
         recovery: factor on every recovery step, in [0, 1], for ``velocity`` only. Below 1 more of the random field is
             left: shapes differ more and are less plausible. 0 is no recovery.
-        symmetry: how far fields are kept symmetric where images are, in [0, 1], by ``velocity``; 0 is not at all. The
-            published samplers do not do it.
+        symmetry: how far fields are kept symmetric where images are, in [0, 1], by ``velocity``; 0 is not at all.
+            Less ``recovery`` keeps less. The published samplers do not do it.
         precision: ``bfloat16`` computes the convolutions of ``velocity`` in bfloat16, which is faster on hardware that
             supports it; fields and coordinates stay float32. The fields differ a little from those of ``float32``.
         compiled: compile the network of ``velocity`` with ``torch.compile``, with CUDA graphs on a GPU. The first
@@ -75,7 +75,8 @@ class DRDM:
         self.recovery = check_share(recovery, "recovery")
         if self.recovery != 1.0 and self.sampler != "velocity":
             raise ValueError(f"recovery below 1 needs sampler 'velocity', got {recovery} for {self.sampler!r}.")
-        self.symmetry = check_share(symmetry, "symmetry") if self.sampler == "velocity" else 0.0
+        symmetry = check_share(symmetry, "symmetry")
+        self.symmetry = symmetry if self.sampler == "velocity" else 0.0
         self.precision, self.compiled = check_precision(precision), compiled
         if (precision != "float32" or compiled) and self.sampler != "velocity":
             raise ValueError(f"bfloat16 and compiled need sampler 'velocity', got {self.sampler!r}.")

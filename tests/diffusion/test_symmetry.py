@@ -12,7 +12,7 @@ from monai_drdm.diffusion import DRDM
 from monai_drdm.diffusion.symmetry import find_mirror, half_grid, keep_symmetry, Mirror
 from monai_drdm.fields import identity_grid, warp
 from monai_drdm.metrics import remove_affine
-from monai_drdm.networks import load_network
+from monai_drdm.networks import load_network, RecResACNet
 from monai_drdm.train.augmentation import smooth_noise
 
 SHAPES = [(61, 49), (41, 33, 37)]
@@ -256,5 +256,7 @@ def test_records_say_how_symmetric_a_field_was_kept():
 def test_impossible_symmetry(symmetry):
     with pytest.raises(ValueError, match="symmetry must be a number in"):
         DRDM(load_network("anatomy-2d"), symmetry=symmetry)
+    with pytest.raises(ValueError, match="symmetry must be a number in"):
+        DRDM(RecResACNet(spatial_dims=2), symmetry=symmetry)
     with pytest.raises(ValueError, match="symmetry must be a number in"):
         RandDRDMDeform(symmetry=symmetry)
