@@ -71,6 +71,8 @@ STYLE = {
     "random": ("#888888", "^", "random"),
 }
 """Colour, marker and name of the methods in the figure."""
+_COLUMNS = 3
+"""Of panels in the figure."""
 KEY = ("domain", "split", "method", "strength", "image", "seed", "network")
 
 
@@ -230,8 +232,9 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
     """Dice lost against change of shape, one panel for each kind of image."""
     curves = summary(rows)
     domains = [name for name in NAMES if any(domain == name for domain, _ in curves)]
-    drawn = Figure(figsize=(3.1 * len(domains), 3.1), layout="constrained", facecolor="white")
-    for axis, domain in zip(np.atleast_1d(drawn.subplots(1, len(domains))), domains):
+    lines = -(-len(domains) // _COLUMNS)
+    drawn = Figure(figsize=(3.3 * _COLUMNS, 3.1 * lines), layout="constrained", facecolor="white")
+    for axis, domain in zip(drawn.subplots(lines, _COLUMNS, squeeze=False).flat, domains):
         found = {method: np.array(curves[domain, method]) for method in STYLE if (domain, method) in curves}
         limit = 1.15 * max(found[method][:, 1].max() for method in found if method.startswith("drdm"))
         for method, points in found.items():
@@ -241,10 +244,13 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
         strengths = found["drdm"][:, 0]
         usual = found["drdm"][(strengths >= DEFAULTS[0]) & (strengths <= DEFAULTS[1])]
         axis.plot(usual[:, 1], usual[:, 3], color=STYLE["drdm"][0], lw=6, alpha=0.25, label="default levels")
-        top = max(points[points[:, 1] <= limit, 3].max() for points in found.values())
-        axis.set(title=NAMES[domain], xlabel="change of shape, points", xlim=(0, limit), ylim=(-0.1 * top, 1.1 * top))
+        shown = np.concatenate([points[points[:, 1] <= limit, 3] for points in found.values()])
+        low, high = min(0.0, shown.min()), shown.max()
+        room = 0.1 * (high - low)
+        axis.set(title=NAMES[domain], xlabel="change of shape, points", xlim=(0, limit), ylim=(low - room, high + room))
         axis.spines[["top", "right"]].set_visible(False)
-    drawn.axes[0].set_ylabel("Dice lost by a segmenter, points")
+    for axis in drawn.axes[::_COLUMNS]:
+        axis.set_ylabel("Dice lost by a segmenter, points")
     drawn.axes[0].legend(frameon=False, fontsize=8)
     return drawn
 

@@ -68,7 +68,7 @@ VARIANTS = (
 @torch.no_grad()
 def sample(network: VelocityUNet, image: Tensor, seed: int, variant: Variant) -> Tensor:
     """Like ``DRDM.sample``, with parts of the sampler switched on or off."""
-    model = DRDM(network, steps=variant.steps)
+    model = DRDM(network, steps=variant.steps, symmetry=0.0)
     grid = model._grid(image.shape[2:], None)
     working = grid.image_to_working(image, network.card.input_range)
     ddf = model._diffuse(grid, LEVEL, [seed], 1)

@@ -123,11 +123,11 @@ def write_pairs(name: str, work: Path, processes: int) -> None:
     """Make the pairs of the pool: by DRDM, and by other fields with the same mean displacements."""
     one, folder = SETS[name], work / name
     cases = find_cases(folder / "pool" / "images", folder / "pool" / "labels")
-    settings = PairSettings(augmentation_level=one.level, synthesis_level=one.level, pairs=one.pairs)
+    settings = PairSettings(augmentation_level=one.level, synthesis_level=one.level, pairs=one.pairs, symmetry=0.0)
     with worker_processes(processes) as executor:
         make_pairs(cases, folder / "pairs-drdm", settings, progress=True, executor=executor)
     entries = json.loads((folder / "pairs-drdm" / "datalist.json").read_text(encoding="utf-8"))["training"]
-    model = DRDM(load_network("anatomy-3d"))
+    model = DRDM(load_network("anatomy-3d"), symmetry=0.0)  # both as the rows were measured
     for arm in ("random", "smooth"):
         draw = partial(_random, model, one) if arm == "random" else partial(_smooth, one)
         for entry in tqdm(entries, desc=arm, unit="pair"):
