@@ -49,7 +49,7 @@ def test_the_citation_is_of_this_version(setup):
     citation = setup.read("CITATION.cff")
     released = re.search(r'^date-released: "(\d{4}-\d\d-\d\d)"$', citation, re.MULTILINE)[1]
     assert f"\nversion: {__version__}\n" in citation
-    assert re.search(r"^## (.*)$", setup.read("CHANGELOG.md"), re.MULTILINE)[1] == f"{__version__} – {released}"
+    assert re.search(r"^## (\d.*)$", setup.read("CHANGELOG.md"), re.MULTILINE)[1] == f"{__version__} – {released}"
     assert setup.PAPER.endswith(re.search(r"^  doi: (\S+)$", setup.read("CITATION.cff"), re.MULTILINE)[1])
 
 

@@ -138,9 +138,9 @@ def _find_in_object(image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     part = image[_crop(low, high)]
     small = _coarse(part, _SIZE)
     normal, point, weight = _find(small)
-    scale = torch.tensor([(n - 1) / (m - 1) if m > 1 else 1.0 for n, m in zip(part.shape[2:], small.shape[2:])])
+    scale = image.new_tensor([(n - 1) / (m - 1) if m > 1 else 1.0 for n, m in zip(part.shape[2:], small.shape[2:])])
     normal = normal / scale  # a plane's normal goes with the inverse
-    return normal / normal.norm(), point * scale + torch.tensor(low), torch.tensor(weight)
+    return normal / normal.norm(), point * scale + image.new_tensor(low), image.new_tensor(weight)
 
 
 def _object_box(image: Tensor) -> tuple[list[int], list[int]]:
@@ -186,11 +186,11 @@ def _air(image: Tensor) -> Tensor:
 
 def _find(image: Tensor) -> tuple[Tensor, Tensor, float]:
     """Normal, point and weight of the best plane of one coarse image ``(1, 1, *S)``."""
-    dims, middle = image.ndim - 2, torch.tensor([(n - 1) / 2 for n in image.shape[2:]])
+    dims, middle = image.ndim - 2, image.new_tensor([(n - 1) / 2 for n in image.shape[2:]])
     there = (~_air(image)).float()
     inside = _structure(image, there)
     if float(inside.square().mean().sqrt()) < _FAINT:
-        return torch.eye(dims)[0], middle, 0.0
+        return torch.eye(dims).to(image)[0], middle, 0.0
     found = [_climb(inside, there, normal, point) for normal, point in _first_planes(inside, there, image)]
     normal, point, score = found[_first_of_the_best(torch.stack([one[2] for one in found]))]
     everywhere = torch.ones_like(image)
@@ -215,8 +215,8 @@ def _structure(image: Tensor, where: Tensor) -> Tensor:
 
 def _first_planes(inside: Tensor, there: Tensor, image: Tensor) -> list[tuple[Tensor, Tensor]]:
     """The best of the planes across the axes of the grid, at the best of several places, and of the object."""
-    axes = torch.eye(image.ndim - 2)
-    sides = torch.tensor([float(n) for n in image.shape[2:]])
+    axes = torch.eye(image.ndim - 2).to(image)
+    sides = image.new_tensor(image.shape[2:])
     centre, principal = _principal_axes(image[0, 0])
     found = []
     for axis in axes:
@@ -277,15 +277,17 @@ def _correlations(structure: Tensor, there: Tensor, normals: Tensor, points: Ten
     shape, count = structure.shape[2:], len(normals)
     chosen = there[0, 0] > 0
     line = identity_grid(shape)[:, chosen].view(1, len(shape), -1, *(1,) * (len(shape) - 1))
-    where = _reflect(line, Mirror(normals, points, torch.ones(count)))
+    where = _reflect(line, Mirror(normals, points, normals.new_ones(count)))
     both = torch.cat((structure, there), dim=1).expand(count, -1, *shape)
     mirrored, weight = sample(both, where).flatten(2).unbind(1)
     weight = weight * _inside(where, shape).flatten(1)
     here, mirrored = (_centred(one, weight) for one in (structure[0][:, chosen], mirrored))
     energy = ((weight * here.square()).sum(dim=1) * (weight * mirrored.square()).sum(dim=1)).sqrt()
-    across = normals.abs() @ torch.tensor([float(n) for n in shape])
+    across = normals.abs() @ normals.new_tensor(shape)
     enough = (weight.sum(dim=1) >= _OVERLAP * there.sum()) & (across >= _THINNEST * max(shape))
-    return torch.where(enough, (weight * here * mirrored).sum(dim=1) / energy.clamp(min=1e-12), -torch.ones(count))
+    return torch.where(
+        enough, (weight * here * mirrored).sum(dim=1) / energy.clamp(min=1e-12), -normals.new_ones(count)
+    )
 
 
 def _centred(values: Tensor, weight: Tensor) -> Tensor:
