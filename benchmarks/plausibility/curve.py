@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy.stats import wilcoxon
 from torch import Tensor
 from tqdm import tqdm
 
@@ -228,6 +229,38 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n\nmean ± standard error over images"
 
 
+def comparisons(rows: list[dict[str, Any]]) -> str:
+    """Markdown: DRDM with half the recovery at level 0.6 against others where they change shape about as much.
+
+    Of each method the strength counts whose mean change of shape is nearest. Images of a person are averaged first,
+    where their names begin with the person's.
+    """
+    lines = ["| images | DRDM, half the recovery, minus | strength | n | change of shape | Dice lost | p (Wilcoxon) |"]
+    lines.append("|" + "---|" * 7)
+    curves = summary(rows)
+    for domain, method in curves:
+        half = [point for point in curves[domain, "drdm, recovery 0.5"] if point[0] == 0.6]
+        if method.startswith("drdm, ") or not half:
+            continue
+        strength = min(curves[domain, method], key=lambda point: abs(point[1] - half[0][1]))[0]
+        ours, theirs = (by_person(rows, domain, *one) for one in (("drdm, recovery 0.5", 0.6), (method, strength)))
+        differences = np.array([ours[name] - theirs[name] for name in ours if name in theirs])
+        shape, lost = differences.mean(axis=0)
+        cells = [NAMES[domain], method, f"{strength:g}", str(len(differences)), f"{shape:+.1f}", f"{lost:+.1f}"]
+        lines.append(f"| {' | '.join(cells)} | {wilcoxon(differences[:, 1]).pvalue:.2g} |")
+    return "\n".join(lines)
+
+
+def by_person(rows: list[dict[str, Any]], domain: str, method: str, strength: float) -> dict[str, np.ndarray]:
+    """Mean change of shape and Dice lost of each person (of each image, if the name does not say who it is)."""
+    found: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    for row in rows:
+        wanted = (row["domain"], row["method"], row.get("strength")) == (domain, method, strength)
+        if wanted and row["shape_points"] is not None and row["dice_lost"] is not None:
+            found[row["image"].split()[0]].append((row["shape_points"], row["dice_lost"]))
+    return {name: np.mean(values, axis=0) for name, values in found.items()}
+
+
 def figure(rows: list[dict[str, Any]]) -> Figure:
     """Dice lost against change of shape, one panel for each kind of image."""
     curves = summary(rows)
@@ -270,7 +303,7 @@ def main() -> None:
     rows = [row for row in read_rows(PATH) if row["split"] == args.split]
     if args.out is not None:
         figure(rows).savefig(args.out, dpi=150)
-    print(table(rows))
+    print(table(rows), comparisons(rows), sep="\n\n")
 
 
 if __name__ == "__main__":
