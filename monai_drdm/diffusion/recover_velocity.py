@@ -92,6 +92,8 @@ def recover_velocity(
     left, share = timetable(levels, steps, ddf)
     kept = min(1.0, over_relaxation / OVER_RELAXATION) * symmetry
     mirror = half_grid(find_mirror((image - low) / (high - low)), image.shape[2:]) if kept > 0 else None
+    if mirror is not None and not bool(mirror.weight.any()):
+        mirror = None
     for k in tqdm(range(steps), desc="recover", unit="step", disable=not progress):
         if k % _ANCHOR_EVERY == 0:
             anchor = predict(image, left[k])
