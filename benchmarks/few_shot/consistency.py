@@ -132,7 +132,7 @@ STRENGTHS: dict[str, dict[str, tuple[tuple[float, float], ...]]] = {
 """Ranges that an arm may choose; by rank they move the middle half of the images equally far (``displacement``)."""
 
 
-PLACES = ("both", "labelled")
+PLACES: dict[str, tuple[str, ...]] = {"acdc": ("both", "labelled"), "hippocampus": (), "ixi": ()}
 """Where else fields may enter, tried with the strength that was best in strong views."""
 ARMS = ("none", "poses", "elastic", "random", "drdm", "drdm-tuned")
 
@@ -326,7 +326,8 @@ class Trainings:
         posed = self.validation("none", View()) >= self.validation("poses", View(posed=False))
         strengths = [View(arm, posed, low, high) for low, high in STRENGTHS[self.protocol.name][arm]]
         best = max(strengths, key=lambda view: self.validation(arm, view))
-        return max((best, *(replace(best, where=one) for one in PLACES)), key=lambda view: self.validation(arm, view))
+        views = best, *(replace(best, where=one) for one in PLACES[self.protocol.name])
+        return max(views, key=lambda view: self.validation(arm, view))
 
 
 def displacement(protocol: Protocol, arm: str, fields: Fields) -> Iterator[tuple[float, float, float]]:
