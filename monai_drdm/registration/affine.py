@@ -23,6 +23,12 @@ def apply_affine(matrix: Tensor, points: Tensor) -> Tensor:
     return moved + shift.view(*shift.shape, *(1,) * (points.ndim - 2))
 
 
+def invert_affine(matrix: Tensor) -> Tensor:
+    """The matrices ``(B, D, D + 1)`` of the inverse maps."""
+    back = torch.linalg.inv(matrix[:, :, :-1])
+    return torch.cat([back, -back @ matrix[:, :, -1:]], dim=2)
+
+
 def ordinary(values: Tensor) -> Tensor:
     """The same numbers in float32, in a tensor that gradients may be computed through."""
     return values.float().clone() if values.is_inference() else values.float()

@@ -9,8 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from monai_drdm.diffusion.diffuse import diffuse
-from monai_drdm.fields import compose, identity_grid, sample, warp
-from monai_drdm.registration.affine import apply_affine, find_affine
+from monai_drdm.fields import compose, identity_grid, warp
 from monai_drdm.registration.data import RegistrationBatch
 
 _BIAS_NODES = 4
@@ -47,23 +46,6 @@ def drawn_pairs(pairs: RegistrationBatch, level: float, generator: torch.Generat
         ddf,
         None if label is None else warp(label, first, "nearest"),
         None if label is None else warp(label, both, "nearest"),
-    )
-
-
-def affinely_aligned(pairs: RegistrationBatch) -> RegistrationBatch:
-    """Pairs whose moving images, and labels, are as the affine map shows them with which both images correlate best.
-
-    Args:
-        pairs: without known fields.
-
-    Returns:
-        New pairs.
-    """
-    grid = identity_grid(pairs.fixed.shape[2:], device=pairs.fixed.device)[None]
-    at = apply_affine(find_affine(pairs.moving, pairs.fixed), grid.expand(len(pairs.fixed), *grid.shape[1:]))
-    label = pairs.moving_label
-    return replace(
-        pairs, moving=sample(pairs.moving, at), moving_label=None if label is None else sample(label, at, "nearest")
     )
 
 

@@ -32,8 +32,8 @@ class RegistrationConfig(RunConfig):
     )
     affine: bool = setting(
         False,
-        "with images: bring moving images near the fixed ones by an affine map first, for networks that "
-        "register(affine=True) uses",
+        "with images: bring moving images into the pose of the fixed ones first, by an affine map of each image to the "
+        "first of its group, for networks that register(affine=True) uses",
     )
     spatial_dims: int = setting(3, "2 or 3", choices=(2, 3))
     network: str = setting("voxelmorph", "kind of network: voxelmorph, aligner, regunet or localnet", choices=KINDS)

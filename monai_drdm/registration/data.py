@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,9 +15,11 @@ from monai.data import MetaTensor
 from torch import Tensor
 from tqdm import tqdm
 
+from monai_drdm.fields import identity_grid, sample
 from monai_drdm.fields.intensity import to_unit_range
 from monai_drdm.io import find_cases, load_ddf, load_image, read_cases
-from monai_drdm.io.datalists import listed_path, read_entries
+from monai_drdm.io.datalists import Case, listed_path, read_entries
+from monai_drdm.registration.affine import apply_affine, find_affine, invert_affine
 
 _PAIR = ("moving", "fixed", "ddf", "moving_label", "fixed_label")
 _SAME_SPACING = 1e-2
@@ -94,7 +96,7 @@ class PairBank:
 
 @dataclass(frozen=True)
 class ImageBank:
-    """Images that are registered with each other, and their labels if there are any."""
+    """Images that are registered with others of their group, and their labels if there are any."""
 
     images: Tensor
     """``(N, 1, *S)`` float16 in [0, 1]."""
@@ -103,35 +105,62 @@ class ImageBank:
     labels: Tensor | None
     """``(N, 1, *S)`` uint8."""
     names: tuple[str, ...]
+    group: Tensor
+    """``(N,)`` numbers of groups, in order: images of a group are neighbours."""
+    from_first: Tensor | None = None
+    """``(N, D, D + 1)``: voxels of each image from those of the first one of its group; None: the same voxels."""
 
     def __len__(self) -> int:
         return len(self.names)
 
     def draw(self, count: int, generator: torch.Generator) -> RegistrationBatch:
-        """Random pairs of different images, on the generator's device."""
+        """Random pairs of different images of a group, all groups equally often, on the generator's device."""
         device = generator.device
-        fixed = torch.randint(len(self), (count,), generator=generator, device=device)
-        step = torch.randint(1, max(len(self), 2), (count,), generator=generator, device=device)
-        return self.pairs(((fixed + step) % len(self)).cpu(), fixed.cpu()).to(device)
+        sizes = torch.bincount(self.group)[self.group]
+        weight = (1 / sizes).to(device)
+        fixed = torch.multinomial(weight, count, replacement=True, generator=generator).cpu()
+        share = torch.rand(count, generator=generator, device=device).cpu()
+        size, first = sizes[fixed], torch.searchsorted(self.group, self.group[fixed])
+        step = 1 + (share * (size - 1)).long().minimum(size - 2)
+        return self.pairs(first + (fixed - first + step) % size, fixed).to(device)
 
     def pairs(self, moving: Tensor, fixed: Tensor) -> RegistrationBatch:
-        """The pairs of the images of the given indices."""
+        """The pairs of the images of the given indices, moving ones in the pose of the fixed ones if it is known."""
         labels = (None, None) if self.labels is None else (self.labels[moving], self.labels[fixed])
-        return RegistrationBatch(self.images[moving], self.images[fixed], self.inside[fixed], None, *labels)
+        pairs = RegistrationBatch(self.images[moving], self.images[fixed], self.inside[fixed], None, *labels)
+        if self.from_first is None:
+            return pairs
+        grid = identity_grid(self.images.shape[2:])[None].expand(len(fixed), -1, *self.images.shape[2:])
+        at = apply_affine(self.from_first[moving], apply_affine(invert_affine(self.from_first[fixed]), grid))
+        label = pairs.moving_label
+        return replace(
+            pairs,
+            moving=sample(pairs.moving.float(), at),
+            moving_label=None if label is None else sample(label, at, "nearest"),
+        )
+
+    def aligned(self, progress: bool = False) -> ImageBank:
+        """The same images with affine maps between them: each is aligned once, with the first of its group."""
+        first = self.images[torch.searchsorted(self.group, self.group)]
+        bar = tqdm(zip(self.images, first), total=len(self), desc="align", unit="image", disable=not progress)
+        return replace(self, from_first=torch.cat([find_affine(image[None], to[None]) for image, to in bar]))
 
     def split(self, share: float) -> tuple[ImageBank, ImageBank]:
-        """The first images to train on, and the last ones to validate on.
+        """The first images of each group to train on, and the last ones to validate on.
 
-        Each part has at least two images; if there are too few for that, all images are in both.
+        Each part has at least two images of each group; if there are too few for that, all images are in both.
         """
-        kept = max(round(share * len(self)), 2)
-        if len(self) - kept < 2 or share == 0:
+        sizes = torch.bincount(self.group)
+        kept = (share * sizes).round().long().clamp(min=2)
+        if bool((sizes - kept < 2).any()) or share == 0:
             return self, self
-        return self._part(slice(0, -kept)), self._part(slice(-kept, None))
+        last = torch.arange(len(self)) >= (sizes.cumsum(0) - kept)[self.group]
+        return self._part(~last), self._part(last)
 
-    def _part(self, part: slice) -> ImageBank:
-        labels = None if self.labels is None else self.labels[part]
-        return ImageBank(self.images[part], self.inside[part], labels, self.names[part])
+    def _part(self, chosen: Tensor) -> ImageBank:
+        labels = None if self.labels is None else self.labels[chosen]
+        names = tuple(name for name, here in zip(self.names, chosen.tolist()) if here)
+        return ImageBank(self.images[chosen], self.inside[chosen], labels, names, self.group[chosen])
 
 
 def load_pairs(
@@ -188,42 +217,70 @@ def load_images(
 ) -> ImageBank:
     """Read a folder of images and a folder of labels with the same file names, or a MONAI datalist.
 
-    Images of different size are centred on one grid; ``inside`` is false in the padding.
+    Images of different size are centred on one grid; ``inside`` is false in the padding. An entry of a datalist may
+    name a ``group``, a text: images are registered only with others of their group. Without it, all are one group.
 
     Raises:
         FileNotFoundError: the path does not exist.
-        ValueError: there are fewer than two images, or one is listed twice; images have other dimensions, different
-            orientations or voxel sizes, or are not finite; only some images have labels, labels are on another grid,
-            or ``labels`` is given beside a datalist, which names its own.
+        ValueError: a group has fewer than two images, or one is listed twice; images have other dimensions, different
+            orientations or voxel sizes within a group, or are not finite; only some images have labels, labels are on
+            another grid, or ``labels`` is given beside a datalist, which names its own.
     """
     if labels is not None and Path(images).is_file():
         raise ValueError(f"labels must be None with the datalist {images}, which names its labels, got {labels}.")
     cases = read_cases(images, section) if Path(images).is_file() else find_cases(images, labels)
-    if len(cases) < 2:
-        raise ValueError(f"{images} must hold two images or more to register with each other, got {len(cases)}.")
+    groups = _groups(images, section) if Path(images).is_file() else [""] * len(cases)
+    for name, count in Counter(groups).items():
+        if count < 2:
+            which = f" of group {name!r}" if name else ""
+            raise ValueError(f"{images} must hold two images{which} or more to register with each other, got {count}.")
     repeated = [path for path, count in Counter(case.image for case in cases).items() if count > 1]
     if repeated:
         raise ValueError(
             f"{images} must list every image once, got {repeated[0]} again, which would be paired with itself."
         )
-    read, marks = [], []
-    first = load_image(cases[0].image).data
-    for case in tqdm(cases, desc="read", unit="image", disable=not progress):
-        data = load_image(case.image).data
-        _check_same_grid(case.image, data, cases[0].image, first)
-        read.append(_image(data.as_tensor(), case.image, spatial_dims))
-        if case.label is not None:
-            marks.append(_label(case.label, data.affine))
-            _check_same_shape(case.image, read[-1], case.label, marks[-1])
-    shape = _common_shape(read)
+    numbers = {name: number for number, name in enumerate(dict.fromkeys(groups))}
+    group = torch.tensor([numbers[name] for name in groups])
+    order = torch.argsort(group, stable=True)
+    cases = [cases[i] for i in order.tolist()]
+    read, marks = _read_images(cases, group[order].tolist(), spatial_dims, progress)
     if marks and len(marks) < len(read):
         raise ValueError(f"{images}: all images or none must have labels, got {len(marks)} of {len(read)}.")
+    shape = _common_shape(read)
     return ImageBank(
         torch.stack([_centred(one, shape, image=True) for one in read]),
         torch.stack([_centred(torch.ones_like(one, dtype=torch.bool), shape) for one in read]),
         torch.stack([_centred(one, shape) for one in marks]) if marks else None,
         tuple(case.name for case in cases),
+        group[order],
     )
+
+
+def _groups(datalist: str | os.PathLike[str], section: str) -> list[str]:
+    """The group of each entry of a datalist."""
+    found = []
+    for entry, where in read_entries(datalist, section):
+        name = entry.get("group", "")
+        if not isinstance(name, str):
+            raise ValueError(f"{where}: group must be a text, got {name!r:.40}.")
+        found.append(name)
+    return found
+
+
+def _read_images(
+    cases: Sequence[Case], groups: Sequence[int], spatial_dims: int, progress: bool
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The images and the labels of cases, those of a group with the same orientation and voxel size."""
+    read, marks = [], []
+    first: dict[int, tuple[Path, MetaTensor]] = {}
+    for case, group in zip(tqdm(cases, desc="read", unit="image", disable=not progress), groups):
+        data = load_image(case.image).data
+        _check_same_grid(case.image, data, *first.setdefault(group, (case.image, data)))
+        read.append(_image(data.as_tensor(), case.image, spatial_dims))
+        if case.label is not None:
+            marks.append(_label(case.label, data.affine))
+            _check_same_shape(case.image, read[-1], case.label, marks[-1])
+    return read, marks
 
 
 def unit_range(image: Tensor) -> Tensor:

@@ -15,13 +15,7 @@ from torch import nn, Tensor
 
 from monai_drdm.fields import warp
 from monai_drdm.io.files import atomically
-from monai_drdm.registration.augmentation import (
-    affinely_aligned,
-    drawn_pairs,
-    intensity_jitter,
-    random_affine,
-    random_flip,
-)
+from monai_drdm.registration.augmentation import drawn_pairs, intensity_jitter, random_affine, random_flip
 from monai_drdm.registration.config import RegistrationConfig
 from monai_drdm.registration.data import ImageBank, load_images, load_pairs, PairBank, RegistrationBatch
 from monai_drdm.registration.networks import load_registration, RegistrationNetwork, save_registration, Structure
@@ -77,7 +71,12 @@ class RegistrationTask:
         if config.label_weight > 0 and not labelled:
             raise ValueError("label_weight needs labels of all images, got none; give labels or set it to 0.")
         self.bank, self.validation_bank = bank.split(config.validation_share)
-        return DataSummary(_digest(self.bank, self.validation_bank))
+        summary = DataSummary(_digest(self.bank, self.validation_bank))
+        if config.affine:
+            assert isinstance(self.bank, ImageBank)
+            assert isinstance(self.validation_bank, ImageBank)
+            self.bank, self.validation_bank = self.bank.aligned(progress), self.validation_bank.aligned(progress)
+        return summary
 
     def build_network(self) -> nn.Module:
         """A new network, or the one in ``init``."""
@@ -109,7 +108,6 @@ class RegistrationTask:
         pairs = bank.draw(self.config.batch_size, generator)
         if self.config.drawn_level > 0:
             pairs = drawn_pairs(pairs, self.config.drawn_level, generator)
-        pairs = affinely_aligned(pairs) if self.config.affine else pairs
         images = [pairs.moving, pairs.fixed]
         if not validate:
             pairs = random_flip(pairs, generator) if self.config.mirror else pairs
@@ -207,7 +205,7 @@ def _digest(*banks: PairBank | ImageBank) -> str:
     """The digest of the pairs or images in all banks."""
     tensors: list[Tensor | None] = []
     for bank in banks:
-        tensors += [bank.images, bank.labels] if isinstance(bank, ImageBank) else vars(bank.pairs).values()
+        tensors += [bank.images, bank.labels, bank.group] if isinstance(bank, ImageBank) else vars(bank.pairs).values()
     return tensor_digest(tensor for tensor in tensors if tensor is not None)
 
 

@@ -94,6 +94,70 @@ def test_images_are_paired_with_others(scans):
     assert set(batch.moving_label.unique().tolist()) == {0, 1, 2}
 
 
+@pytest.fixture
+def two_kinds(tmp_path):
+    """A datalist of three wide and five tall images, of other voxel sizes, in turn."""
+    entries = []
+    for number in range(8):
+        wide = number in (0, 3, 6)
+        image = np.zeros((20, 12, 1) if wide else (10, 24, 1), np.float32)
+        image[2:8, 3 : 4 + number] = 1
+        path = tmp_path / f"{number}.nii.gz"
+        nib.save(nib.Nifti1Image(image, np.diag([1.0, 1, 1, 1] if wide else [3.0, 2, 1, 1])), path)
+        entries.append({"image": path.name, "group": "wide" if wide else "tall"})
+
+    def write(**changes):
+        new = [{**entry, **changes.get(f"case{number}", {})} for number, entry in enumerate(entries)]
+        (tmp_path / "list.json").write_text(json.dumps({"training": new}))
+        return tmp_path / "list.json"
+
+    return write
+
+
+def test_images_are_paired_within_their_group(two_kinds):
+    bank = load_images(two_kinds(), spatial_dims=2)
+    assert bank.names == tuple("03612457")
+    assert bank.images.shape == (8, 1, 20, 24)
+    seen, generator = [], torch.Generator().manual_seed(0)
+    for _ in range(400):
+        pair = bank.draw(1, generator)
+        sides = (pair.moving, pair.fixed)
+        moving, fixed = ([i for i in range(8) if torch.equal(bank.images[i].float(), one[0])] for one in sides)
+        assert len(moving) == len(fixed) == 1
+        assert moving != fixed
+        assert (moving[0] < 3) == (fixed[0] < 3)
+        seen.append(fixed[0] < 3)
+    assert 0.4 < np.mean(seen) < 0.6
+    training, validation = bank.split(0.1)
+    assert (training.names, validation.names) == (tuple("03612457"),) * 2  # of three, no two can be left out twice
+
+
+def test_every_group_is_validated(scans, tmp_path):
+    names = [str(path) for path in sorted((scans / "images").iterdir())]
+    copies = [str(tmp_path / Path(name).name.replace("case", "copy")) for name in names]
+    for name, copy in zip(names, copies):
+        Path(copy).write_bytes(Path(name).read_bytes())
+    entries = [{"image": name} for name in names] + [{"image": name, "group": "b"} for name in copies]
+    (tmp_path / "list.json").write_text(json.dumps({"training": entries}))
+    training, validation = load_images(tmp_path / "list.json", spatial_dims=2).split(0.1)
+    assert validation.names == ("case4", "case5", "copy4", "copy5")
+    assert set(training.names) == {f"{kind}{i}" for kind in ("case", "copy") for i in range(4)}
+    assert validation.group.tolist() == [0, 0, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"case0": {"group": "other"}}, "must hold two images of group 'other' or more .* got 1"),
+        ({"case0": {"group": 3}}, "entry 0 of 'training': group must be a text, got 3"),
+        ({"case0": {"group": "tall"}}, "1.nii.gz must have voxels of the size of .*0.nii.gz"),
+    ],
+)
+def test_groups_that_make_no_pairs_are_refused(two_kinds, change, says):
+    with pytest.raises(ValueError, match=says):
+        load_images(two_kinds(**change), spatial_dims=2)
+
+
 def test_known_fields_are_learned(pairs, tmp_path, capsys):
     more = ["--pairs", pairs, "--set", "learning_rate=3e-3", "--set", "validation_share=0.3", "--set", "pose=0"]
     assert main(command(tmp_path / "run", *more, steps=300)) == 0
