@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn, Tensor
 
-from monai_drdm.fields import compose, identity_grid, sample, warp
+from monai_drdm.fields import compose, gaussian_smooth, identity_grid, sample
 from monai_drdm.registration.affine import apply_affine, find_affine, ordinary
 from monai_drdm.registration.refinement import Look, refine_field
 
@@ -70,19 +70,26 @@ def _register(
     grid = identity_grid(fixed.shape[2:], device=fixed.device)[None]
     matrix = find_affine(moving, fixed, to_moving) if affine else None
 
-    def pose(ddf: Tensor) -> Tensor:
-        return ddf if matrix is None else apply_affine(matrix, grid + ddf) - grid
+    def pose(points: Tensor) -> Tensor:
+        return points if matrix is None else apply_affine(matrix, points)
 
-    def look(ddf: Tensor) -> Tensor:
-        if to_moving is None:
-            return warp(moving, pose(ddf))
-        return sample(moving, apply_affine(to_moving, grid + pose(ddf)))
+    def smoothed(sigma: float) -> Look:
+        image = gaussian_smooth(moving, sigma)
+
+        def look(ddf: Tensor) -> Tensor:
+            sizes = zip(fixed.shape[2:], ddf.shape[2:])
+            apart = ddf.new_tensor([(n - 1) / (m - 1) if m > 1 else n for n, m in sizes])
+            points = ddf + identity_grid(ddf.shape[2:], device=ddf.device)
+            where = pose(points * apart.view(1, -1, *(1,) * (ddf.ndim - 2)))
+            return sample(image, where if to_moving is None else apply_affine(to_moving, where))
+
+        return look
 
     ddf = fixed.new_zeros(len(fixed), *grid.shape[1:])
     if network is not None:
-        untouched = moving if matrix is None and to_moving is None else look(ddf)
-        ddf = _by_network(network, untouched, fixed, rounds, look)
-    return pose(refine_field(look, fixed, ddf, refine) if refine else ddf)
+        untouched = moving if matrix is None and to_moving is None else smoothed(0.0)(ddf)
+        ddf = _by_network(network, untouched, fixed, rounds, smoothed(0.0))
+    return pose(grid + (refine_field(smoothed, fixed, ddf, refine) if refine else ddf)) - grid
 
 
 def _by_network(network: nn.Module, moving: Tensor, fixed: Tensor, rounds: int, look: Look) -> Tensor:

@@ -124,6 +124,49 @@ def test_refinement_finds_what_the_network_missed_without_folds(shape):
     assert torch.equal(ddf, register(Still(), moving, fixed, refine=25))
 
 
+def organ(shape, centre, radius):
+    """A bright disc with structure everywhere in it, given in closed form."""
+    points = (identity_grid(shape, dtype=torch.float32) - torch.tensor(centre).view(-1, 1, 1)) / radius
+    waves = sum((torch.tensor(k).view(-1, 1, 1) * points).sum(0).cos() for k in ((4.0, 1.0), (-2.0, 3.0), (1.0, -5.0)))
+    return (torch.sigmoid(8 * (1 - points.norm(dim=0))) * (0.5 + waves / 8))[None, None]
+
+
+@pytest.mark.parametrize(
+    ("shape", "centre", "shift", "radius"),
+    [
+        ((48, 56), (23.0, 28.0), (3.4, -4.5), 14.0),
+        ((160, 224), (80.0, 100.0), (11.5, -15.4), 48.0),  # images are first compared on coarser grids
+    ],
+)
+def test_refinement_finds_long_ways_too(shape, centre, shift, radius):
+    """A shift that is longer than the finest grid alone can see, without an affine map."""
+    moving, fixed = organ(shape, [a + b for a, b in zip(centre, shift)], radius), organ(shape, centre, radius)
+    ddf = register(None, moving, fixed, refine=60)
+    error = (ddf - torch.tensor(shift).view(1, -1, 1, 1)).norm(dim=1, keepdim=True)[fixed > 0.3]
+    assert float(error.mean()) < 0.15 * float(torch.tensor(shift).norm())
+    assert float(fold_fraction(ddf)) == 0
+
+
+def test_refinement_of_large_images_on_other_grids():
+    """The moving image is twice finer and shifted, as its header says; coarser comparisons must know it."""
+    shift, fixed = (9.0, -12.0), organ((160, 144), (80.0, 70.0), 40.0)
+    moving = organ((320, 288), [2 * (80 + shift[0]) + 3, 2 * (70 + shift[1]) - 5], 80.0)
+    to_moving = torch.tensor([[[2.0, 0.0, 3.0], [0.0, 2.0, -5.0]]])
+    ddf = register(None, moving, fixed, refine=60, to_moving=to_moving)
+    error = (ddf - torch.tensor(shift).view(1, -1, 1, 1)).norm(dim=1, keepdim=True)[fixed > 0.3]
+    assert float(error.mean()) < 0.15 * 15
+
+
+@pytest.mark.parametrize("shape", [(2, 3), (1, 30), (5, 70), (3, 2, 4), (1, 9, 140)])
+def test_refinement_takes_images_of_any_size(shape):
+    generator = torch.Generator().manual_seed(0)
+    moving, fixed = (torch.rand(1, 1, *shape, generator=generator) for _ in range(2))
+    ddf = register(None, moving, fixed, refine=4)
+    assert ddf.shape == (1, len(shape), *shape)
+    assert torch.isfinite(ddf).all()
+    assert float(fold_fraction(ddf)) == 0
+
+
 def test_refined_fields_never_fold():
     """Noise, which asks for folds everywhere."""
     moving, fixed = torch.rand(1, 1, 20, 22), torch.rand(1, 1, 20, 22)
