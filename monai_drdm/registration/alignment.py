@@ -89,7 +89,8 @@ def _register(
     if network is not None:
         untouched = moving if matrix is None and to_moving is None else smoothed(0.0)(ddf)
         ddf = _by_network(network, untouched, fixed, rounds, smoothed(0.0))
-    return pose(grid + (refine_field(smoothed, fixed, ddf, refine) if refine else ddf)) - grid
+    ddf = refine_field(smoothed, fixed, ddf, refine) if refine else ddf
+    return ddf if matrix is None else pose(grid + ddf) - grid
 
 
 def _by_network(network: nn.Module, moving: Tensor, fixed: Tensor, rounds: int, look: Look) -> Tensor:
