@@ -6,6 +6,7 @@ they compare only what is in the foreground of the images, as the same masks say
 between what the masks enclose.
 
     python benchmarks/registration/stages.py --set hippocampus --work DIR --network RUN/network.safetensors
+    python benchmarks/registration/stages.py --pools pools.json --work DIR    # what the network learned from
     python benchmarks/registration/stages.py --table
 
 Rows are in ``stages.jsonl``; what is there is not measured again.
@@ -14,6 +15,7 @@ Rows are in ``stages.jsonl``; what is there is not measured again.
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Callable
@@ -173,6 +175,16 @@ def measure(name: str, split: str, work: Path, weights: Path | None, chosen: lis
             append_rows(PATH, row | {measure: getattr(score, measure) for measure in MEASURES})
 
 
+def write_pools(path: Path, work: Path) -> None:
+    """A datalist of the pools of both sets, a group each, to train a network on real pairs."""
+    entries = []
+    for name in ("ixi", "hippocampus"):
+        prepare(name, work)
+        files = sorted((work / name / "pool" / "images").iterdir())
+        entries += [{"image": str(file.absolute()), "group": name} for file in files]
+    path.write_text(json.dumps({"training": entries}, indent=1) + "\n", encoding="utf-8")
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown table of means over pairs."""
     lines = ["| set | split | method | pairs | Dice % | HD95 vox | folds % | seconds of a core |", "|" + "---|" * 8]
@@ -220,9 +232,13 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[], help="default: all")
     parser.add_argument("--pairs", type=int, default=1000, help="of the split, at most")
     parser.add_argument("--table", action="store_true", help="print the rows that are there")
+    parser.add_argument("--pools", type=Path, metavar="FILE", help="write a datalist of both pools and stop")
     args = parser.parse_args()
     if args.table:
         print(table(read_rows(PATH)), comparison(read_rows(PATH)), sep="\n\n")
+        return
+    if args.pools:
+        write_pools(args.pools, args.work)
         return
     torch.set_num_threads(1)
     prepare(args.set, args.work)

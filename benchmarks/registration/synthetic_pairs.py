@@ -90,6 +90,7 @@ class Set:
 SETS = {
     "hippocampus": Set("hippocampus3d", (1, 2), 1, 1, (0.6, 1.0), 6.0, 600),
     "ixi": Set("ixi3d", tuple(range(1, 13)), 2, 4, (0.6, 1.0), 5.0),
+    "ixi-2mm": Set("ixi3d", tuple(range(1, 13)), 1, 4, (0.6, 1.0), 10.0),
 }
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from monai.networks.blocks import Warp
-from scipy.ndimage import uniform_filter
+from scipy.ndimage import affine_transform, uniform_filter
 
 from monai_drdm.augment import make_pairs, PairSettings
 from monai_drdm.io import find_cases
@@ -21,7 +21,7 @@ from monai_drdm.registration import (
     save_registration,
 )
 from monai_drdm.registration.config import KINDS, RegistrationConfig
-from monai_drdm.registration.data import load_images, load_pairs, RegistrationBatch
+from monai_drdm.registration.data import ImageBank, load_images, load_pairs, RegistrationBatch
 from monai_drdm.registration.networks import kinds, Structure
 from monai_drdm.registration.task import fit, RegistrationTask
 from monai_drdm.registration.train import main
@@ -289,6 +289,26 @@ def test_images_are_aligned_before_they_are_registered(scans):
     torch.testing.assert_close(found[True].fixed, found[False].fixed, rtol=0, atol=0)
     bright = found[True].moving > 0.25  # labels have brightness 0, 100 and 200
     assert dice(bright, found[True].moving_label) > 0.95
+
+
+def test_affine_maps_between_any_two_images():
+    """Turned, stretched and shifted copies by SciPy: each comes into the pose of each other, not of the first alone."""
+    generator, shape = torch.Generator().manual_seed(0), (40, 36)
+    points = torch.stack(torch.meshgrid(*(torch.linspace(-1, 1, n) for n in shape), indexing="ij"))
+    texture = 1 + 0.6 * torch.sin(5 * points[0] + 3 * points[1])
+    blob = torch.exp(-6 * points[0] ** 2 - 4 * points[1] ** 2) * texture
+    images = [blob]
+    for _ in range(3):
+        linear = torch.eye(2) + 0.2 * torch.randn(2, 2, generator=generator)
+        middle = torch.tensor([(n - 1) / 2 for n in shape])
+        shift = middle - linear @ middle + 3 * torch.randn(2, generator=generator)
+        images.append(torch.from_numpy(affine_transform(blob.numpy(), linear.numpy(), shift.numpy(), order=1)))
+    stacked = (torch.stack(images)[:, None] / 1.6).half()
+    bank = ImageBank(stacked, torch.ones_like(stacked, dtype=torch.bool), None, tuple("abcd"), torch.zeros(4).long())
+    numbers = torch.tensor([(i, k) for i in range(4) for k in range(4) if i != k]).T
+    before, after = (one.pairs(numbers[0], numbers[1]) for one in (bank, bank.aligned()))
+    apart = [(one.moving.float() - one.fixed.float()).abs().flatten(1).mean(1) for one in (before, after)]
+    assert bool((apart[1] < 0.2 * apart[0]).all())
 
 
 def test_runs_go_on(pairs, tmp_path):
