@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from monai_drdm.training.settings import RunConfig, setting
 
-KINDS = ("voxelmorph", "aligner", "regunet", "localnet")
+KINDS = ("pyramid", "voxelmorph", "aligner", "regunet", "localnet")
 """The kinds of registration networks."""
 
 
@@ -46,6 +46,11 @@ class RegistrationConfig(RunConfig):
         (2, 2, 2, 2, 1), "of the levels of network aligner, coarse to fine; [16,8,4,2,1] is a classical pyramid", low=1
     )
     dilations: tuple[int, ...] = setting((8, 4, 2, 1, 1), "of the levels of network aligner, coarse to fine", low=1)
+    working_size: int = setting(
+        0,
+        "larger images are registered on a coarser grid with so many voxels along the longest side; 0: on their own",
+        low=0,
+    )
     init: str = setting("", "network.safetensors of an earlier run to go on from, whose structure it takes")
     error_weight: float = setting(1.0, "of the distance to the known field in voxels; with pairs", low=0)
     relative_error: bool = setting(False, "divide that distance by the mean length of the known field")

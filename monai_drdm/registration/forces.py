@@ -9,6 +9,8 @@ from monai_drdm.fields import gaussian_smooth
 
 WIDTHS = (0.0, 1.0, 2.0, 3.0)
 """Standard deviations, in voxels, of the smoothing before forces are computed: the wider, the farther they look."""
+GAIN = 4.0
+"""Forces of half a voxel at most, brought to the size of what else a network sees."""
 _FLAT = 1e-3
 
 

@@ -17,18 +17,17 @@ from safetensors.torch import save_file
 from torch import nn, Tensor
 
 from monai_drdm.documents import Document
-from monai_drdm.fields import crop, exp_svf
+from monai_drdm.fields import crop, exp_svf, resize_ddf, resize_image
 from monai_drdm.io.files import atomically
 from monai_drdm.networks.registry import list_networks
 from monai_drdm.registration.aligner import check_levels, ResidualAlignerNet, SEPARABLE_STRUCTURES
-from monai_drdm.registration.forces import demons_forces, WIDTHS
+from monai_drdm.registration.forces import demons_forces, GAIN, WIDTHS
+from monai_drdm.registration.pyramid import PyramidNet
 
 _NETWORK = Document("a registration network", "Give it the network.safetensors of a registration run.")
 _SHIPPED = Path(__file__).parent / "shipped"
 _META = "monai_drdm_registration"
 _SQUARINGS = 6
-_GAIN = 4.0
-"""Forces of half a voxel at most, brought to the size of what else a network sees."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +39,8 @@ class Structure:
     """
 
     kind: str = "voxelmorph"
-    """``voxelmorph``, ``aligner``, or ``regunet`` or ``localnet``, which normalise by batches and need larger ones."""
+    """``pyramid``, ``voxelmorph``, ``aligner``, or ``regunet`` or ``localnet``, which normalise by batches and need
+    larger ones."""
     spatial_dims: int = 3
     channels: int = 16
     """Features on the finest grid."""
@@ -52,11 +52,14 @@ class Structure:
     """Network and flow work on a grid this many times coarser, with the voxels of each block as channels. It is faster;
     only the finest details of fields are lost."""
     forces: bool = True
-    """Whether the network also gets the forces of demons as input."""
+    """Whether the network also gets the forces of demons as input, kind ``pyramid`` on every of its grids."""
     pool_sizes: tuple[int, ...] = SEPARABLE_STRUCTURES[3][0]
     """Of kind ``aligner``, coarse to fine; see ``ResidualAlignerNet``. Other kinds have none."""
     dilations: tuple[int, ...] = SEPARABLE_STRUCTURES[3][1]
     """Of kind ``aligner``, coarse to fine."""
+    working_size: int = 0
+    """Images with more voxels than that along their longest side are registered on a coarser grid, on which they have
+    so many, and the field is brought to their own; 0: no images. A network knows the size of what it was trained on."""
 
     def __post_init__(self) -> None:
         if self.kind not in _BACKBONES:
@@ -66,6 +69,8 @@ class Structure:
                 "a registration network needs spatial_dims 2 or 3, channels of 2 or more, and depth and stride of 1 or "
                 f"more, got {self.spatial_dims}, {self.channels}, {self.depth} and {self.stride}."
             )
+        if self.working_size < 0:
+            raise ValueError(f"working_size must be 0 or more, got {self.working_size}.")
         for name in ("pool_sizes", "dilations"):  # JSON has lists
             object.__setattr__(self, name, tuple(getattr(self, name)))
         check_levels(self.pool_sizes, self.dilations)
@@ -77,16 +82,19 @@ class Structure:
 
     @property
     def force_channels(self) -> int:
-        """Input channels that hold forces."""
-        return len(WIDTHS) * self.spatial_dims if self.forces else 0
+        """Input channels that hold forces; kind ``pyramid`` makes its own."""
+        return len(WIDTHS) * self.spatial_dims if self.forces and self.kind != "pyramid" else 0
 
     @property
     def multiple(self) -> int:
         """What the size of images is padded to be a multiple of.
 
-        The backbone of kind ``aligner`` pads by itself, but forces are differences of neighbours.
+        The backbone of kind ``aligner`` pads by itself, and kind ``pyramid`` makes forces on its coarsest grid too;
+        forces are differences of neighbours.
         """
-        return self.stride * (1 + self.forces if self.kind == "aligner" else 2**self.depth)
+        if self.kind == "aligner":
+            return self.stride * (1 + self.forces)
+        return (self.stride << self.depth) * (1 + (self.forces and self.kind == "pyramid"))
 
 
 def _regunet(structure: Structure) -> nn.Module:
@@ -131,11 +139,17 @@ def _aligner(structure: Structure) -> nn.Module:
     )
 
 
+def _pyramid(structure: Structure) -> nn.Module:
+    dims, block = structure.spatial_dims, structure.stride**structure.spatial_dims
+    return PyramidNet(dims, block, structure.channels, structure.depth, structure.diffeomorphic, structure.forces)
+
+
 _BACKBONES: dict[str, Callable[[Structure], nn.Module]] = {
     "regunet": _regunet,
     "localnet": _localnet,
     "voxelmorph": _voxelmorph,
     "aligner": _aligner,
+    "pyramid": _pyramid,
 }
 
 
@@ -166,17 +180,25 @@ class RegistrationNetwork(nn.Module):
         dims, shape = self.structure.spatial_dims, images.shape[2:]
         if images.ndim != dims + 2 or images.shape[1] != 2:
             raise ValueError(f"images must have shape (B, 2, *S) with {dims} spatial axes, got {tuple(images.shape)}.")
+        return resize_ddf(self._register(resize_image(images, self._seen(shape))), shape)
+
+    def _seen(self, shape: Sequence[int]) -> list[int]:
+        """The grid on which images of a shape are registered."""
+        longest, size = max(shape), self.structure.working_size
+        return [max(1, round(n * size / longest)) for n in shape] if 0 < size < longest else list(shape)
+
+    def _register(self, images: Tensor) -> Tensor:
+        """The field ``(B, D, *S)`` between images ``(B, 2, *S)`` on their own grid."""
         stride = self.structure.stride
-        padded = _padded(images, self.structure.multiple)
-        inputs = _blocks_as_channels(padded, stride)
+        inputs = _blocks_as_channels(_padded(images, self.structure.multiple), stride)
         with torch.autocast(inputs.device.type, enabled=False):
-            if self.structure.forces:
+            if self.structure.force_channels:
                 moving, fixed = reduce(inputs.float(), "b (image c) ... -> image b 1 ...", "mean", image=2)
-                inputs = torch.cat([inputs, _GAIN * demons_forces(moving, fixed)], dim=1)
+                inputs = torch.cat([inputs, GAIN * demons_forces(moving, fixed)], dim=1)
         predicted = self.backbone(inputs).float()
         with torch.autocast(predicted.device.type, enabled=False):
             ddf = exp_svf(predicted, _SQUARINGS) if self.structure.diffeomorphic else predicted
-            return crop(_at_voxels(ddf, stride), shape)
+            return crop(_at_voxels(ddf, stride), images.shape[2:])
 
 
 def _blocks_as_channels(images: Tensor, stride: int) -> Tensor:

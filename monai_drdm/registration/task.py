@@ -93,6 +93,7 @@ class RegistrationTask:
                     config.forces,
                     config.pool_sizes,
                     config.dilations,
+                    config.working_size,
                 )
             )
         return network.train().requires_grad_(True)

@@ -3,7 +3,7 @@ import torch
 import torch.nn.functional as F
 from monai.networks.blocks import DVF2DDF, Warp
 
-from monai_drdm.fields import fold_fraction
+from monai_drdm.fields import fold_fraction, resize_image
 from monai_drdm.registration import load_registration, register, RegistrationNetwork, save_registration, unit_range
 from monai_drdm.registration.networks import kinds, Structure
 
@@ -173,3 +173,21 @@ def test_images_of_another_range_are_refused(spoil):
         register(network, image, spoil(image))
     assert register(network, image, unit_range(255 * image[0])[None]).shape == (1, 2, 16, 18)
     assert network.training, "the mode is as it was"
+
+
+@pytest.mark.parametrize(("shape", "seen"), [((60, 33), (24, 13)), ((20, 48, 31), (10, 24, 16)), ((24, 20), (24, 20))])
+def test_larger_images_are_registered_on_a_coarser_grid(shape, seen):
+    """Beside the same network without a working size, on images and with a field resampled by torch."""
+    dims, mode = len(shape), "bilinear" if len(shape) == 2 else "trilinear"
+    small, large = (RegistrationNetwork(Structure("voxelmorph", dims, 4, 2, working_size=size)) for size in (0, 24))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for one, other in zip(small.parameters(), large.parameters()):
+            other.copy_(one.copy_(0.2 * torch.randn(one.shape, generator=generator)))
+    images = torch.rand(1, 2, *shape)
+    with torch.no_grad():
+        coarse = small(resize_image(images, seen))
+        steps = torch.tensor([(n - 1) / (m - 1) for n, m in zip(shape, seen)]).view(1, dims, *(1,) * dims)
+        expected = steps * F.interpolate(coarse, shape, mode=mode, align_corners=True)
+        assert float(expected.abs().max()) > 0.1
+        torch.testing.assert_close(large(images), expected, atol=1e-4, rtol=1e-4)
