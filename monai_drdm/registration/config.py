@@ -55,6 +55,12 @@ class RegistrationConfig(RunConfig):
     error_weight: float = setting(1.0, "of the distance to the known field in voxels; with pairs", low=0)
     relative_error: bool = setting(False, "divide that distance by the mean length of the known field")
     similarity_weight: float = setting(1.0, "of local normalised cross-correlation; with images", low=0)
+    similarity_window: int = setting(9, "voxels along each side of the windows in which images are correlated", low=3)
+    similarity_scales: tuple[int, ...] = setting(
+        (1,),
+        "on which grids images are compared, so many times coarser; [1,2,4] also lets what is far apart meet",
+        low=1,
+    )
     label_weight: float = setting(0.0, "of the overlap of labels (Dice), where there are labels", low=0)
     smoothness_weight: float = setting(0.1, "of squared differences of the field between neighbours", low=0)
     folding_weight: float = setting(1.0, "of the folding penalty", low=0)
@@ -77,5 +83,9 @@ class RegistrationConfig(RunConfig):
             raise ValueError(
                 "affine goes with images that are registered with each other; the fields of other pairs are known."
             )
+        if self.similarity_window % 2 == 0:
+            raise ValueError(f"similarity_window must be odd, got {self.similarity_window}.")
+        if not self.similarity_scales:
+            raise ValueError("similarity_scales must name a grid or more, got none; (1,) is that of the images.")
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 1e-3)

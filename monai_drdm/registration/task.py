@@ -9,6 +9,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from monai.losses import DiceLoss, DiffusionLoss, LocalNormalizedCrossCorrelationLoss
 from monai.metrics import compute_dice
 from torch import nn, Tensor
@@ -26,7 +27,6 @@ from monai_drdm.training.task import Batch, DataSummary, Predict, Validation
 from monai_drdm.viz import contact_sheet, Figure, middle_plane, SheetEntry
 
 _SHEET_PAIRS = 6
-_WINDOW = 9
 _SHORTEST_VOX = 0.1
 
 
@@ -49,7 +49,9 @@ class RegistrationTask:
         self.config = config
         self.bank: PairBank | ImageBank | None = None
         self.validation_bank: PairBank | ImageBank | None = None
-        self.similarity = LocalNormalizedCrossCorrelationLoss(config.spatial_dims, _WINDOW, reduction="none")
+        self.similarity = LocalNormalizedCrossCorrelationLoss(
+            config.spatial_dims, config.similarity_window, reduction="none"
+        )
         self.smoothness = DiffusionLoss()
         self.dice = DiceLoss()
 
@@ -125,9 +127,17 @@ class RegistrationTask:
         if target.ddf is not None:
             distance = (predicted - target.ddf).norm(dim=1, keepdim=True)
             return config.error_weight * _mean_inside(distance, target.inside)
-        unlike = 1 + self.similarity(warp(target.moving, predicted), target.fixed)
-        loss = config.similarity_weight * _mean_inside(unlike, target.inside)
+        loss = config.similarity_weight * self._unlike(warp(target.moving, predicted), target)
         return loss if config.label_weight == 0 else loss + config.label_weight * self._overlap(predicted, target)
+
+    def _unlike(self, warped: Tensor, target: RegistrationBatch) -> Tensor:
+        """How little the warped and the fixed images correlate: the mean over all grids on which they are compared."""
+        images, found = (warped, target.fixed, target.inside.to(warped.dtype)), []
+        for scale in self.config.similarity_scales:
+            coarse = [-(-n // scale) for n in warped.shape[2:]]
+            moving, fixed, inside = (F.interpolate(one, coarse, mode="area") if scale > 1 else one for one in images)
+            found.append(_mean_inside(1 + self.similarity(moving, fixed), inside))
+        return torch.stack(found).mean()
 
     def measures(self, predicted: Tensor, target: RegistrationBatch) -> Mapping[str, float]:
         """The mean Dice of all structures, where there are labels."""

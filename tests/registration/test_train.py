@@ -239,24 +239,48 @@ def test_dice_of_the_validation():
     assert task.measures(ddf, RegistrationBatch(image, image, image.bool())) == {}
 
 
-def test_images_are_compared_where_the_fixed_image_is_and_not_in_its_padding():
+@pytest.mark.parametrize(("window", "scales"), [(9, (1,)), (5, (1, 2)), (7, (4,))])
+def test_images_are_compared_where_the_fixed_image_is_and_not_in_its_padding(window, scales):
     """The expected mean is that of local correlation by SciPy. Its windows see zeros beyond the grid, as MONAI's do."""
-    task, rng = RegistrationTask(RegistrationConfig(images="unread", spatial_dims=2)), np.random.default_rng(0)
-    moving, fixed = rng.uniform(size=(2, 2, 1, 28, 26))
+    config = RegistrationConfig(images="unread", spatial_dims=2, similarity_window=window, similarity_scales=scales)
+    rng = np.random.default_rng(0)
+    moving, fixed = rng.uniform(size=(2, 2, 1, 28, 36))
     inside = np.zeros(fixed.shape, dtype=bool)
     inside[0, 0, 5:20, 3:23], inside[1, 0, :, 8:] = True, True
 
-    def mean(values):
-        return uniform_filter(values, (0, 0, 9, 9), mode="constant")
+    def unlike(weight, scale):
+        """Mean over the weight of all voxels, which are blocks of the images."""
+        a, b, weight = (
+            one.reshape(2, 1, 28 // scale, scale, -1, scale).mean((3, 5)) for one in (moving, fixed, weight)
+        )
 
-    together = mean(moving * fixed) - mean(moving) * mean(fixed)
-    spread = [mean(one**2) - mean(one) ** 2 for one in (moving, fixed)]
-    correlation = together**2 / (spread[0] * spread[1])
+        def mean(values):
+            return uniform_filter(values, (0, 0, window, window), mode="constant")
+
+        together = mean(a * b) - mean(a) * mean(b)
+        spread = [mean(one**2) - mean(one) ** 2 for one in (a, b)]
+        return 1 - (weight * together**2 / (spread[0] * spread[1])).sum() / weight.sum()
+
     images = [torch.from_numpy(one).float() for one in (moving, fixed)]
-    still = torch.zeros(2, 2, 28, 26)
-    found = task.error(still, RegistrationBatch(*images, torch.from_numpy(inside)))
-    assert float(found) == pytest.approx(1 - correlation[inside].mean(), abs=1e-4)
-    assert abs(correlation[inside].mean() - correlation.mean()) > 1e-3  # the whole grid would give another value
+    still = torch.zeros(2, 2, 28, 36)
+    found = RegistrationTask(config).error(still, RegistrationBatch(*images, torch.from_numpy(inside)))
+    expected, whole = (np.mean([unlike(one, scale) for scale in scales]) for one in (inside, np.ones_like(moving)))
+    assert float(found) == pytest.approx(expected, abs=1e-4)
+    assert abs(expected - whole) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("settings", "says"),
+    [
+        ({"similarity_window": 4}, "similarity_window must be odd, got 4"),
+        ({"similarity_window": 1}, "similarity_window"),
+        ({"similarity_scales": ()}, "similarity_scales must name a grid"),
+        ({"similarity_scales": (0,)}, "similarity_scales"),
+    ],
+)
+def test_how_images_are_compared_is_checked(settings, says):
+    with pytest.raises(ValueError, match=says):
+        RegistrationConfig(images="unread", **settings)
 
 
 def test_pairs_are_drawn_anew_in_every_step(scans):
