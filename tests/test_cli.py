@@ -360,7 +360,7 @@ def test_an_extra_that_is_missing_is_named(fork, tmp_path, command):
         for name in [name for name in sys.modules if name.startswith(("monai_drdm.train", "monai_drdm.registration"))]:
             del sys.modules[name]
         sys.modules["ignite"] = None
-        sys.exit(main([command, "--out", str(tmp_path / "run")]))
+        sys.exit(main([command, "--set", "seed=1", "--out", str(tmp_path / "run")]))
 
     child = fork(call)
     said = child.communicate()

@@ -31,32 +31,40 @@ from synthetic_pairs import prepare, SETS
 PATH = Path(__file__).parent / "recipe_search.jsonl"
 ROUNDS = (1, 2)
 BASE: dict[str, Any] = {
-    "drawn_level": 1.0,
+    "network": "pyramid",
+    "affine": True,
+    "learning_rate": 2e-3,
+    "similarity_window": 5,
+    "similarity_scales": (1, 2, 4),
+    "smoothness_weight": 1.0,
+    "folding_weight": 0.1,
     "batch_size": 2,
     "epoch_length": 50,
     "ema_decay": 0.99,
     "warmup_steps": 20,
-    "folding_weight": 0.0,
     "validation_share": 0.05,
 }
-"""Pairs drawn in every step; images and forces on a grid two times coarser, from which a velocity is predicted."""
-_ALIGNER = {"network": "aligner", "channels": 8, "diffeomorphic": False, "stride": 2}
+"""Real pairs, which an affine map has brought near each other, without labels."""
+_DRAWN = {"affine": False, "drawn_level": 1.0, "smoothness_weight": 0.1, "folding_weight": 0.0}
+_ALIGNER = {"network": "aligner", "channels": 8, "diffeomorphic": False}
 VARIANTS: dict[str, dict[str, Any]] = {
-    "base": {},
-    "learning rate 3e-3": {"learning_rate": 3e-3},
-    "learning rate 3e-4": {"learning_rate": 3e-4},
-    "full grid": {"stride": 1},
-    "level 0.5": {"drawn_level": 0.5},
-    "relative error": {"relative_error": True},
-    "less smooth": {"smoothness_weight": 0.02},
-    "batch 1": {"batch_size": 1},
-    "pose 0.05": {"pose": 0.05},
-    "images only": {"forces": False},
-    "images only, relative error, 3e-3": {"forces": False, "relative_error": True, "learning_rate": 3e-3},
-    "images only, real pairs": {"forces": False, "drawn_level": 0.0},
+    "pyramid": {},
+    "voxelmorph": {"network": "voxelmorph"},
     "aligner q = 0": _ALIGNER | {"pool_sizes": (16, 8, 4, 2, 1), "dilations": (1, 1, 1, 1, 1)},
     "aligner q = 3": _ALIGNER,
-    "aligner q = 3, images only": _ALIGNER | {"forces": False},
+    "pyramid, images only": {"forces": False},
+    "voxelmorph, images only": {"network": "voxelmorph", "forces": False},
+    "pyramid, known pairs": _DRAWN,
+    "voxelmorph, known pairs": _DRAWN | {"network": "voxelmorph"},
+    "pyramid, compared on one grid": {"similarity_scales": (1,), "similarity_window": 9},
+    "pyramid, smoothness 0.5": {"smoothness_weight": 0.5},
+    "pyramid, smoothness 2": {"smoothness_weight": 2.0},
+    "pyramid, learning rate 1e-3": {"learning_rate": 1e-3},
+    "pyramid, learning rate 4e-3": {"learning_rate": 4e-3},
+    "pyramid, batch 1": {"batch_size": 1},
+    "pyramid, 24 channels": {"channels": 24},
+    "pyramid, depth 2": {"depth": 2},
+    "pyramid, full grid": {"stride": 1},
 }
 """What differs from ``BASE``."""
 

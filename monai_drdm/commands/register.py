@@ -6,26 +6,27 @@ import argparse
 from collections.abc import Sequence
 
 from monai_drdm.commands.arguments import Commands, named_path, require_matplotlib
+from monai_drdm.registration.config import USUAL_STEPS
 
 _DESCRIPTION = (
     "Bring a moving image, and its labels, onto a fixed one: warped image, field for ITK and ANTs, labels, record and "
     "figure. Affine, orientation, voxel size and data type are kept. Images may lie on different grids. The headers "
-    "give the starting position, and images are resampled once."
+    "give the starting position, and images are resampled once. Without --network, --affine and --refine they are "
+    f"registered by an affine map and {USUAL_STEPS} steps of refinement."
 )
 _TRAINING = (
     "Without images the command trains a network: monai-drdm register --pairs FOLDER --out RUN. "
     "python -m monai_drdm.registration.train --help lists its arguments."
 )
 
-_STAGES = ("--network", "--affine", "--refine")
+_OF_TRAINING = ("--pairs", "--images", "--config", "--set", "--init", "--max-minutes", "--resume")
 
 
 def trains(arguments: Sequence[str]) -> bool:
     """Whether a command line, after the word ``register``, is one of the training command."""
     if not arguments:
         return True
-    registers = any(word.partition("=")[0] in _STAGES for word in arguments)
-    return arguments[0].startswith("-") and arguments[0] not in ("-h", "--help") and not registers
+    return arguments[0].startswith("-") and any(word.partition("=")[0] in _OF_TRAINING for word in arguments)
 
 
 def train(arguments: Sequence[str]) -> int:
@@ -55,10 +56,9 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--refine",
         type=int,
-        default=0,
         metavar="STEPS",
         help="after the network, optimise the field for this pair for STEPS steps, without folds; 30 to 50 are enough "
-        "(default: 0)",
+        "(default: none)",
     )
     parser.add_argument(
         "--rounds", type=int, default=1, help="how often the network registers, each time what is left (default: 1)"
@@ -73,7 +73,10 @@ def run(options: argparse.Namespace) -> int:
     from monai_drdm.registration import PairSettings, register_files
 
     require_matplotlib("register")
-    settings = PairSettings(options.affine, options.refine, options.rounds, options.device)
+    stages = (options.affine, options.refine or 0)
+    if options.network is None and not options.affine and options.refine is None:
+        stages = (True, USUAL_STEPS)
+    settings = PairSettings(*stages, options.rounds, options.device)
     written = register_files(options.moving, options.fixed, options.network, options.out, options.labels, settings)
     for path in written:
         print(path)

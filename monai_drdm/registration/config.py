@@ -8,6 +8,8 @@ from monai_drdm.training.settings import RunConfig, setting
 
 KINDS = ("pyramid", "voxelmorph", "aligner", "regunet", "localnet")
 """The kinds of registration networks."""
+USUAL_STEPS = 40
+"""Steps of refinement after an affine map, where no other way to register two images is asked for."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,9 @@ class RegistrationConfig(RunConfig):
         "first of its group, for networks that register(affine=True) uses",
     )
     spatial_dims: int = setting(3, "2 or 3", choices=(2, 3))
-    network: str = setting("voxelmorph", "kind of network: voxelmorph, aligner, regunet or localnet", choices=KINDS)
+    network: str = setting(
+        "voxelmorph", "kind of network: pyramid, voxelmorph, aligner, regunet or localnet", choices=KINDS
+    )
     channels: int = setting(16, "features on the finest grid of the network", low=2, high=256)
     depth: int = setting(3, "how often the grid is halved", low=1, high=6)
     diffeomorphic: bool = setting(True, "the network predicts a velocity, whose flow is the field")

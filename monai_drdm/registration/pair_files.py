@@ -22,6 +22,7 @@ from monai_drdm.fields import fold_fraction, identity_grid, sample
 from monai_drdm.io import ImageFile, load_image
 from monai_drdm.registration.affine import apply_affine
 from monai_drdm.registration.alignment import check_stages, register
+from monai_drdm.registration.config import USUAL_STEPS
 from monai_drdm.registration.data import unit_range
 from monai_drdm.registration.networks import load_registration, registration_file, RegistrationNetwork
 
@@ -70,7 +71,8 @@ def register_files(
         network: a name or file, as for ``load_registration``; None: no network, see ``register``.
         out: a folder that is new or empty.
         labels: a label map on the grid of the moving image.
-        settings: how to register; None: the defaults.
+        settings: how to register; None: the network alone or, without a network, an affine map and 40 steps of
+            refinement.
 
     Returns:
         The files written: the warped image ``warped`` and label map ``labels`` in the format of the fixed image; the
@@ -83,7 +85,9 @@ def register_files(
         ValueError: a file that cannot be read, or does not suit the network or the other files; settings by which
             nothing would be registered.
     """
-    folder, settings = Path(out), settings or PairSettings()
+    folder = Path(out)
+    if settings is None:
+        settings = PairSettings() if network is not None else PairSettings(affine=True, refine=USUAL_STEPS)
     check_stages(network is not None, settings.rounds, settings.affine, settings.refine)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another with --out.")

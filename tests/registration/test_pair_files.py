@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 
 from monai_drdm.cli import main
 from monai_drdm.io import load_ddf
-from monai_drdm.registration import list_registrations, RegistrationNetwork, save_registration
+from monai_drdm.registration import list_registrations, register_files, RegistrationNetwork, save_registration
 from monai_drdm.registration.networks import Structure
 
 
@@ -161,15 +161,31 @@ def test_whatever_order_the_words_have(volumes, networks):
     assert register(*words, "--out", volumes / "out") == 0
 
 
-def test_no_network_is_needed(volumes, capsys):
-    """The affine map and the refinement alone bring the images together; without either there is nothing to do."""
-    files = volumes / "moving.nii.gz", volumes / "fixed.nii.gz", "--out", volumes / "out"
-    assert register("--affine", "--refine", 10, *files) == 0
+def test_no_network_is_needed(volumes):
+    """An affine map and the refinement alone bring the images together; they are what is done if nothing is said."""
+    files = volumes / "moving.nii.gz", volumes / "fixed.nii.gz"
+    assert register("--out", volumes / "out", *files) == 0
     record = json.loads((volumes / "out" / "record.json").read_text())
     assert record["network"] is None
+    assert (record["settings"]["affine"], record["settings"]["refine"]) == (True, 40)
     assert record["statistics"]["correlation"] > max(0.98, record["statistics"]["correlation_before"] + 0.01)
     assert record["statistics"]["fold_fraction"] == 0
-    assert register(*files[:2], "--out", volumes / "other") == 1
+    register_files(*files, None, volumes / "again")
+    assert json.loads((volumes / "again" / "record.json").read_text())["settings"] == record["settings"]
+
+
+@pytest.mark.parametrize(
+    ("words", "stages"), [(("--refine", 3), (False, 3)), (("--affine",), (True, 0)), (("--rounds", 2), (True, 40))]
+)
+def test_what_is_asked_for_is_done(volumes, words, stages):
+    assert register(*words, volumes / "moving.nii.gz", volumes / "fixed.nii.gz", "--out", volumes / "out") == 0
+    settings = json.loads((volumes / "out" / "record.json").read_text())["settings"]
+    assert (settings["affine"], settings["refine"]) == stages
+
+
+def test_nothing_to_do_is_an_error(volumes, capsys):
+    files = volumes / "moving.nii.gz", volumes / "fixed.nii.gz"
+    assert register(*files, "--refine", 0, "--out", volumes / "out") == 1
     assert "nothing would be registered: give a network, affine, refine" in capsys.readouterr().err
 
 
