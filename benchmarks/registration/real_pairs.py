@@ -16,6 +16,7 @@ from __future__ import annotations
 import argparse
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,15 @@ import torch
 from scipy.stats import wilcoxon
 
 from monai_drdm.fields import identity_grid, sample
-from monai_drdm.registration import apply_affine, evaluate_registration, find_affine, load_registration, register
-from monai_drdm.registration.data import ImageBank, load_images, PairBank
+from monai_drdm.registration import apply_affine, find_affine, load_registration, register
+from monai_drdm.registration.data import ImageBank, PairBank
 from monai_drdm.registration.task import RegistrationConfig, RegistrationTask
 from monai_drdm.training.loop import run_task
 from monai_drdm.training.task import Batch, DataSummary
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from common.rows import append_rows, read_rows
+from judging import pairs_in, score_pair
 from synthetic_pairs import prepare, SETS
 
 PATH = Path(__file__).parent / "real_pairs.jsonl"
@@ -109,22 +111,13 @@ def run(name: str, variant: str, seed: int, steps: int, work: Path, network: Pat
 
 def judge(name: str, key: dict[str, Any], work: Path, weights: Path) -> None:
     """Register the next validation image to every one."""
-    network, folder, rows = load_registration(weights), work / name / "validation", []
-    bank = load_images(folder / "images", folder / "labels", spatial_dims=3)
-    for i in range(len(bank)):
-        pair = bank.pairs(torch.tensor([(i + 1) % len(bank)]), torch.tensor([i])).to(torch.device("cpu"))
+    network, rows = load_registration(weights), []
+    for pair in pairs_in(work / name / "validation"):
         for affine in (False, True):
             for rounds in ROUNDS:
-                score = evaluate_registration(
-                    lambda a, b, affine=affine, rounds=rounds: register(network, a, b, affine=affine, rounds=rounds),
-                    pair.moving,
-                    pair.fixed,
-                    moving_label=pair.moving_label,
-                    fixed_label=pair.fixed_label,
-                    structures=SETS[name].structures,
-                    both_ways=False,
-                )
-                row = key | {"affine": affine, "rounds": rounds, "pair": bank.names[i]}
+                method = partial(register, network, affine=affine, rounds=rounds)
+                score = score_pair(method, pair, SETS[name].structures)
+                row = key | {"affine": affine, "rounds": rounds, "pair": pair.name}
                 rows.append(row | {"dice": score.dice, "hd95": score.hd95, "fold_fraction": score.fold_fraction})
     append_rows(PATH, *rows)
 

@@ -14,18 +14,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from monai_drdm.registration import evaluate_registration, load_registration, register
-from monai_drdm.registration.data import load_images
+from monai_drdm.registration import load_registration, register
 from monai_drdm.registration.task import fit, RegistrationConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from common.rows import append_rows, read_rows
+from judging import pairs_in, score_pair
 from synthetic_pairs import prepare, SETS
 
 PATH = Path(__file__).parent / "recipe_search.jsonl"
@@ -81,24 +82,12 @@ def run(name: str, work: Path, variant: str, minutes: float, seed: int) -> None:
     )
     weights = fit(config, out, resume=(out / "config.json").is_file())
     assert weights is not None
-    network, bank = (
-        load_registration(weights),
-        load_images(folder / "validation" / "images", folder / "validation" / "labels", spatial_dims=3),
-    )
-    found: dict[int, list[tuple[float, float, float]]] = {}
-    for i in range(len(bank)):
-        pair = bank.pairs(torch.tensor([(i + 1) % len(bank)]), torch.tensor([i])).to(torch.device("cpu"))
+    network, found = load_registration(weights), {}
+    for pair in pairs_in(folder / "validation"):
         for rounds in ROUNDS:
-            score = evaluate_registration(
-                lambda a, b, rounds=rounds: register(network, a, b, affine=True, rounds=rounds),
-                pair.moving,
-                pair.fixed,
-                moving_label=pair.moving_label,
-                fixed_label=pair.fixed_label,
-                structures=SETS[name].structures,
-                both_ways=False,
-            )
-            found.setdefault(rounds, []).append((float(np.nanmean(score.dice)), score.fold_fraction, score.seconds))
+            score = score_pair(partial(register, network, affine=True, rounds=rounds), pair, SETS[name].structures)
+            measures = (float(np.nanmean(score.dice)), score.fold_fraction, score.seconds)
+            found.setdefault(rounds, []).append(measures)
     for rounds, scores in found.items():
         dice, folds, seconds = np.mean(scores, axis=0)
         append_rows(PATH, key | {"rounds": rounds, "dice": dice, "fold_fraction": folds, "seconds": seconds})

@@ -34,16 +34,15 @@ from monai_drdm.fields import identity_grid, sample
 from monai_drdm.registration import (
     alignment,
     apply_affine,
-    evaluate_registration,
     load_registration,
     refinement,
     register,
 )
-from monai_drdm.registration.data import load_images
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from baselines import affine, affine_start, bspline, demons, foreground, Masks, nothing, syn
 from common.rows import append_rows, read_rows
+from judging import pairs_in, score_pair
 from synthetic_pairs import prepare, SETS
 
 PATH = Path(__file__).parent / "stages.jsonl"
@@ -145,31 +144,21 @@ def methods(weights: Path | None) -> dict[str, Method]:
 
 def measure(name: str, split: str, work: Path, weights: Path | None, chosen: list[str], count: int) -> None:
     """Register the next image of a split to every one, by each method whose rows are not there."""
-    folder = work / name / split
-    bank = load_images(folder / "images", folder / "labels", spatial_dims=3)
     there = {(row["set"], row["split"], row["method"], row["pair"]) for row in read_rows(PATH)}
-    for i in range(min(count, len(bank))):
-        j = (i + 1) % len(bank)
-        pair = bank.pairs(torch.tensor([j]), torch.tensor([i])).to(torch.device("cpu"))
-        masks = foreground(pair.moving, bank.inside[[j]]), foreground(pair.fixed, pair.inside)
+    for pair in pairs_in(work / name / split, count):
+        images = pair.images
+        masks = foreground(images.moving, pair.moving_inside), foreground(images.fixed, images.inside)
         for key, method in methods(weights).items():
-            if (chosen and key not in chosen) or (name, split, key, bank.names[i]) in there:
+            if (chosen and key not in chosen) or (name, split, key, pair.name) in there:
                 continue
             began = time.process_time()
-            score = evaluate_registration(
-                partial(method, masks=masks if MASKED in key else None),
-                pair.moving,
-                pair.fixed,
-                moving_label=pair.moving_label,
-                fixed_label=pair.fixed_label,
-                structures=SETS[name].structures,
-                both_ways=False,
-            )
+            method = partial(method, masks=masks if MASKED in key else None)
+            score = score_pair(method, pair, SETS[name].structures)
             row = {
                 "set": name,
                 "split": split,
                 "method": key,
-                "pair": bank.names[i],
+                "pair": pair.name,
                 "cpu_s": time.process_time() - began,
             }
             append_rows(PATH, row | {measure: getattr(score, measure) for measure in MEASURES})

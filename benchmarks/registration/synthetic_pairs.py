@@ -52,14 +52,14 @@ from monai_drdm.executors import worker_processes
 from monai_drdm.fields import compose, crop, exp_svf, gaussian_smooth, warp
 from monai_drdm.io import find_cases, load_ddf, load_image, save_ddf
 from monai_drdm.networks import load_network
-from monai_drdm.registration import evaluate_registration, load_registration, register
-from monai_drdm.registration.data import load_images
+from monai_drdm.registration import load_registration, register
 from monai_drdm.registration.task import fit, RegistrationConfig
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from baselines import bspline, demons, nothing
 from common.rows import append_rows, read_rows
 from common.scans import data_folder, DOMAINS
+from judging import pairs_in, score_pair
 from table import ARMS, BASELINES, by_structure, comparisons, figure, table
 
 PATH = Path(__file__).parent / "synthetic_pairs.jsonl"
@@ -179,6 +179,7 @@ def train(name: str, work: Path, arm: str, seed: int) -> Path:
     if weights.is_file():
         return weights
     settings: dict[str, Any] = {
+        "network": "voxelmorph",
         "batch_size": one.batch,
         "max_epochs": one.steps // _EPOCH,
         "epoch_length": _EPOCH,
@@ -200,25 +201,15 @@ def train(name: str, work: Path, arm: str, seed: int) -> Path:
 
 def judge(name: str, work: Path, arm: str, seed: int, split: str) -> None:
     """Register the next image of a split to every image, and write the scores."""
-    one, folder = SETS[name], work / name / split
-    bank = load_images(folder / "images", folder / "labels", spatial_dims=3)
-    assert bank.labels is not None
+    pairs = list(pairs_in(work / name / split))
     rounds = (0,) if arm in BASELINES else ROUNDS if split == "validation" else (chosen_rounds(name, arm),)
     rows = []
     for number in rounds:
         method = _method(name, work, arm, seed, number)
-        for i in tqdm(range(len(bank)), desc=f"{name} {arm} {number or ''}", unit="pair"):
-            pair = bank.pairs(torch.tensor([(i + 1) % len(bank)]), torch.tensor([i])).to(torch.device("cpu"))
-            score = evaluate_registration(
-                method,
-                pair.moving,
-                pair.fixed,
-                moving_label=pair.moving_label,
-                fixed_label=pair.fixed_label,
-                structures=one.structures,
-                both_ways=arm in ARMS and split == "test",
-            )
-            row = {"set": name, "arm": arm, "seed": seed, "split": split, "rounds": number, "pair": bank.names[i]}
+        for pair in tqdm(pairs, desc=f"{name} {arm} {number or ''}", unit="pair"):
+            both_ways = arm in ARMS and split == "test"
+            score = score_pair(method, pair, SETS[name].structures, both_ways=both_ways)
+            row = {"set": name, "arm": arm, "seed": seed, "split": split, "rounds": number, "pair": pair.name}
             rows.append(row | {key: getattr(score, key) for key in MEASURES})
     append_rows(PATH, *rows)
 
