@@ -10,8 +10,9 @@ of the original, carried along by the field. The yardstick is the spread of the 
     python benchmarks/plausibility/symmetry.py --images    # which images count as symmetric, and what that costs
 
 Fields at several levels: of the network in this package; of the same without keeping symmetry (``symmetry=0``); and the
-random fields that it starts from, made as strong as the network's by scaling. Rows are in ``symmetry.jsonl``; what is
-there is not measured again.
+random fields that it starts from, made as strong as the network's by scaling. At one level also of the network with
+half the recovery, with and without keeping symmetry. Rows are in ``symmetry.jsonl``; what is there is not measured
+again.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +44,10 @@ from common.scans import DOMAINS, draws, Scan, scans
 from front_picture import larger_half
 
 PATH = Path(__file__).parent / "symmetry.jsonl"
+KEY = ("split", "scan", "network", "kind", "level", "seed")
 LEVELS = (0.3, 0.6, 0.8)
+HALF, LEVEL_OF_HALF = 0.5, 0.6
+"""Recovery below 1, and the level at which it is measured."""
 STRUCTURES = 12
 LEFT_TO_RIGHT = 0
 """Axis of the scans."""
@@ -57,39 +62,47 @@ def mirror_dice(image: Tensor, label: Tensor) -> float:
     return float(np.mean([one for one in found if one is not None]))
 
 
-def fields(model: DRDM, scan: Scan, draws: int) -> Iterator[tuple[str, float, int, Tensor]]:
-    """Kind, level, seed and field of everything that is compared on one scan."""
-    free = DRDM(model.network, symmetry=0.0)
+def fields(model: DRDM, scan: Scan, draws: int) -> Iterator[tuple[str, float, int, Callable[[], Tensor]]]:
+    """Kind, level, seed and field, not drawn yet, of everything that is compared on one scan."""
+    models = {"network": model, "network, symmetry=0": DRDM(model.network, symmetry=0.0)}
+    halves = {
+        f"{kind}, recovery={HALF}": DRDM(model.network, recovery=HALF, symmetry=one.symmetry)
+        for kind, one in models.items()
+    }
+
+    def random(level: float, seed: int) -> Tensor:
+        ours, ddf = model.sample(scan.image, level, [seed]), model.diffuse(scan.image.shape[2:], [level], [seed])
+        return ddf * float(mean_displacement(remove_affine(ours)) / mean_displacement(remove_affine(ddf)))
+
     for level in LEVELS:
         for seed in range(draws):
-            ours = model.sample(scan.image, level, [seed])
-            yield "network", level, seed, ours
-            yield "network, symmetry=0", level, seed, free.sample(scan.image, level, [seed])
-            random = model.diffuse(scan.image.shape[2:], [level], [seed])
-            share = mean_displacement(remove_affine(ours)) / mean_displacement(remove_affine(random))
-            yield "random", level, seed, random * float(share)
+            for kind, one in (models | halves if level == LEVEL_OF_HALF else models).items():
+                yield kind, level, seed, partial(one.sample, scan.image, level, [seed])
+            yield "random", level, seed, partial(random, level, seed)
 
 
 def measure(split: str, network: str, draws: int) -> None:
     """Write the rows of every scan that are not there."""
     model = DRDM(load_network(network))
     weights = network_sha256(model.network)[:8]
-    there = {(row["scan"], row["network"]) for row in read_rows(PATH) if row["kind"] == "random"}
+    there = {tuple(row[name] for name in KEY) for row in read_rows(PATH)}
     for scan in tqdm(scans("ixi3d", split)):
-        if (scan.name, weights) in there:
-            continue
-        key = {"split": split, "scan": scan.name, "network": weights}
-        still = {"mirror": mirror_dice(scan.image, scan.label), "half": larger_half(scan.label, None, LEFT_TO_RIGHT)}
-        rows: list[dict[str, Any]] = [key | {"kind": "original", "level": 0.0, "seed": 0} | still]
-        for kind, level, seed, ddf in fields(model, scan, draws):
+        key: dict[str, Any] = {"split": split, "scan": scan.name, "network": weights}
+        if (*key.values(), "original", 0.0, 0) not in there:
+            still = mirror_dice(scan.image, scan.label), larger_half(scan.label, None, LEFT_TO_RIGHT)
+            row = key | {"kind": "original", "level": 0.0, "seed": 0} | dict(zip(("mirror", "half"), still))
+            append_rows(PATH, row | machine())
+        for kind, level, seed, draw in fields(model, scan, draws):
+            if (*key.values(), kind, level, seed) in there:
+                continue
+            ddf = draw()
             found = {
                 "mirror": mirror_dice(warp(scan.image, ddf), warp(scan.label, ddf, "nearest")),
                 "half": larger_half(scan.label, ddf, LEFT_TO_RIGHT),
                 "displacement_vox": float(mean_displacement(remove_affine(ddf))),
                 "folds": float(fold_fraction(ddf)),
             }
-            rows.append(key | {"kind": kind, "level": level, "seed": seed} | found)
-        append_rows(PATH, *(row | machine() for row in rows))
+            append_rows(PATH, key | {"kind": kind, "level": level, "seed": seed} | found | machine())
 
 
 def table(rows: list[dict[str, Any]]) -> str:
