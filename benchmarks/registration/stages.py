@@ -8,6 +8,7 @@ between what the masks enclose.
     python benchmarks/registration/stages.py --set hippocampus --work DIR --network RUN/network.safetensors
     python benchmarks/registration/stages.py --pools pools.json --work DIR    # what the network learned from
     python benchmarks/registration/stages.py --table
+    python benchmarks/registration/stages.py --figure docs/images/registration_time.png
 
 Rows are in ``stages.jsonl``; what is there is not measured again.
 """
@@ -26,6 +27,7 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from monai.losses import LocalNormalizedCrossCorrelationLoss
 from scipy.stats import wilcoxon
 from torch import nn, Tensor
@@ -53,6 +55,8 @@ BY_OTHERS: dict[str, Method] = {"demons": demons, "B-splines": bspline, "SyN": s
 ORDER = ("nothing", "affine", f"affine{MASKED}", "SimpleITK's affine", f"SimpleITK's affine{MASKED}", "demons")
 ORDER += tuple(f"affine, {name}{end}" for name in BY_OTHERS for end in ("", MASKED))
 ORDER += (
+    "affine, refine 6",
+    "affine, refine 12",
     "affine, refine 30, one grid",
     "affine, refine 30",
     f"affine{MASKED}, refine 30",
@@ -63,6 +67,19 @@ ORDER += (
 )
 ORDER += ("affine, network, refine 30", "affine, network, refine 60")
 MEASURES = ("dice", "hd95", "fold_fraction", "seconds")
+TITLES = {"ixi": "brains at 4 mm", "hippocampus": "hippocampi at 1 mm", "ixi-2mm": "brains at 2 mm"}
+FIGURE: dict[str, tuple[str, tuple[str, ...]]] = {
+    "affine map, then refinement in 6, 12, 30, 60 steps": (
+        "o-",
+        ("affine", *(f"affine, refine {n}" for n in (6, 12, 30, 60))),
+    ),
+    "affine map and network": ("^", ("affine, network",)),
+    "affine map, network, 30 and 60 steps": ("^-", ("affine, network, refine 30", "affine, network, refine 60")),
+    "SimpleITK's demons": ("s", ("demons",)),
+    "affine map and demons": ("D", ("affine, demons",)),
+    "affine map and ANTs' SyN": ("v", ("affine, SyN",)),
+}
+"""What the figure shows, and how."""
 
 
 def after_affine(method: Method) -> Method:
@@ -124,8 +141,7 @@ def methods(weights: Path | None) -> dict[str, Method]:
         "demons": demons,
         **{f"affine, {name}": after_affine(method) for name, method in BY_OTHERS.items()},
         "affine, refine 30, one grid": refined_on_one_grid,
-        "affine, refine 30": by_network(None, affine=True, refine=30),
-        "affine, refine 60": by_network(None, affine=True, refine=60),
+        **{f"affine, refine {n}": by_network(None, affine=True, refine=n) for n in (6, 12, 30, 60)},
     }
     if weights is not None:
         network = load_registration(weights)
@@ -210,6 +226,37 @@ def comparison(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def figure(rows: list[dict[str, Any]]) -> Figure:
+    """Mean Dice of test pairs against the time of a core, a panel a set; bars are standard errors over pairs."""
+    tested = [row for row in rows if row["split"] == "test"]
+    names = list(dict.fromkeys(row["set"] for row in tested))
+    drawn = Figure(figsize=(4.3 * len(names), 3.9), layout="constrained")
+    for name, axes in zip(names, drawn.subplots(1, len(names), squeeze=False)[0]):
+        for number, (label, (style, shown)) in enumerate(FIGURE.items()):
+            points = [
+                (np.median([row["cpu_s"] for row in mine]), np.mean(dice), np.std(dice, ddof=1) / len(dice) ** 0.5)
+                for method in shown
+                if (mine := [row for row in tested if (row["set"], row["method"]) == (name, method)])
+                and (dice := [100 * float(np.nanmean(row["dice"])) for row in mine])
+            ]
+            if points:
+                seconds, means, errors = zip(*points)
+                axes.errorbar(
+                    seconds, means, errors, fmt=style, color=f"C{number}", label=label, ms=6, lw=1.2, capsize=2
+                )
+        axes.set(
+            xscale="log", title=TITLES[name], xlabel="seconds of a core for a pair", ylabel="Dice of test pairs, %"
+        )
+        low, high = axes.get_xlim()
+        axes.set_xticks(ticks := [t for t in (0.2, 0.5, 1, 2, 5, 10, 20, 50) if low < t < high])
+        axes.set_xticklabels([f"{t:g}" for t in ticks])
+        axes.minorticks_off()
+        axes.spines[["top", "right"]].set_visible(False)
+    handles, labels = drawn.axes[0].get_legend_handles_labels()
+    drawn.legend(handles, labels, frameon=False, loc="outside lower center", ncols=3)
+    return drawn
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--set", choices=tuple(SETS), default="hippocampus")
@@ -221,10 +268,14 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=[], help="default: all")
     parser.add_argument("--pairs", type=int, default=1000, help="of the split, at most")
     parser.add_argument("--table", action="store_true", help="print the rows that are there")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the rows that are there and stop")
     parser.add_argument("--pools", type=Path, metavar="FILE", help="write a datalist of both pools and stop")
     args = parser.parse_args()
     if args.table:
         print(table(read_rows(PATH)), comparison(read_rows(PATH)), sep="\n\n")
+        return
+    if args.figure:
+        figure(read_rows(PATH)).savefig(args.figure, dpi=130)
         return
     if args.pools:
         write_pools(args.pools, args.work)
