@@ -1,8 +1,8 @@
 """Which settings let a registration network learn most in equal time?
 
 Every variant trains for as many minutes on the same images, one after the other on one thread, and registers validation
-pairs from the same affine start. What is best in minutes deserves hours: ``--variants`` and ``--minutes`` say what is
-trained for how long. Runs that were stopped go on.
+pairs from the same affine start, once and twice. What is best in minutes deserves hours: ``--variants`` and
+``--minutes`` say what is trained for how long. Runs that were stopped go on.
 
     python benchmarks/registration/recipe_search.py --set hippocampus --work DIR --minutes 5
     python benchmarks/registration/recipe_search.py --table
@@ -68,39 +68,46 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "pyramid, full grid": {"stride": 1},
 }
 """What differs from ``BASE``."""
+WITHOUT = {"no network: affine map": 0, "no network: affine map and 6 steps": 6}
+"""What is not trained, and its steps of refinement."""
+
+
+def train(name: str, work: Path, variant: str, minutes: float, seed: int) -> Path:
+    """Train a variant, or go on with its run; the weights file."""
+    folder = work / name
+    out = folder / f"recipe-{variant.replace(' ', '_').replace(',', '')}-{minutes:g}-{seed}"
+    images, settings = str(folder / "pool" / "images"), BASE | VARIANTS[variant]
+    config = RegistrationConfig(images=images, seed=seed, max_minutes=minutes, **settings)
+    weights = fit(config, out, resume=(out / "config.json").is_file())
+    assert weights is not None
+    return weights
 
 
 def run(name: str, work: Path, variant: str, minutes: float, seed: int) -> None:
     """Train a variant and judge it on validation pairs, unless its rows are there."""
+    minutes = 0.0 if variant in WITHOUT else minutes
     key = {"set": name, "variant": variant, "minutes": minutes, "seed": seed}
     if any(all(row[k] == v for k, v in key.items()) for row in read_rows(PATH)):
         return
-    folder = work / name
-    out = folder / f"recipe-{variant.replace(' ', '_').replace(',', '')}-{minutes:g}-{seed}"
-    config = RegistrationConfig(
-        images=str(folder / "pool" / "images"), seed=seed, max_minutes=minutes, **BASE | VARIANTS[variant]
-    )
-    weights = fit(config, out, resume=(out / "config.json").is_file())
-    assert weights is not None
-    network, found = load_registration(weights), {}
-    for pair in pairs_in(folder / "validation"):
-        for rounds in ROUNDS:
-            score = score_pair(partial(register, network, affine=True, rounds=rounds), pair, SETS[name].structures)
-            measures = (float(np.nanmean(score.dice)), score.fold_fraction, score.seconds)
-            found.setdefault(rounds, []).append(measures)
-    for rounds, scores in found.items():
-        dice, folds, seconds = np.mean(scores, axis=0)
+    network = None if variant in WITHOUT else load_registration(train(name, work, variant, minutes, seed))
+    for rounds in (1,) if network is None else ROUNDS:
+        method = partial(register, network, affine=True, rounds=rounds, refine=WITHOUT.get(variant, 0))
+        scores = [score_pair(method, pair, SETS[name].structures) for pair in pairs_in(work / name / "validation")]
+        measures = [(float(np.nanmean(score.dice)), score.fold_fraction, score.seconds) for score in scores]
+        dice, folds, seconds = np.mean(measures, axis=0)
         append_rows(PATH, key | {"rounds": rounds, "dice": dice, "fold_fraction": folds, "seconds": seconds})
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown table, the best first."""
-    lines = ["| set | variant | minutes | seed | rounds | Dice % | folds % |", "|" + "---|" * 7]
-    for row in sorted(rows, key=lambda one: (one["set"], one["minutes"], -one["dice"])):
-        lines.append(
-            f"| {row['set']} | {row['variant']} | {row['minutes']:g} | {row['seed']} | {row['rounds']} | "
-            f"{100 * row['dice']:.1f} | {100 * row['fold_fraction']:.3f} |"
-        )
+    lines = ["| set | minutes | variant | Dice %, once | Dice %, twice | folds % |", "|" + "---|" * 6]
+    runs: dict[tuple[Any, ...], dict[int, dict[str, Any]]] = {}
+    for row in rows:
+        runs.setdefault((row["set"], row["minutes"], row["variant"], row["seed"]), {})[row["rounds"]] = row
+    for (name, minutes, variant, _), found in sorted(runs.items(), key=lambda one: (one[0][0], -one[1][1]["dice"])):
+        once, twice = (f"{100 * found[n]['dice']:.1f}" if n in found else "" for n in ROUNDS)
+        folds = 100 * found[1]["fold_fraction"]
+        lines.append(f"| {name} | {minutes or '–'} | {variant} | {once} | {twice} | {folds:.3f} |")
     return "\n".join(lines)
 
 
@@ -111,7 +118,7 @@ def main() -> None:
         "--work", type=Path, default=Path("synthetic_registration"), help="folder of synthetic_pairs.py"
     )
     parser.add_argument("--minutes", type=float, default=5.0, help="of training, for every variant")
-    parser.add_argument("--variants", nargs="+", choices=tuple(VARIANTS), default=list(VARIANTS))
+    parser.add_argument("--variants", nargs="+", choices=(*VARIANTS, *WITHOUT), default=[*VARIANTS, *WITHOUT])
     parser.add_argument("--seeds", nargs="+", type=int, default=[0])
     parser.add_argument("--table", action="store_true", help="print the rows that are there")
     args = parser.parse_args()
