@@ -53,6 +53,8 @@ HEADS = (
     *("volume changes by %", "cross-section varies by %", "seconds"),
 )
 SHOWN_DRAWS, SHOWN_LEVEL, COLOURS = 4, 0.6, 64
+THICK = 3.0
+"""Slices are called thick if they are this many times thicker than a pixel is wide."""
 
 
 class Volume(NamedTuple):
@@ -168,9 +170,12 @@ def _mean(rows: list[dict[str, Any]], name: str, digits: int, factor: float = 1.
 
 
 def pictures(values: Tensor, spacing: tuple[float, ...], nearest: bool) -> list[Tensor]:
-    """The three central planes of ``(1, 1, *S)``, with square pixels and the head up."""
+    """The three central planes of ``(1, 1, *S)``, with square pixels; of thick slices the middle one."""
     found = []
+    thick = max(spacing) > THICK * min(spacing)
     for axis, n in enumerate(values.shape[2:]):
+        if thick and spacing[axis] < max(spacing):
+            continue
         flat, steps = values.select(axis + 2, n // 2), [s for k, s in enumerate(spacing) if k != axis]
         shape = tuple(round(m * s / min(steps)) for m, s in zip(flat.shape[2:], steps))
         sized = resize_nearest(flat, shape) if nearest else resize_image(flat.float(), shape)
@@ -191,7 +196,7 @@ def sheet(scan: Volume, out: Path) -> None:
         (title, pictures(image, scan.spacing, False), pictures(label, scan.spacing, True))
         for title, image, label in shown
     ]
-    rows = [[(title, image[k], label[k]) for title, image, label in cut] for k in range(3)]
+    rows = [[(title, image[k], label[k]) for title, image, label in cut] for k in range(len(cut[0][1]))]
     buffer = io.BytesIO()
     arrange(rows, labels=True).savefig(buffer)
     Image.open(buffer).convert("RGB").quantize(COLOURS).save(out, optimize=True)
