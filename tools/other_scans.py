@@ -1,6 +1,6 @@
 """Write scans of kinds that the networks were never trained on, with labels, for ``other_kinds.py``.
 
-Source: spinal cords of one person, in a clone of github.com/spinalcordtoolbox/sct_testing_data (NeuroPoly, MIT; the
+Source: scans of the neck of one person, with spinal cords, in a clone of github.com/spinalcordtoolbox/sct_testing_data (NeuroPoly, MIT; the
 repository holds nothing but data).
 
     git clone https://github.com/spinalcordtoolbox/sct_testing_data
