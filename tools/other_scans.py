@@ -1,7 +1,7 @@
 """Write scans of kinds that the networks were never trained on, with labels, for ``other_kinds.py``.
 
-Source: scans of the neck of one person, with spinal cords, in a clone of github.com/spinalcordtoolbox/sct_testing_data (NeuroPoly, MIT; the
-repository holds nothing but data).
+Source: scans of the neck of one person, with spinal cords, in a clone of
+github.com/spinalcordtoolbox/sct_testing_data (NeuroPoly, MIT; the repository holds only data).
 
     git clone https://github.com/spinalcordtoolbox/sct_testing_data
     python tools/other_scans.py sct_testing_data --out DATA/other    # DATA: the folder that MONAI_DRDM_DATA names
