@@ -55,10 +55,11 @@ def sheet(method: Method, domain: Domain, split: str, level: float, images: int,
             shown.append((title, warp(scan.image, ddf), warp(scan.label, ddf, "nearest")))
         cut = [(title, planes(one, domain), planes(label, domain)) for title, one, label in shown]
         rows += [[(title, one[k], label[k]) for title, one, label in cut] for k in range(len(cut[0][1]))]
-    return _figure(rows, labels)
+    return arrange(rows, labels)
 
 
-def _figure(rows: list[list[tuple[str, Tensor, Tensor]]], labels: bool) -> Figure:
+def arrange(rows: list[list[tuple[str, Tensor, Tensor]]], labels: bool) -> Figure:
+    """A figure of rows of pictures with titles and labels; each row has the grey values of its first picture."""
     width, height = _TILE_INCHES * len(rows[0]), (_TILE_INCHES + _TITLE_INCHES) * len(rows)
     figure = Figure(figsize=(width, height), dpi=_DPI, facecolor="white")
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
