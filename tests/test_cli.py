@@ -369,6 +369,19 @@ def test_an_extra_that_is_missing_is_named(fork, tmp_path, command):
     assert "Traceback" not in said[1]
 
 
+@pytest.mark.parametrize("words", [["weights", "list"], ["register", "--help"], ["augment", "--help"]])
+def test_other_commands_need_no_extra(fork, words):
+    def call():
+        for name in [name for name in sys.modules if name.startswith(("monai_drdm.", "ignite", "matplotlib"))]:
+            del sys.modules[name]
+        sys.modules |= dict.fromkeys(("ignite", "matplotlib", "tensorboard", "yaml"))
+        sys.exit(main(words))
+
+    child = fork(call)
+    said = child.communicate()
+    assert child.returncode == 0, said[1]
+
+
 EMPTY = [
     ["demo", "--out"],
     ["demo", "--image"],

@@ -6,13 +6,12 @@ import argparse
 from collections.abc import Sequence
 
 from monai_drdm.commands.arguments import Commands, named_path, require_matplotlib
-from monai_drdm.registration.config import USUAL_STEPS
 
 _DESCRIPTION = (
     "Bring a moving image, and its labels, onto a fixed one: warped image, field for ITK and ANTs, labels, record and "
     "figure. Affine, orientation, voxel size and data type are kept. Images may lie on different grids. The headers "
     "give the starting position, and images are resampled once. Without --network, --affine and --refine they are "
-    f"registered by an affine map and {USUAL_STEPS} steps of refinement."
+    "registered by an affine map and 40 steps of refinement."
 )
 _TRAINING = (
     "Without images the command trains a network: monai-drdm register --pairs FOLDER --out RUN. "
@@ -71,6 +70,7 @@ def add_parser(commands: Commands) -> None:
 def run(options: argparse.Namespace) -> int:
     """Register the images that the options name, and print the files written."""
     from monai_drdm.registration import PairSettings, register_files
+    from monai_drdm.registration.pair_files import USUAL_STEPS
 
     require_matplotlib("register")
     stages = (options.affine, options.refine or 0)

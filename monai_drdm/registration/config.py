@@ -8,8 +8,6 @@ from monai_drdm.training.settings import RunConfig, setting
 
 KINDS = ("pyramid", "voxelmorph", "aligner", "regunet", "localnet")
 """The kinds of registration networks."""
-USUAL_STEPS = 40
-"""Steps of refinement after an affine map, where no other way to register two images is asked for."""
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from monai_drdm.fields import fold_fraction, identity_grid, sample
 from monai_drdm.io import ImageFile, load_image
 from monai_drdm.registration.affine import apply_affine
 from monai_drdm.registration.alignment import check_stages, register
-from monai_drdm.registration.config import USUAL_STEPS
 from monai_drdm.registration.data import unit_range
 from monai_drdm.registration.networks import load_registration, registration_file, RegistrationNetwork
 
+USUAL_STEPS = 40
+"""Steps of refinement after an affine map, where no other way to register two images is asked for."""
 _SAME_PLACE_MM = 1e-3
 
 

@@ -167,7 +167,7 @@ def test_no_network_is_needed(volumes):
     assert register("--out", volumes / "out", *files) == 0
     record = json.loads((volumes / "out" / "record.json").read_text())
     assert record["network"] is None
-    assert (record["settings"]["affine"], record["settings"]["refine"]) == (True, 40)
+    assert (record["settings"]["affine"], record["settings"]["refine"]) == (True, 40)  # as help and pages say
     assert record["statistics"]["correlation"] > max(0.98, record["statistics"]["correlation_before"] + 0.01)
     assert record["statistics"]["fold_fraction"] == 0
     register_files(*files, None, volumes / "again")
