@@ -89,12 +89,14 @@ class Structure:
     def multiple(self) -> int:
         """What the size of images is padded to be a multiple of.
 
-        The backbone of kind ``aligner`` pads by itself, and kind ``pyramid`` makes forces on its coarsest grid too;
-        forces are differences of neighbours.
+        The backbone of kind ``aligner`` pads by itself, but forces are differences of neighbours.
         """
-        if self.kind == "aligner":
-            return self.stride * (1 + self.forces)
-        return (self.stride << self.depth) * (1 + (self.forces and self.kind == "pyramid"))
+        return self.stride * (1 + self.forces if self.kind == "aligner" else 2**self.depth)
+
+    @property
+    def smallest(self) -> int:
+        """What the size of images is padded to at least: kind ``pyramid`` makes forces on its coarsest grid, too."""
+        return self.multiple * (1 + (self.forces and self.kind == "pyramid"))
 
 
 def _regunet(structure: Structure) -> nn.Module:
@@ -190,7 +192,7 @@ class RegistrationNetwork(nn.Module):
     def _register(self, images: Tensor) -> Tensor:
         """The field ``(B, D, *S)`` between images ``(B, 2, *S)`` on their own grid."""
         stride = self.structure.stride
-        inputs = _blocks_as_channels(_padded(images, self.structure.multiple), stride)
+        inputs = _blocks_as_channels(_padded(images, self.structure.multiple, self.structure.smallest), stride)
         with torch.autocast(inputs.device.type, enabled=False):
             if self.structure.force_channels:
                 moving, fixed = reduce(inputs.float(), "b (image c) ... -> image b 1 ...", "mean", image=2)
@@ -217,8 +219,8 @@ def _at_voxels(ddf: Tensor, stride: int) -> Tensor:
     return finer
 
 
-def _padded(images: Tensor, multiple: int) -> Tensor:
-    room = [-n % multiple for n in images.shape[2:]]
+def _padded(images: Tensor, multiple: int, smallest: int) -> Tensor:
+    room = [max(-n % multiple, smallest - n) for n in images.shape[2:]]
     return F.pad(images, [p for r in reversed(room) for p in (0, r)], "replicate")
 
 

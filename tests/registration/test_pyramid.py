@@ -37,6 +37,15 @@ def test_images_may_be_tiny(shape, forces):
     assert bool(ddf.isfinite().all())
 
 
+@pytest.mark.parametrize(("size", "seen"), [(40, 24), (48, 24), (64, 32), (9, 16)])
+def test_images_are_padded_no_further_than_needed(size, seen):
+    """To a multiple of 16, for a stride of 2 and three halvings; with forces, to two voxels on the coarsest grid."""
+    network, shapes = RegistrationNetwork(Structure("pyramid", 2, 4)), []
+    network.backbone.register_forward_pre_hook(lambda _, inputs: shapes.append(inputs[0].shape[2:]))
+    network(torch.rand(1, 2, size, size))
+    assert shapes == [(seen, seen)]
+
+
 def test_one_image_of_a_batch_does_not_depend_on_the_others():
     network = filled(PyramidNet(2, channels=4)).eval()
     images = torch.rand(3, 2, 16, 24)
