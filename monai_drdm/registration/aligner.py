@@ -51,11 +51,14 @@ class InstanceNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``(B, C, *S)`` to the same shape."""
-        if x[0, 0].numel() > 1:
-            axes = tuple(range(2, x.ndim))
-            variance, mean = torch.var_mean(x.float(), axes, correction=0, keepdim=True)
-            x = (x - mean) * torch.rsqrt(variance + _NORM_EPSILON)
+        x = normalised(x) if x[0, 0].numel() > 1 else x
         return x * self.weight + self.bias
+
+
+def normalised(x: Tensor) -> Tensor:
+    """Features ``(B, C, *S)`` in float32, with mean 0 and variance 1 over each image and channel."""
+    variance, mean = torch.var_mean(x.float(), tuple(range(2, x.ndim)), correction=0, keepdim=True)
+    return (x - mean) * torch.rsqrt(variance + _NORM_EPSILON)
 
 
 class _Builder:

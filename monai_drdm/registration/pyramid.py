@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from monai_drdm.fields import exp_svf, warp
+from monai_drdm.registration.aligner import normalised
 from monai_drdm.registration.forces import demons_forces, GAIN, WIDTHS
 
 _CONV = {2: nn.Conv2d, 3: nn.Conv3d}
@@ -20,7 +21,6 @@ _POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
 _MODE = {2: "bilinear", 3: "trilinear"}
 _SLOPE = 0.2
 _SQUARINGS = 5
-_NORM_EPSILON = 1e-3
 
 
 class PyramidNet(nn.Module):
@@ -93,7 +93,7 @@ class PyramidNet(nn.Module):
             if found:
                 x, seen = (_POOL[self.spatial_dims](one, 2) for one in (F.leaky_relu(x, _SLOPE), seen))
             x = block(x)
-            found.append((_normed(x), seen))
+            found.append((normalised(x).to(x.dtype), seen))
         return found
 
 
@@ -141,13 +141,6 @@ def _beside(values: Tensor, axis: int, step: int) -> Tensor:
     size = values.shape[axis]
     at = (torch.arange(size, device=values.device) + step).clamp(0, size - 1)
     return values.index_select(axis, at)
-
-
-def _normed(x: Tensor) -> Tensor:
-    """Features with mean 0 and variance 1 over each image."""
-    axes = tuple(range(2, x.ndim))
-    variance, mean = torch.var_mean(x.float(), axes, correction=0, keepdim=True)
-    return ((x - mean) * torch.rsqrt(variance + _NORM_EPSILON)).to(x.dtype)
 
 
 def _conv(dims: int, before: int, after: int) -> nn.Module:

@@ -21,18 +21,9 @@ from monai_drdm.registration.networks import Structure
 from monai_drdm.registration.train import main
 
 
-def filled(network):
-    """The same network with weights that are not zero anywhere."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network
-
-
 @pytest.mark.parametrize("q", SEPARABLE_STRUCTURES)
 @pytest.mark.parametrize("shape", [(19, 26), (5, 10, 7), (1, 1)])
-def test_any_size_and_every_weight_matters(q, shape):
+def test_any_size_and_every_weight_matters(filled, q, shape):
     network = filled(ResidualAlignerNet(len(shape), *SEPARABLE_STRUCTURES[q], channels=4))
     ddf = network(torch.rand(2, 2, *shape))
     assert ddf.shape == (2, len(shape), *shape)
@@ -50,21 +41,21 @@ def test_structures_have_as_many_weights():
 
 
 @pytest.mark.parametrize("levels", [((3, 3, 1), (1, 2, 1)), ((6, 2), (1, 4)), ((1,) * 6, (5, 4, 3, 2, 1, 1))])
-def test_levels_of_ones_own(levels):
+def test_levels_of_ones_own(filled, levels):
     network = RegistrationNetwork(Structure("aligner", 2, 4, 2, False, 1, True, *levels))
     images = torch.rand(1, 1, 19, 26), torch.rand(1, 1, 19, 26)
     assert float(register(network, *images).abs().max()) == 0
     assert register(filled(network), *images).shape == (1, 2, 19, 26)
 
 
-def test_one_image_of_a_batch_does_not_depend_on_the_others():
+def test_one_image_of_a_batch_does_not_depend_on_the_others(filled):
     network = filled(ResidualAlignerNet(2, channels=4)).eval()
     images = torch.rand(3, 2, 20, 24)
     alone = torch.cat([network(one[None]) for one in images])
     torch.testing.assert_close(network(images), alone, atol=1e-4, rtol=1e-4)
 
 
-def test_swapped_images_swap_the_directions():
+def test_swapped_images_swap_the_directions(filled):
     """Both directions are registered by the same weights; what belongs to the pair changes its sign."""
     network = filled(ResidualAlignerNet(2, channels=4, pair_channels=3)).eval()
     seen = []

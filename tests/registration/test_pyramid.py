@@ -8,18 +8,9 @@ from monai_drdm.registration.networks import RegistrationNetwork, Structure
 from monai_drdm.registration.pyramid import _products, PyramidNet
 
 
-def filled(network):
-    """The same network with weights that are not zero anywhere."""
-    generator = torch.Generator().manual_seed(0)
-    with torch.no_grad():
-        for parameter in network.parameters():
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return network
-
-
 @pytest.mark.parametrize("diffeomorphic", [True, False])
 @pytest.mark.parametrize("shape", [(16, 24), (8, 16, 8)])
-def test_every_weight_matters(shape, diffeomorphic):
+def test_every_weight_matters(filled, shape, diffeomorphic):
     network = filled(PyramidNet(len(shape), channels=4, depth=2, diffeomorphic=diffeomorphic))
     velocity = network(torch.rand(2, 2, *shape))
     assert velocity.shape == (2, len(shape), *shape)
@@ -30,7 +21,7 @@ def test_every_weight_matters(shape, diffeomorphic):
 
 @pytest.mark.parametrize("forces", [True, False])
 @pytest.mark.parametrize("shape", [(1, 1), (3, 2, 9)])
-def test_images_may_be_tiny(shape, forces):
+def test_images_may_be_tiny(filled, shape, forces):
     network = filled(RegistrationNetwork(Structure("pyramid", len(shape), 4, forces=forces)))
     ddf = network(torch.rand(1, 2, *shape))
     assert ddf.shape == (1, len(shape), *shape)
@@ -46,7 +37,7 @@ def test_images_are_padded_no_further_than_needed(size, seen):
     assert shapes == [(seen, seen)]
 
 
-def test_one_image_of_a_batch_does_not_depend_on_the_others():
+def test_one_image_of_a_batch_does_not_depend_on_the_others(filled):
     network = filled(PyramidNet(2, channels=4)).eval()
     images = torch.rand(3, 2, 16, 24)
     alone = torch.cat([network(one[None]) for one in images])
