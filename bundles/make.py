@@ -4,7 +4,7 @@
 
 A bundle is a folder: ``configs/`` and ``docs/`` come from here, ``LICENSE`` from the repository, versions and what is
 known of a network from the package. ``models/model.pt`` holds the weights of a recovery network; the bundles that train
-a segmenter have none. ``scripts/`` of the bundle for few labels gets modules of ``examples/``.
+a segmenter have none. Their ``scripts/`` get ``trained.py``, and for few labels modules of ``examples/``.
 """
 
 from __future__ import annotations
@@ -108,9 +108,9 @@ def make_network_bundle(name: str, bundle: Path) -> None:
 
 
 def copy_scripts(source: Path, examples: tuple[str, ...], scripts: Path) -> None:
-    """The Python code of a bundle: its own, if it has any, and some of the examples."""
-    for path in [*source.glob("*.py"), *(HERE.parent / "examples" / name for name in examples)]:
-        scripts.mkdir(exist_ok=True)
+    """The Python code of a bundle that trains: its package's description, the shared checks, and some examples."""
+    scripts.mkdir()
+    for path in (source / "__init__.py", HERE / "trained.py", *(HERE.parent / "examples" / name for name in examples)):
         shutil.copy(path, scripts)
 
 

@@ -265,6 +265,7 @@ def test_the_segmenter_is_trained_by_several_processes(bundles, tmp_path, fork, 
         }
 
         def before():
+            enter(bundle)
             os.environ.update({key: str(value) for key, value in environment.items()})
 
         return fork(command("run", *words), before)
@@ -330,13 +331,22 @@ def test_the_bundle_for_few_labels_trains_and_finds_what_the_example_does(
         assert (found != expected).mean() < 1e-3  # a voxel between both labels may round to the other one
 
 
-def test_the_bundle_for_few_labels_writes_over_no_network(bundles, fork):
-    bundle = bundles / "few_label_segmentation"
+@pytest.mark.parametrize("name", ["few_label_segmentation", "hippocampus_segmentation"])
+def test_training_writes_over_no_network(bundles, fork, name):
+    bundle = bundles / name
     (bundle / "models" / "model.pt").write_bytes(b"trained")
     _, errors, code = outcome(fork, bundle, ["train"])
     assert code != 0
     assert "model.pt exists. Move it away" in errors
     assert (bundle / "models" / "model.pt").read_bytes() == b"trained"
+
+
+@pytest.mark.parametrize("configs", [["inference"], ["train", "evaluate"]])
+def test_the_segmenter_says_that_it_is_not_trained(bundles, fork, small, configs):
+    settings = {"dataset_dir": small["dataset_dir"] / "imagesTr"} if configs == ["inference"] else small
+    _, errors, code = outcome(fork, bundles / "hippocampus_segmentation", configs, **settings)
+    assert code != 0
+    assert "model.pt. Train first" in errors
 
 
 def test_the_bundle_for_few_labels_says_what_is_missing_before_it_labels(bundles, fork, tmp_path):

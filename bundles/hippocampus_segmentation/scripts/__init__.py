@@ -1,0 +1,1 @@
+"""What the bundle checks before it trains, evaluates or labels."""
