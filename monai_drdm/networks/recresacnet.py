@@ -15,13 +15,13 @@ from torch import nn, Tensor
 from monai_drdm.fields import crop, fractions_to_voxels, warp
 from monai_drdm.networks.base import RecoveryNetwork
 from monai_drdm.networks.card import NetworkCard
+from monai_drdm.networks.convolution import CONVOLUTION
 from monai_drdm.networks.kinds import WORKING_SIZE
 
 TIME_STEPS = 80
 """T, the number of time steps of the published model."""
 _EMBEDDING = 100
 _MULTIPLE = 8
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _CONV_TRANSPOSE = {2: nn.ConvTranspose2d, 3: nn.ConvTranspose3d}
 _NORM = {2: nn.InstanceNorm2d, 3: nn.InstanceNorm3d}
 
@@ -34,7 +34,7 @@ class AtrousBlock(nn.Module):
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, normalize: bool) -> None:
         super().__init__()
-        conv = _CONV[spatial_dims]
+        conv = CONVOLUTION[spatial_dims]
         self.ln = _NORM[spatial_dims](out_channels, affine=True) if normalize else nn.Identity()
         self.conv0 = conv(in_channels, out_channels, 3, padding=1)
         self.convs = nn.ModuleList(conv(out_channels, out_channels, 3, padding=d, dilation=d) for d in (1, 3))
@@ -78,7 +78,7 @@ class RecResACNet(RecoveryNetwork):
                 working_size=WORKING_SIZE["recresacnet"][spatial_dims],
             )
         )
-        conv, conv_transpose = _CONV[spatial_dims], _CONV_TRANSPOSE[spatial_dims]
+        conv, conv_transpose = CONVOLUTION[spatial_dims], _CONV_TRANSPOSE[spatial_dims]
         self.time_embed = nn.Embedding(TIME_STEPS, _EMBEDDING, _weight=_time_table(), _freeze=True)
         self.te1 = _time_mlp(in_channels)
         self.b1 = self._level(in_channels, 10, 10, 10)

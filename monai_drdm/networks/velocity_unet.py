@@ -18,9 +18,9 @@ from torch import nn, Tensor
 from monai_drdm.fields import crop
 from monai_drdm.networks.base import RecoveryNetwork
 from monai_drdm.networks.card import NetworkCard
+from monai_drdm.networks.convolution import CONVOLUTION
 from monai_drdm.networks.kinds import WORKING_SIZE
 
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 _FREQUENCIES = 8
 _EMBEDDING = 64
@@ -32,7 +32,7 @@ class ResidualBlock(nn.Module):
 
     def __init__(self, spatial_dims: int, in_channels: int, out_channels: int, dilation: int) -> None:
         super().__init__()
-        conv = _CONV[spatial_dims]
+        conv = CONVOLUTION[spatial_dims]
         self.conv1 = conv(in_channels, out_channels, 3, padding=1)
         self.norm = nn.GroupNorm(_groups(out_channels), out_channels)
         self.level = nn.Linear(_EMBEDDING, 2 * out_channels)
@@ -78,7 +78,7 @@ class VelocityUNet(RecoveryNetwork):
                 channels=channels,
             )
         )
-        conv = _CONV[spatial_dims]
+        conv = CONVOLUTION[spatial_dims]
         pairs = list(pairwise(channels))
         self.embed = nn.Sequential(
             nn.Linear(2 * _FREQUENCIES, _EMBEDDING), nn.SiLU(), nn.Linear(_EMBEDDING, _EMBEDDING)

@@ -16,6 +16,7 @@ from einops import rearrange
 from torch import nn, Tensor
 
 from monai_drdm.fields import crop, warp
+from monai_drdm.networks.convolution import CONVOLUTION
 
 SEPARABLE_STRUCTURES: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
     0: ((16, 8, 4, 2, 1), (1, 1, 1, 1, 1)),
@@ -24,7 +25,6 @@ SEPARABLE_STRUCTURES: dict[int, tuple[tuple[int, ...], tuple[int, ...]]] = {
 }
 """Pool sizes and dilations of the published structures ``q``: 0 is the classical pyramid."""
 
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _MODE = {2: "bilinear", 3: "trilinear"}
 _NORM_EPSILON = 1e-3
 _SLOPE = 0.2
@@ -70,7 +70,7 @@ class _Builder:
     def conv(self, before: int, after: int, size: int = 3, *, dilation: int = 1, bias: bool = True) -> nn.Module:
         """A convolution that keeps the grid."""
         padding = dilation * (size // 2)
-        return _CONV[self.dims](before, after, size, padding=padding, dilation=dilation, bias=bias)
+        return CONVOLUTION[self.dims](before, after, size, padding=padding, dilation=dilation, bias=bias)
 
     def normed(self, before: int, after: int, size: int = 3, *, dilation: int = 1) -> list[nn.Module]:
         """A convolution and its norm, which would take away a bias."""
@@ -212,7 +212,7 @@ class ResidualAlignerNet(nn.Module):
     ) -> None:
         super().__init__()
         check_levels(pool_sizes, dilations)
-        if spatial_dims not in _CONV or min(in_channels, channels, heads) < 1 or min(pair_channels, depth) < 0:
+        if spatial_dims not in CONVOLUTION or min(in_channels, channels, heads) < 1 or min(pair_channels, depth) < 0:
             raise ValueError(
                 "a residual aligner needs spatial_dims 2 or 3, in_channels, channels and heads of 1 or more, and "
                 f"pair_channels and depth of 0 or more, got {spatial_dims}, {in_channels}, {channels}, {heads}, "

@@ -19,6 +19,7 @@ from torch import nn, Tensor
 from monai_drdm.documents import Document
 from monai_drdm.fields import crop, exp_svf, resize_ddf, resize_image
 from monai_drdm.io.files import atomically
+from monai_drdm.networks.convolution import quicken_convolutions
 from monai_drdm.networks.registry import list_networks
 from monai_drdm.registration.aligner import check_levels, ResidualAlignerNet, SEPARABLE_STRUCTURES
 from monai_drdm.registration.forces import demons_forces, GAIN, WIDTHS
@@ -166,6 +167,7 @@ class RegistrationNetwork(nn.Module):
         super().__init__()
         self.structure = structure
         self.backbone = _BACKBONES[structure.kind](structure)
+        quicken_convolutions(self.backbone)
 
     def forward(self, images: Tensor) -> Tensor:
         """The field that warps the moving image onto the fixed one.

@@ -13,10 +13,10 @@ import torch.nn.functional as F
 from torch import nn, Tensor
 
 from monai_drdm.fields import exp_svf, warp
+from monai_drdm.networks.convolution import CONVOLUTION
 from monai_drdm.registration.aligner import normalised
 from monai_drdm.registration.forces import demons_forces, GAIN, WIDTHS
 
-_CONV = {2: nn.Conv2d, 3: nn.Conv3d}
 _POOL = {2: F.avg_pool2d, 3: F.avg_pool3d}
 _MODE = {2: "bilinear", 3: "trilinear"}
 _SLOPE = 0.2
@@ -144,7 +144,7 @@ def _beside(values: Tensor, axis: int, step: int) -> Tensor:
 
 
 def _conv(dims: int, before: int, after: int) -> nn.Module:
-    return _CONV[dims](before, after, 3, padding=1)
+    return CONVOLUTION[dims](before, after, 3, padding=1)
 
 
 def _act() -> nn.Module:
