@@ -28,7 +28,6 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from matplotlib.figure import Figure
-from monai.losses import LocalNormalizedCrossCorrelationLoss
 from scipy.stats import wilcoxon
 from torch import nn, Tensor
 
@@ -40,6 +39,7 @@ from monai_drdm.registration import (
     refinement,
     register,
 )
+from monai_drdm.registration.similarity import LocalCorrelation
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from baselines import affine, affine_start, bspline, demons, foreground, Masks, nothing, syn
@@ -110,16 +110,16 @@ def by_network(network: nn.Module | None, **stages: Any) -> Method:
     return lambda moving, fixed, masks=None: register(network, moving, fixed, **stages)
 
 
-class WithinMask(LocalNormalizedCrossCorrelationLoss):
-    """The mean of the loss over a mask."""
+class WithinMask(LocalCorrelation):
+    """The mean over a mask."""
 
-    def __init__(self, mask: Tensor, *args: Any) -> None:
-        super().__init__(*args, reduction="none")
+    def __init__(self, mask: Tensor, fixed: Tensor, window: int) -> None:
+        super().__init__(fixed, window)
         self.mask = mask.float()
 
-    def forward(self, pred: Tensor, target: Tensor) -> Tensor:
-        """The loss."""
-        return (super().forward(pred, target) * self.mask).sum() / self.mask.sum()
+    def mean(self, moved: Tensor, seen: Tensor) -> Tensor:
+        """Whatever is seen."""
+        return (self(moved) * self.mask).sum() / self.mask.sum()
 
 
 def refined_on_one_grid(moving: Tensor, fixed: Tensor, masks: Masks | None = None) -> Tensor:
@@ -132,10 +132,10 @@ def refined_with_masks(similarity: bool) -> Method:
     """Affine map and refinement as if the package knew masks: for the affine map and, if asked, for the refinement."""
 
     def run(moving: Tensor, fixed: Tensor, masks: Masks) -> Tensor:
-        loss = partial(WithinMask, masks[1]) if similarity else LocalNormalizedCrossCorrelationLoss
+        likeness = partial(WithinMask, masks[1]) if similarity else LocalCorrelation
         with (
             patch.object(alignment, "find_affine", lambda *_: affine_start(moving, fixed, masks)),
-            patch.object(refinement, "LocalNormalizedCrossCorrelationLoss", loss),
+            patch.object(refinement, "LocalCorrelation", likeness),
         ):
             return register(None, moving, fixed, affine=True, refine=30)
 

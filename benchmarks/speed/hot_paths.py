@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -134,6 +135,16 @@ def channels_last(dims: int) -> Ways:
     return lambda: conv(x), lambda: other(y)
 
 
+def one_volume(shape: tuple[int, ...], dims: int) -> Ways:
+    """The network on a single volume, with PyTorch's own choice of convolutions and with ours."""
+    network, _, level = _prediction(dims)
+    plain, x = copy.deepcopy(network), torch.rand(1, 1, *shape)
+    for module in plain.modules():
+        if isinstance(module, torch.nn.Conv3d):
+            module.__class__ = torch.nn.Conv3d
+    return lambda: plain(x, level), lambda: network(x, level)
+
+
 def compiled(dims: int) -> Ways:
     network, x, level = _prediction(dims)
     fast = torch.compile(network, dynamic=False)
@@ -183,6 +194,10 @@ CHANGES = (
     Change("as many squarings as a step needs", 2.0, True, "three instead of six", squarings),
     Change("warp instead of SciPy's map_coordinates", 2.0, True, "vectorised, float32", beside_scipy),
     Change("warp instead of MONAI's Warp", 1.3, True, "no identity grid", beside_monai),
+    Change("network of one volume, 81×81×81", 1.5, True, "oneDNN's convolutions", partial(one_volume, (81,) * 3), (3,)),
+    Change(
+        "network of one volume, 57×81×57", 3.0, True, "oneDNN's convolutions", partial(one_volume, (57, 81, 57)), (3,)
+    ),
     Change("network compiled", 1.3, False, "an option: `compiled`", compiled, (2,)),
     Change("network in bfloat16", 1.0, False, "an option: `precision`; needs hardware for it", bfloat16),
 )

@@ -14,6 +14,9 @@ _LEVELS = ((4, 3.0), (2, 1.0))
 _STEPS = 60
 _RATE = 0.01
 _FLAT = 1e-6
+"""Smallest variance that counts as structure, of images in [0, 1]."""
+_ALIKE = 1e-4
+"""Correlations that differ by no more than this are the same: what is left of rounding in images without structure."""
 
 
 def apply_affine(matrix: Tensor, points: Tensor) -> Tensor:
@@ -21,6 +24,23 @@ def apply_affine(matrix: Tensor, points: Tensor) -> Tensor:
     linear, shift = matrix[:, :, :-1], matrix[:, :, -1]
     moved = torch.einsum("bij,bj...->bi...", linear.expand(len(points), -1, -1), points)
     return moved + shift.view(*shift.shape, *(1,) * (points.ndim - 2))
+
+
+def identity_affine(count: int, dims: int, device: torch.device) -> Tensor:
+    """``(count, D, D + 1)``: the map that moves nothing."""
+    return torch.eye(dims, dims + 1, device=device, dtype=torch.float32).repeat(count, 1, 1)
+
+
+def inside(where: Tensor, shape: Sequence[int]) -> Tensor:
+    """Which voxel coordinates ``(B, D, *T)`` lie within a grid, ``(B, 1, *T)``; voxels reach to half their size."""
+    ends = where.new_tensor([n - 0.5 for n in shape]).view(1, -1, *(1,) * (where.ndim - 2))
+    return ((where >= -0.5) & (where <= ends)).all(dim=1, keepdim=True)
+
+
+def chain_affine(first: Tensor, second: Tensor) -> Tensor:
+    """The map that applies one after the other, of matrices ``(B, D, D + 1)``; either batch may be 1."""
+    linear = second[:, :, :-1]
+    return torch.cat([linear @ first[:, :, :-1], linear @ first[:, :, -1:] + second[:, :, -1:]], dim=2)
 
 
 def invert_affine(matrix: Tensor) -> Tensor:
@@ -49,24 +69,25 @@ def find_affine(moving: Tensor, fixed: Tensor, start: Tensor | None = None) -> T
     Returns:
         ``(B, D, D + 1)``, in voxels of the fixed image: ``fixed(x)`` resembles ``moving(start(found(x)))``.
     """
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(fixed.device.type, enabled=False):
         return _find(ordinary(moving), ordinary(fixed), None if start is None else ordinary(start))
 
 
 def _find(moving: Tensor, fixed: Tensor, start: Tensor | None) -> Tensor:
     frame = _Frame(fixed.shape[2:], fixed.device)
-    first = frame.identity(len(fixed)) if start is None else start.to(fixed).expand(len(fixed), -1, -1)
+    nothing = identity_affine(len(fixed), fixed.ndim - 2, fixed.device)
+    first = nothing if start is None else start.to(fixed).expand(len(fixed), -1, -1)
     back = torch.linalg.inv(first[:, :, :-1])
 
     def shifted(there: Tensor, here: Tensor) -> Tensor:
         """The shift that takes points of the fixed image to points of the moving one."""
-        found = frame.identity(len(fixed))
+        found = nothing.clone()
         found[:, :, -1] = torch.einsum("bij,bj->bi", back, there - first[:, :, -1]) - here
         return found
 
-    middle = torch.tensor([(n - 1) / 2 for n in moving.shape[2:]], device=fixed.device)
+    middle = fixed.new_tensor([(n - 1) / 2 for n in moving.shape[2:]])
     starts = (
-        frame.identity(len(fixed)),
+        nothing,
         shifted(middle, frame.middle),
         shifted(_centre_of_brightness(moving), _centre_of_brightness(fixed)),
     )
@@ -77,16 +98,13 @@ class _Frame:
     """Coordinates of a grid in which its middle is 0 and its ends are -1 and 1."""
 
     def __init__(self, shape: Sequence[int], device: torch.device) -> None:
-        self.middle = torch.tensor([(n - 1) / 2 for n in shape], device=device)
+        self.middle = torch.tensor([(n - 1) / 2 for n in shape], device=device, dtype=torch.float32)
         self.half = self.middle.clamp(min=0.5)
-
-    def identity(self, count: int) -> Tensor:
-        """``(B, D, D + 1)``."""
-        return torch.eye(len(self.middle), len(self.middle) + 1, device=self.middle.device).repeat(count, 1, 1)
+        self.eye = torch.eye(len(shape), device=device, dtype=torch.float32)
 
     def in_voxels(self, change: Tensor) -> Tensor:
         """The map of voxels that adds a change of these coordinates, ``(B, D, D + 1)``, to the identity."""
-        linear = torch.eye(len(self.half), device=change.device) + self.half[:, None] * change[:, :, :-1] / self.half
+        linear = self.eye + self.half[:, None] * change[:, :, :-1] / self.half
         shift = self.half * change[:, :, -1] + self.middle - torch.einsum("bij,j->bi", linear, self.middle)
         return torch.cat([linear, shift[:, :, None]], dim=2)
 
@@ -94,7 +112,7 @@ class _Frame:
         """The reverse of ``in_voxels``."""
         linear, shift = matrix[:, :, :-1], matrix[:, :, -1]
         moved = shift - self.middle + torch.einsum("bij,j->bi", linear, self.middle)
-        change = (linear - torch.eye(len(self.half), device=matrix.device)) * self.half / self.half[:, None]
+        change = (linear - self.eye) * self.half / self.half[:, None]
         return torch.cat([change, (moved / self.half)[:, :, None]], dim=2)
 
 
@@ -125,8 +143,10 @@ class _Search:
         return self._better(torch.stack([best, self.frame.in_voxels(change)]))
 
     def _better(self, maps: Tensor) -> Tensor:
+        """For each pair the map that correlates best; of equals, the first."""
         scores = torch.stack([self._correlation(one, len(self.levels) - 1) for one in maps])
-        return maps[scores.argmax(dim=0), torch.arange(maps.shape[1], device=maps.device)]
+        good = (scores >= scores.amax(dim=0) - _ALIKE).to(torch.uint8)
+        return maps[good.argmax(dim=0), torch.arange(maps.shape[1], device=maps.device)]
 
     def _follow(self, change: Tensor, level: int) -> Tensor:
         change = change.clone().requires_grad_()
@@ -142,15 +162,16 @@ class _Search:
     def _correlation(self, matrix: Tensor, level: int) -> Tensor:
         """``(B,)``, over the part of the fixed image that lies within the moving one."""
         moving, fixed, at = self.levels[level]
-        where = apply_affine(self.start, apply_affine(matrix, at.expand(len(matrix), *at.shape[1:])))
-        limits = torch.tensor([n - 1 for n in moving.shape[2:]], device=at.device).view(1, -1, *(1,) * (at.ndim - 2))
-        inside = ((where >= -0.5) & (where <= limits + 0.5)).all(dim=1, keepdim=True).float()
-        a, b, weight = (one.flatten(1) for one in (fixed, sample(moving, where), inside))
+        where = apply_affine(chain_affine(matrix, self.start), at.expand(len(matrix), *at.shape[1:]))
+        seen = inside(where, moving.shape[2:]).float()
+        a, b, weight = (one.flatten(1) for one in (fixed, sample(moving, where), seen))
         total = weight.sum(dim=1, keepdim=True)
         a, b = (weight * (one - (weight * one).sum(dim=1, keepdim=True) / total.clamp(min=1)) for one in (a, b))
-        spread = (a.square().sum(dim=1) * b.square().sum(dim=1) + _FLAT).sqrt()
-        seen = total[:, 0] / weight.shape[1]
-        return (a * b).sum(dim=1) / spread * seen.clamp(max=0.5) * 2
+        total = total[:, 0]
+        least = _FLAT * total.clamp(min=1)
+        spread, other = (one.square().sum(dim=1).maximum(least).sqrt() for one in (a, b))
+        share = total / weight.shape[1]
+        return (a * b).sum(dim=1) / (spread * other) * share.clamp(max=0.5) * 2
 
 
 def _every(values: Tensor, stride: int) -> Tensor:

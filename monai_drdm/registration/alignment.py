@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import reduce
+
 import torch
 from torch import nn, Tensor
 
-from monai_drdm.fields import compose, gaussian_smooth, identity_grid, sample
-from monai_drdm.registration.affine import apply_affine, find_affine, ordinary
+from monai_drdm.fields import compose, gaussian_smooth, identity_grid, resize_image, sample
+from monai_drdm.registration.affine import (
+    apply_affine,
+    chain_affine,
+    find_affine,
+    identity_affine,
+    inside,
+    ordinary,
+)
 from monai_drdm.registration.refinement import Look, refine_field
 
 _RANGE_TOLERANCE = 0.01
@@ -45,12 +55,14 @@ def register(
         ``to_moving`` like ``moving(to_moving(x + ddf(x)))``.
 
     Raises:
-        ValueError: ``rounds`` is below 1 or ``refine`` below 0; no network, and neither ``affine`` nor ``refine``;
-            images of other shapes, not in [0, 1], or not on one grid without ``to_moving``.
+        TypeError: images that are not real tensors, or stages of other types.
+        ValueError: ``rounds`` is below 1, or above 1 without a network, or ``refine`` below 0; no network, and neither
+            ``affine`` nor ``refine``; no images, or images of other shapes, not in [0, 1], or not on one grid without
+            ``to_moving``.
     """
     check_stages(network is not None, rounds, affine, refine)
     _check(moving, fixed, to_moving)
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), torch.autocast(fixed.device.type, enabled=False):
         to_moving = None if to_moving is None else ordinary(to_moving).to(fixed.device)
         moving, fixed = ordinary(moving), ordinary(fixed)
         size = 1 if refine else len(fixed)
@@ -69,28 +81,47 @@ def _register(
 ) -> Tensor:
     grid = identity_grid(fixed.shape[2:], device=fixed.device)[None]
     matrix = find_affine(moving, fixed, to_moving) if affine else None
-
-    def pose(points: Tensor) -> Tensor:
-        return points if matrix is None else apply_affine(matrix, points)
+    maps = [one for one in (matrix, to_moving) if one is not None]
 
     def smoothed(sigma: float) -> Look:
-        image = gaussian_smooth(moving, sigma)
-
-        def look(ddf: Tensor) -> Tensor:
-            sizes = zip(fixed.shape[2:], ddf.shape[2:])
-            apart = ddf.new_tensor([(n - 1) / (m - 1) if m > 1 else n for n, m in sizes])
-            points = ddf + identity_grid(ddf.shape[2:], device=ddf.device)
-            where = pose(points * apart.view(1, -1, *(1,) * (ddf.ndim - 2)))
-            return sample(image, where if to_moving is None else apply_affine(to_moving, where))
-
-        return look
+        matrix = identity_affine(len(fixed), fixed.ndim - 2, fixed.device)
+        return _View(gaussian_smooth(moving, sigma), reduce(chain_affine, maps, matrix), fixed.shape[2:])
 
     ddf = fixed.new_zeros(len(fixed), *grid.shape[1:])
     if network is not None:
-        untouched = moving if matrix is None and to_moving is None else smoothed(0.0)(ddf)
+        untouched = smoothed(0.0)(ddf, fixed.shape[2:])[0] if maps else moving
         ddf = _by_network(network, untouched, fixed, rounds, smoothed(0.0))
     ddf = refine_field(smoothed, fixed, ddf, refine) if refine else ddf
-    return ddf if matrix is None else pose(grid + ddf) - grid
+    return ddf if matrix is None else apply_affine(matrix, grid + ddf) - grid
+
+
+class _View:
+    """The moving images as they are seen through fields, a :data:`Look`.
+
+    Args:
+        image: ``(B, 1, *M)``.
+        matrix: ``(B, D, D + 1)``: voxels of the moving image from those of the fixed image.
+        shape: of the fixed image.
+    """
+
+    def __init__(self, image: Tensor, matrix: Tensor, shape: Sequence[int]) -> None:
+        self.image, self.matrix, self.shape = image, matrix, shape
+        self.turn = torch.cat([matrix[:, :, :-1], torch.zeros_like(matrix[:, :, -1:])], dim=2)
+        self.unmoved: dict[tuple[int, ...], Tensor] = {}
+
+    def __call__(self, ddf: Tensor, seen: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Values ``(B, 1, *T)`` on a grid of shape ``seen``, and whether they lie within the moving images."""
+        if tuple(seen) not in self.unmoved:
+            points = identity_grid(seen, device=ddf.device)[None] * self._apart(seen)
+            self.unmoved[tuple(seen)] = apply_affine(self.matrix, points)
+        moved = apply_affine(self.turn, ddf * self._apart(ddf.shape[2:]))
+        where = self.unmoved[tuple(seen)] + resize_image(moved, seen)
+        return sample(self.image, where), inside(where.detach(), self.image.shape[2:])
+
+    def _apart(self, shape: Sequence[int]) -> Tensor:
+        """How many voxels of the fixed image the voxels of a grid are apart, ``(1, D, 1, ...)``."""
+        apart = [(n - 1) / (m - 1) if m > 1 else n / m for n, m in zip(self.shape, shape)]
+        return self.image.new_tensor(apart).view(1, -1, *(1,) * len(apart))
 
 
 def _by_network(network: nn.Module, moving: Tensor, fixed: Tensor, rounds: int, look: Look) -> Tensor:
@@ -99,23 +130,41 @@ def _by_network(network: nn.Module, moving: Tensor, fixed: Tensor, rounds: int, 
     try:
         ddf: Tensor = network(torch.cat([moving, fixed], dim=1))
         for _ in range(rounds - 1):
-            ddf = compose(ddf, network(torch.cat([look(ddf), fixed], dim=1)))
+            ddf = compose(ddf, network(torch.cat([look(ddf, fixed.shape[2:])[0], fixed], dim=1)))
         return ddf
     finally:
         network.train(training)
 
 
+def check_numbers(rounds: int, affine: bool, refine: int) -> None:
+    """Raise ``TypeError`` or ``ValueError`` for stages that make no sense, with a network or without."""
+    for name, value, least, what in (("rounds", rounds, 1, ""), ("refine", refine, 0, " steps")):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be a whole number, got {value!r}.")
+        if value < least:
+            raise ValueError(f"{name} must be {least} or more{what}, got {value}.")
+    if not isinstance(affine, bool):
+        raise TypeError(f"affine must be True or False, got {affine!r}.")
+
+
 def check_stages(network: bool, rounds: int, affine: bool, refine: int) -> None:
-    """Raise ``ValueError`` unless there is something to register with, in numbers that make sense."""
-    if rounds < 1:
-        raise ValueError(f"rounds must be 1 or more, got {rounds}.")
-    if refine < 0:
-        raise ValueError(f"refine must be 0 or more steps, got {refine}.")
+    """Raise ``TypeError`` or ``ValueError`` unless there is something to register with, in numbers that make sense."""
+    check_numbers(rounds, affine, refine)
     if not (network or affine or refine):
         raise ValueError("nothing would be registered: give a network, affine, refine, or several of them.")
+    if rounds > 1 and not network:
+        raise ValueError(f"rounds is for networks and must be 1 without one, got {rounds}. For more steps use refine.")
 
 
 def _check(moving: Tensor, fixed: Tensor, to_moving: Tensor | None) -> None:
+    for name, image in (("moving", moving), ("fixed", fixed)):
+        if not isinstance(image, Tensor) or image.is_complex():
+            got = image.dtype if isinstance(image, Tensor) else type(image).__name__
+            raise TypeError(f"{name} must be a tensor of real numbers (B, 1, *S), got {got}.")
+        if 0 in image.shape:
+            raise ValueError(
+                f"{name} must hold an image or more, (B, 1, *S), got the empty shape {tuple(image.shape)}."
+            )
     for name, image in (("moving", moving), ("fixed", fixed)):
         if image.ndim not in (4, 5) or image.shape[1] != 1 or len(image) != len(fixed):
             raise ValueError(

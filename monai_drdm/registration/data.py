@@ -232,7 +232,7 @@ def load_images(
     groups = _groups(images, section) if Path(images).is_file() else [""] * len(cases)
     for name, count in Counter(groups).items():
         if count < 2:
-            which = f" of group {name!r}" if name else ""
+            which = f" of group {name!r}" if name else " without a group" if len(set(groups)) > 1 else ""
             raise ValueError(f"{images} must hold two images{which} or more to register with each other, got {count}.")
     repeated = [path for path, count in Counter(case.image for case in cases).items() if count > 1]
     if repeated:

@@ -36,6 +36,7 @@ class Structure:
     """What a registration network is built of.
 
     Raises:
+        TypeError: values of other types.
         ValueError: an unknown kind, or numbers out of range.
     """
 
@@ -63,6 +64,13 @@ class Structure:
     so many, and the field is brought to their own; 0: no images. A network knows the size of what it was trained on."""
 
     def __post_init__(self) -> None:
+        for name in ("spatial_dims", "channels", "depth", "stride", "working_size"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool):
+                raise TypeError(f"{name} must be a whole number, got {value!r}.")
+        for name in ("diffeomorphic", "forces"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"{name} must be True or False, got {getattr(self, name)!r}.")
         if self.kind not in _BACKBONES:
             raise ValueError(f"kind must be one of {tuple(_BACKBONES)}, got {self.kind!r}.")
         if self.spatial_dims not in (2, 3) or self.channels < 2 or self.depth < 1 or self.stride < 1:

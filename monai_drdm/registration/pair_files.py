@@ -20,14 +20,17 @@ from torch import Tensor
 from monai_drdm._version import __version__
 from monai_drdm.fields import fold_fraction, identity_grid, sample
 from monai_drdm.io import ImageFile, load_image
-from monai_drdm.registration.affine import apply_affine
-from monai_drdm.registration.alignment import check_stages, register
+from monai_drdm.registration.affine import apply_affine, identity_affine, inside
+from monai_drdm.registration.alignment import check_numbers, check_stages, register
 from monai_drdm.registration.data import unit_range
 from monai_drdm.registration.networks import load_registration, registration_file, RegistrationNetwork
 
 USUAL_STEPS = 40
 """Steps of refinement after an affine map, where no other way to register two images is asked for."""
 _SAME_PLACE_MM = 1e-3
+_SAME_PLANE_DEG = 1.0
+_FLAT = 1e-6
+"""Share of the largest value by which values differ that count as one."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +38,8 @@ class PairSettings:
     """How a pair of files is registered; see ``register``.
 
     Raises:
-        ValueError: numbers out of range.
+        TypeError: values of other types.
+        ValueError: numbers out of range, or a device that cannot be used.
     """
 
     affine: bool = False
@@ -44,8 +48,7 @@ class PairSettings:
     device: str = "cpu"
 
     def __post_init__(self) -> None:
-        if self.rounds < 1 or self.refine < 0:
-            raise ValueError(f"rounds must be 1 or more and refine 0 or more, got {self.rounds} and {self.refine}.")
+        check_numbers(self.rounds, self.affine, self.refine)
         try:
             torch.empty(0, device=self.device)
         except (AssertionError, RuntimeError) as error:
@@ -83,6 +86,7 @@ def register_files(
     Raises:
         FileNotFoundError: a file does not exist.
         FileExistsError: the folder is not empty.
+        OSError: the folder cannot be made.
         ValueError: a file that cannot be read, or does not suit the network or the other files; settings by which
             nothing would be registered.
     """
@@ -94,11 +98,11 @@ def register_files(
         raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another with --out.")
     loaded = None if network is None else load_registration(network, settings.device)
     pair = _Pair.read(Path(moving), Path(fixed), None if labels is None else Path(labels), loaded)
+    _check_writable(folder)
     began = time.perf_counter()
     ddf = pair.register(loaded, settings)
     seconds = time.perf_counter() - began
     pair.warn_of_nothing(ddf, settings)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     # files are moved into place at the end, so that an error leaves none of them behind
     with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
         numbers = pair.statistics(ddf)
@@ -137,7 +141,12 @@ class _Pair:
         marks = None if labels is None else _read_image(labels, dims)
         if marks is not None:
             _check_same_place(labels, marks, moving, images[0])
+            _check_whole(labels, marks)
+        for path, file in ((moving, images[0]), (labels, marks)):
+            _check_suffix(fixed, images[1], path, file)
         there, here = (_place(one)[:3, [*range(dims), 3]] for one in images)
+        if dims == 2:
+            _check_planes(moving, fixed, there, here)
         back = np.linalg.pinv(there[:, :dims])  # in 2D it projects onto the plane of the moving image
         matrix = np.concatenate([back @ here[:, :dims], (back @ (here[:, dims] - there[:, dims]))[:, None]], axis=1)
         return cls(images[0], images[1], marks, torch.from_numpy(matrix).float()[None])
@@ -146,9 +155,8 @@ class _Pair:
         """``(1, D, *S)`` voxels of the fixed image."""
         device = torch.device(settings.device)
         images = tuple(unit_range(one.data.as_tensor())[None].to(device) for one in (self.moving, self.fixed))
-        same = images[0].shape == images[1].shape and torch.allclose(
-            self.to_moving[0], torch.eye(*self.to_moving.shape[1:]), atol=1e-5
-        )
+        nothing = identity_affine(1, self.to_moving.shape[1], self.to_moving.device)
+        same = images[0].shape == images[1].shape and torch.allclose(self.to_moving, nothing, atol=1e-5)
         ddf = register(
             network,
             images[0],
@@ -162,14 +170,20 @@ class _Pair:
 
     def through(self, ddf: Tensor, file: ImageFile, *, labels: bool = False) -> Tensor:
         """An image or label map ``(C, *S)`` of the moving side, resampled once."""
-        data = file.data.as_tensor()[None]
-        where = apply_affine(self.to_moving, identity_grid(ddf.shape[2:])[None] + ddf)
+        data, where = file.data.as_tensor()[None], self.where(ddf)
         if labels:
             return sample(data, where, "nearest", "zeros")[0]
         exact = data.double() if data.dtype.itemsize > 2 and data.dtype != torch.float32 else data.float()
-        ends = torch.tensor(data.shape[2:]).view(1, -1, *(1,) * (data.ndim - 2)) - 0.5
-        inside = ((where >= -0.5) & (where <= ends)).all(dim=1, keepdim=True)  # a voxel reaches to half its size
-        return torch.where(inside, sample(exact, where.to(exact.dtype)), exact.min())[0]
+        seen = inside(where, data.shape[2:])
+        return torch.where(seen, sample(exact, where.to(exact.dtype)), exact.min())[0]
+
+    def where(self, ddf: Tensor) -> Tensor:
+        """``(1, D, *S)``: voxels of the moving image that a field brings to the voxels of the fixed image."""
+        return apply_affine(self.to_moving, identity_grid(ddf.shape[2:])[None] + ddf)
+
+    def seen(self, ddf: Tensor) -> Tensor:
+        """Which voxels of the fixed image show the moving image, ``S``."""
+        return inside(self.where(ddf), self.moving.data.shape[1:])[0, 0]
 
     def write(self, ddf: Tensor, numbers: dict[str, float], folder: Path) -> list[Path]:
         """All files but the record."""
@@ -187,11 +201,13 @@ class _Pair:
         return written
 
     def statistics(self, ddf: Tensor) -> dict[str, float]:
-        """Displacements, folds, and how alike the images are before and after."""
-        steps = torch.tensor(self.spacing).view(1, -1, *(1,) * (ddf.ndim - 2))
+        """Displacements, folds, and how alike the images are before and after, where both of them are seen."""
+        steps = ddf.new_tensor(self.spacing).view(1, -1, *(1,) * (ddf.ndim - 2))
         lengths = (ddf * steps).norm(dim=1)
-        fixed, still = self.fixed.data.as_tensor()[0].float(), torch.zeros_like(ddf)
-        alike = [float(_correlation(self.through(one, self.moving)[0].float(), fixed)) for one in (still, ddf)]
+        fixed, alike = self.fixed.data.as_tensor()[0].double(), []
+        for one in (torch.zeros_like(ddf), ddf):
+            seen = self.seen(one)
+            alike.append(_correlation(self.through(one, self.moving)[0].double()[seen], fixed[seen]))
         found = {
             "mean_displacement_mm": float(lengths.mean()),
             "max_displacement_mm": float(lengths.max()),
@@ -203,11 +219,13 @@ class _Pair:
 
     def warn_of_nothing(self, ddf: Tensor, settings: PairSettings) -> None:
         """Say so if there was nothing to compare."""
-        warped = self.through(ddf, self.moving)
-        for name, values in (("warped", warped), ("fixed", self.fixed.data.as_tensor())):
-            if bool((values == values.flatten()[0]).all()):
+        shown = self.through(ddf, self.moving)[0][self.seen(ddf)]
+        images = {"moving": self.moving.data.as_tensor(), "fixed": self.fixed.data.as_tensor(), "warped": shown}
+        for name, values in images.items():
+            if _is_flat(values):
                 hint = "" if settings.affine else " If the headers place the images apart, use the affine stage."
                 warnings.warn(f"the {name} image is constant, so nothing was registered.{hint}", stacklevel=3)
+                return
 
     @property
     def spacing(self) -> list[float]:
@@ -234,12 +252,57 @@ def _read_image(path: Path, dims: int) -> ImageFile:
     file = load_image(path)
     if file.data.ndim != dims + 1 or file.data.shape[0] != 1:
         raise ValueError(
-            f"{path} must be a {dims}D image of one channel, as the network or the fixed image has, got "
+            f"{path} must be a {dims}D image of one channel, as the network and the other files need, got "
             f"{tuple(file.data.shape)} with channels first."
         )
-    if not bool(torch.isfinite(file.data.as_tensor().double()).all()):
-        raise ValueError(f"{path} must hold finite numbers, got NaN or infinity. Mend it first.")
+    if not bool(torch.isfinite(file.data.as_tensor().float()).all()):
+        raise ValueError(
+            f"{path} must hold finite numbers below 3e38, got NaN, infinity or larger ones. Mend it first."
+        )
     return file
+
+
+def _check_whole(path: Path | None, labels: ImageFile) -> None:
+    values = labels.data.numpy()
+    if values.dtype.kind == "f" and bool((values != np.round(values)).any()):
+        raise ValueError(f"{path} must hold whole numbers, one for each structure, got others. Is it a label map?")
+
+
+def _check_writable(folder: Path) -> None:
+    """Find out before the registration whether there will be a folder for what it finds."""
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent):
+            pass
+    except OSError as error:
+        raise OSError(f"{folder} cannot be made: {error}. Choose another with --out.") from None
+
+
+def _check_suffix(fixed_path: Path, fixed: ImageFile, path: Path | None, file: ImageFile | None) -> None:
+    """Results have the format of the fixed image and the data type of another file."""
+    if file is not None and fixed.suffix == ".png" and file.data.numpy().dtype not in (np.uint8, np.uint16):
+        raise ValueError(
+            f"{path} must hold unsigned integers of 8 or 16 bits, because what is made of it is written as PNG like "
+            f"{fixed_path}, got {file.data.numpy().dtype}. Give the fixed image in another format, such as .mha."
+        )
+
+
+def _check_planes(moving: Path, fixed: Path, there: NDArray[Any], here: NDArray[Any]) -> None:
+    """A field within the plane cannot say how a slice is turned out of it."""
+    normals = [np.cross(one[:, 0], one[:, 1]) for one in (there, here)]
+    cosine = abs(normals[0] @ normals[1]) / np.prod([np.linalg.norm(one) for one in normals])
+    angle = float(np.degrees(np.arccos(min(1.0, cosine))))
+    if angle > _SAME_PLANE_DEG:
+        raise ValueError(
+            f"{moving} and {fixed} must be slices of parallel planes, got an angle of {angle:.1f} degrees between "
+            "them. Register volumes, or mend the headers."
+        )
+
+
+def _is_flat(values: Tensor) -> bool:
+    """Whether single precision, in which images are compared, sees one value only, or nothing."""
+    exact = values.float()
+    return exact.numel() == 0 or float(exact.max() - exact.min()) <= _FLAT * float(exact.abs().max())
 
 
 def _place(file: ImageFile) -> NDArray[Any]:
@@ -256,9 +319,12 @@ def _check_same_place(path: Path | None, labels: ImageFile, image_path: Path, im
         )
 
 
-def _correlation(first: Tensor, second: Tensor) -> Tensor:
-    a, b = (one - one.mean() for one in (first, second))
-    return (a * b).mean() / (a.square().mean() * b.square().mean()).sqrt().clamp(min=1e-12)
+def _correlation(first: Tensor, second: Tensor) -> float:
+    """Of the values of two images, in double precision; 0 if one of them is constant, or if there are none."""
+    if _is_flat(first) or _is_flat(second):
+        return 0.0
+    a, b = ((one - one.mean()) / one.std() for one in (first, second))
+    return float((a * b).mean())
 
 
 def _described(path: str | os.PathLike[str]) -> dict[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from monai.losses import DiceLoss, DiffusionLoss, LocalNormalizedCrossCorrelationLoss
+from monai.losses import DiceLoss, DiffusionLoss
 from monai.metrics import compute_dice
 from torch import nn, Tensor
 
@@ -20,6 +20,7 @@ from monai_drdm.registration.augmentation import drawn_pairs, intensity_jitter, 
 from monai_drdm.registration.config import RegistrationConfig
 from monai_drdm.registration.data import ImageBank, load_images, load_pairs, PairBank, RegistrationBatch
 from monai_drdm.registration.networks import load_registration, RegistrationNetwork, save_registration, Structure
+from monai_drdm.registration.similarity import LocalCorrelation
 from monai_drdm.training.folding import folding_loss
 from monai_drdm.training.loop import run_task
 from monai_drdm.training.run_folder import tensor_digest
@@ -28,6 +29,8 @@ from monai_drdm.viz import contact_sheet, Figure, middle_plane, SheetEntry
 
 _SHEET_PAIRS = 6
 _SHORTEST_VOX = 0.1
+_FEWEST = 3
+"""Voxels along an axis that MONAI's smoothness loss needs."""
 
 
 class RegistrationTask:
@@ -49,9 +52,6 @@ class RegistrationTask:
         self.config = config
         self.bank: PairBank | ImageBank | None = None
         self.validation_bank: PairBank | ImageBank | None = None
-        self.similarity = LocalNormalizedCrossCorrelationLoss(
-            config.spatial_dims, config.similarity_window, reduction="none"
-        )
         self.smoothness = DiffusionLoss()
         self.dice = DiceLoss()
 
@@ -72,6 +72,12 @@ class RegistrationTask:
         labelled = bank.labels is not None if isinstance(bank, ImageBank) else bank.pairs.fixed_label is not None
         if config.label_weight > 0 and not labelled:
             raise ValueError("label_weight needs labels of all images, got none; give labels or set it to 0.")
+        shape = (bank.images if isinstance(bank, ImageBank) else bank.pairs.moving).shape[2:]
+        if min(shape) < _FEWEST:
+            raise ValueError(
+                f"images must have {_FEWEST} voxels or more along each axis to learn smooth fields from, got "
+                f"{tuple(shape)}. For single slices use spatial_dims=2."
+            )
         self.bank, self.validation_bank = bank.split(config.validation_share)
         summary = DataSummary(_digest(self.bank, self.validation_bank))
         if config.affine:
@@ -136,7 +142,8 @@ class RegistrationTask:
         for scale in self.config.similarity_scales:
             coarse = [-(-n // scale) for n in warped.shape[2:]]
             moving, fixed, inside = (F.interpolate(one, coarse, mode="area") if scale > 1 else one for one in images)
-            found.append(_mean_inside(1 + self.similarity(moving, fixed), inside))
+            likeness = LocalCorrelation(fixed, self.config.similarity_window)
+            found.append(_mean_inside(1 - likeness(moving), inside))
         return torch.stack(found).mean()
 
     def measures(self, predicted: Tensor, target: RegistrationBatch) -> Mapping[str, float]:

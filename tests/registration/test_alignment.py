@@ -76,6 +76,56 @@ def test_constant_images_stay_where_they_are():
     assert torch.isfinite(register(Still(), flat, flat, affine=True, refine=2)).all()
 
 
+@pytest.mark.parametrize("moving", [torch.ones(1, 1, 18, 20), torch.full((1, 1, 18, 20), 0.3)])
+def test_images_without_structure_stay_where_they_are(moving):
+    """Rounding correlates with anything, but by no more than rounding."""
+    assert float(register(None, moving, anatomy((18, 20)), affine=True, refine=6).abs().max()) < 1e-3
+
+
+def test_nothing_is_pulled_to_where_the_moving_image_ends():
+    """A moving image that is the fixed one without a third of it: nothing needs to move."""
+    fixed, to_moving = anatomy((24, 26, 22)), torch.eye(3, 4)[None]
+    to_moving[0, 0, 3] = -8.0
+    ddf = register(None, fixed[:, :, 8:], fixed, refine=20, to_moving=to_moving)
+    assert float(ddf.abs().max()) < 0.02
+
+
+def test_what_is_seen_of_an_incomplete_image_is_found_as_in_a_whole_one():
+    """The moving image lacks a third of the anatomy, and both differ by a smooth field."""
+    shape, cut = (40, 36, 32), 14
+    waves = torch.randn(1, 3, 4, 4, 4, generator=torch.Generator().manual_seed(3))
+    true = F.interpolate(0.7 * waves, shape, mode="trilinear", align_corners=True)
+    whole, errors = anatomy(shape, seed=2), []
+    fixed = Warp("bilinear", "border")(whole, true)
+    there = (identity_grid(shape)[0] + true[0, 0] > cut + 1) & (fixed[0, 0] > 0.2)
+    for lacking in (0, cut):
+        to_moving = torch.eye(3, 4)[None]
+        to_moving[0, 0, 3] = -lacking
+        ddf = register(None, whole[:, :, lacking:], fixed, refine=40, to_moving=to_moving)
+        errors.append(float((ddf - true).norm(dim=1)[0][there].mean()))
+    assert errors[1] < 1.12 * errors[0] < 0.12
+
+
+def test_autocast_around_it_changes_nothing():
+    moving, fixed = anatomy((22, 24, 26)), anatomy((22, 24, 26), seed=1)
+    plain = register(None, moving, fixed, affine=True, refine=4)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(register(None, moving, fixed, affine=True, refine=4), plain)
+        assert torch.equal(find_affine(moving, fixed), find_affine(moving.clone(), fixed))
+
+
+def test_the_default_dtype_changes_nothing():
+    moving, fixed = anatomy((22, 24)), anatomy((22, 24), seed=1)
+    to_moving = torch.tensor([[[1.0, 0.0, 1.0], [0.0, 1.0, -1.0]]])
+    plain = [register(None, moving, fixed, affine=True, refine=4, to_moving=one) for one in (None, to_moving)]
+    torch.set_default_dtype(torch.float64)
+    try:
+        again = [register(None, moving, fixed, affine=True, refine=4, to_moving=one) for one in (None, to_moving)]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    torch.testing.assert_close(again, plain)
+
+
 def test_images_of_other_grids_are_seen_through_their_headers():
     """A moving image that is twice finer and starts elsewhere, beside SciPy; in all stages, and resampled once."""
     fixed = anatomy((24, 26))
@@ -172,6 +222,32 @@ def test_refined_fields_never_fold():
 @pytest.mark.parametrize(
     ("arguments", "says"),
     [
+        ({"refine": "5"}, "refine must be a whole number, got '5'"),
+        ({"refine": 2.5}, "refine must be a whole number, got 2.5"),
+        ({"rounds": True}, "rounds must be a whole number, got True"),
+        ({"affine": "no"}, "affine must be True or False, got 'no'"),
+        ({"moving": np.zeros((1, 1, 8, 8))}, "moving must be a tensor of real numbers .* got ndarray"),
+        (
+            {"fixed": torch.zeros(1, 1, 8, 8, dtype=torch.complex64)},
+            r"fixed must be a tensor of real .* got torch\.complex64",
+        ),
+    ],
+)
+def test_wrong_types_are_explained(arguments, says):
+    images = {"moving": torch.rand(1, 1, 8, 8), "fixed": torch.rand(1, 1, 8, 8)}
+    with pytest.raises(TypeError, match=says):
+        register(Still(), **{**images, **arguments})
+
+
+def test_rounds_are_for_networks():
+    with pytest.raises(ValueError, match=r"must be 1 without one, got 2\. For more steps use refine"):
+        register(None, torch.rand(1, 1, 8, 8), torch.rand(1, 1, 8, 8), refine=2, rounds=2)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"moving": torch.rand(0, 1, 8, 8), "fixed": torch.rand(0, 1, 8, 8)}, r"moving must hold .* \(0, 1, 8, 8\)"),
         ({"refine": -1}, "refine must be 0 or more steps, got -1"),
         ({"moving": torch.rand(1, 1, 9, 8)}, r"moving must have the shape of fixed, got \(1, 1, 9, 8\)"),
         ({"to_moving": torch.eye(2, 3)}, r"to_moving must have shape \(1, 2, 3\), got \(2, 3\)"),

@@ -157,6 +157,19 @@ def test_structures_are_checked(arguments):
         Structure(*arguments)
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ({"working_size": "64"}, "working_size must be a whole number, got '64'"),
+        ({"depth": 2.5}, r"depth must be a whole number, got 2\.5"),
+        ({"forces": "no"}, "forces must be True or False, got 'no'"),
+    ],
+)
+def test_types_of_structures_are_checked(arguments, says):
+    with pytest.raises(TypeError, match=says):
+        Structure(**arguments)
+
+
 def test_images_of_another_shape_are_refused():
     network = RegistrationNetwork(Structure("regunet", 2, channels=3, depth=2))
     with pytest.raises(ValueError, match=r"\(B, 2, \*S\)"):

@@ -175,7 +175,7 @@ def test_no_network_is_needed(volumes):
 
 
 @pytest.mark.parametrize(
-    ("words", "stages"), [(("--refine", 3), (False, 3)), (("--affine",), (True, 0)), (("--rounds", 2), (True, 40))]
+    ("words", "stages"), [(("--refine", 3), (False, 3)), (("--affine",), (True, 0)), ((), (True, 40))]
 )
 def test_what_is_asked_for_is_done(volumes, words, stages):
     assert register(*words, volumes / "moving.nii.gz", volumes / "fixed.nii.gz", "--out", volumes / "out") == 0
@@ -213,10 +213,10 @@ def test_networks_that_deform_one_scan_are_told_apart(volumes, name, capsys):
     [
         ({"moving": "none.nii.gz"}, "no file"),
         ({"--network": "none.safetensors"}, "no registration network"),
-        ({"--network": "2.safetensors"}, "must be a 2D image of one channel, as the network or the fixed image has"),
+        ({"--network": "2.safetensors"}, "must be a 2D image of one channel, as the network and the other files need"),
         ({"--labels": "fixed.nii.gz"}, r"must lie on the grid of"),
-        ({"--rounds": 0}, "rounds must be 1 or more and refine 0 or more, got 0 and 0"),
-        ({"--refine": -1}, "rounds must be 1 or more and refine 0 or more, got 1 and -1"),
+        ({"--rounds": 0}, "rounds must be 1 or more, got 0"),
+        ({"--refine": -1}, "refine must be 0 or more steps, got -1"),
         ({"--device": "nowhere"}, "device 'nowhere' cannot be used"),
         ({"fixed": "nan.nii.gz"}, "must hold finite numbers"),
         ({"--out": "."}, "is not an empty folder"),
@@ -236,6 +236,85 @@ def test_wrong_calls_are_explained(volumes, networks, change, says, capsys):
     assert register(*found) == 1
     assert says in capsys.readouterr().err
     assert sorted(volumes.iterdir()) == before
+
+
+def slice_of(affine, seed=0):
+    """A NIfTI file of one slice."""
+    values = gaussian_filter(np.random.default_rng(seed).random((30, 26, 1)), (3, 3, 0))
+    return nib.Nifti1Image(values.astype(np.float32), affine)
+
+
+@pytest.mark.parametrize(("degrees", "fits"), [(90, False), (20, False), (0.3, True)])
+def test_slices_must_be_parallel(tmp_path, capsys, degrees, fits):
+    turn = np.radians(degrees)
+    tilted = np.eye(4)
+    tilted[1:3, 1:3] = [[np.cos(turn), -np.sin(turn)], [np.sin(turn), np.cos(turn)]]
+    nib.save(slice_of(tilted), tmp_path / "a.nii.gz")
+    nib.save(slice_of(np.eye(4), seed=1), tmp_path / "b.nii.gz")
+    code = register(tmp_path / "a.nii.gz", tmp_path / "b.nii.gz", "--refine", 2, "--out", tmp_path / "out")
+    assert code == (0 if fits else 1)
+    assert (
+        fits or f"must be slices of parallel planes, got an angle of {degrees:.1f} degrees" in capsys.readouterr().err
+    )
+
+
+def test_what_cannot_be_written_is_said_before_the_work(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("monai_drdm.registration.pair_files.register", lambda *_, **__: pytest.fail("it worked"))
+    Image.fromarray(np.arange(400, dtype=np.uint8).reshape(20, 20)).save(tmp_path / "fixed.png")
+    SimpleITK.WriteImage(SimpleITK.GetImageFromArray(np.random.rand(20, 20).astype(np.float32)), tmp_path / "m.mha")
+    assert register(tmp_path / "m.mha", tmp_path / "fixed.png", "--out", tmp_path / "out") == 1
+    said = capsys.readouterr().err
+    assert "m.mha must hold unsigned integers of 8 or 16 bits, because" in said
+    assert "got float32. Give the fixed image in another format" in said
+    nib.save(slice_of(np.eye(4)), tmp_path / "a.nii.gz")
+    inner = tmp_path / "fixed.png" / "out"
+    assert register(tmp_path / "a.nii.gz", tmp_path / "a.nii.gz", "--out", inner) == 1
+    assert f"{inner} cannot be made" in capsys.readouterr().err
+
+
+def test_labels_are_whole_numbers(volumes, capsys):
+    half = nib.load(volumes / "labels.nii.gz")
+    nib.save(nib.Nifti1Image(np.asarray(half.dataobj) * 1.5e-3, half.affine), volumes / "half.nii.gz")
+    files = volumes / "moving.nii.gz", volumes / "fixed.nii.gz"
+    assert register(*files, "--labels", volumes / "half.nii.gz", "--out", volumes / "out") == 1
+    assert "half.nii.gz must hold whole numbers" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("factor", [1.0, 1e30])
+def test_correlation_is_that_of_what_both_images_show(volumes, factor):
+    """Beside NumPy, on the voxels that ITK finds in the moving image; numbers may be large."""
+    image = nib.load(volumes / "moving.nii.gz")
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj) * np.float32(factor), image.affine), volumes / "m.nii.gz")
+    assert register(volumes / "m.nii.gz", volumes / "fixed.nii.gz", "--affine", "--out", volumes / "out") == 0
+    warped = by_itk(volumes, volumes / "out", "m", SimpleITK.sitkLinear, -1e38) / factor
+    seen = warped > -1e7
+    assert 0.5 < seen.mean() < 0.98
+    expected = np.corrcoef(warped[seen], np.asarray(nib.load(volumes / "fixed.nii.gz").dataobj)[seen])[0, 1]
+    numbers = json.loads((volumes / "out" / "record.json").read_text())["statistics"]
+    assert numbers["correlation"] == pytest.approx(expected, abs=2e-4)
+
+
+@pytest.mark.parametrize("value", [5.0, 100.0, 0.1, 0.0])
+@pytest.mark.parametrize("apart", [0.0, 0.7])
+def test_constant_images_are_named(volumes, value, apart):
+    place = FIXED.copy()
+    place[:3, 3] += apart
+    nib.save(nib.Nifti1Image(np.full((26, 19, 18), value, np.float32), place), volumes / "flat.nii.gz")
+    with pytest.warns(UserWarning, match="the moving image is constant, so nothing was registered"):
+        register_files(volumes / "flat.nii.gz", volumes / "fixed.nii.gz", None, volumes / "out")
+    assert json.loads((volumes / "out" / "record.json").read_text())["statistics"]["correlation"] == 0
+
+
+def test_the_default_dtype_does_not_matter(volumes):
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        torch.set_default_dtype(dtype)
+        try:
+            register_files(volumes / "moving.nii.gz", volumes / "fixed.nii.gz", None, volumes / str(dtype))
+        finally:
+            torch.set_default_dtype(torch.float32)
+        found.append(np.asarray(nib.load(volumes / str(dtype) / "warped.nii.gz").dataobj))
+    np.testing.assert_array_equal(*found)
 
 
 def test_help_says_how_to_register_and_how_to_train(capsys):

@@ -149,6 +149,7 @@ def test_every_group_is_validated(scans, tmp_path):
     ("change", "says"),
     [
         ({"case0": {"group": "other"}}, "must hold two images of group 'other' or more .* got 1"),
+        ({"case0": {"group": ""}}, "must hold two images without a group or more .* got 1"),
         ({"case0": {"group": 3}}, "entry 0 of 'training': group must be a text, got 3"),
         ({"case0": {"group": "tall"}}, "1.nii.gz must have voxels of the size of .*0.nii.gz"),
     ],
@@ -281,6 +282,15 @@ def test_images_are_compared_where_the_fixed_image_is_and_not_in_its_padding(win
 def test_how_images_are_compared_is_checked(settings, says):
     with pytest.raises(ValueError, match=says):
         RegistrationConfig(images="unread", **settings)
+
+
+def test_images_too_thin_to_learn_from_are_refused_before_training(tmp_path):
+    for number in range(4):
+        volume = np.random.default_rng(number).random((12, 12, 2)).astype(np.float32)
+        nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / f"{number}.nii.gz")
+    task = RegistrationTask(RegistrationConfig(images=str(tmp_path), spatial_dims=3))
+    with pytest.raises(ValueError, match=r"3 voxels or more along each axis .* got \(12, 12, 2\)\. For single slices"):
+        task.prepare(False)
 
 
 def test_pairs_are_drawn_anew_in_every_step(scans):
