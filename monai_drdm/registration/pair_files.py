@@ -323,7 +323,7 @@ def _correlation(first: Tensor, second: Tensor) -> float:
     """Of the values of two images, in double precision; 0 if one of them is constant, or if there are none."""
     if _is_flat(first) or _is_flat(second):
         return 0.0
-    a, b = ((one - one.mean()) / one.std() for one in (first, second))
+    a, b = ((one - one.mean()) / one.std(correction=0) for one in (first, second))
     return float((a * b).mean())
 
 

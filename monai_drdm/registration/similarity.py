@@ -48,7 +48,7 @@ class LocalCorrelation:
 def box_sum(values: Tensor, window: int) -> Tensor:
     """The sums of ``(B, C, *S)`` over a window around every voxel, which continue as zeros beyond the border.
 
-    Differentiable. Shifted copies are added axis by axis, which takes an eighth of the time of convolutions.
+    Differentiable. Shifted copies are added axis by axis, which is several times faster than convolutions on a CPU.
 
     Args:
         values: ``(B, C, *S)``.
