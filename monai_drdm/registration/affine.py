@@ -20,9 +20,9 @@ _ALIKE = 1e-4
 
 
 def apply_affine(matrix: Tensor, points: Tensor) -> Tensor:
-    """Map points ``(B, D, *S)`` by matrices ``(B, D, D + 1)`` or ``(1, D, D + 1)``."""
+    """Map points ``(B, D, *S)`` by matrices ``(B, D, D + 1)``; either batch may be 1."""
     linear, shift = matrix[:, :, :-1], matrix[:, :, -1]
-    moved = torch.einsum("bij,bj...->bi...", linear.expand(len(points), -1, -1), points)
+    moved = torch.einsum("bij,bj...->bi...", linear, points)
     return moved + shift.view(*shift.shape, *(1,) * (points.ndim - 2))
 
 

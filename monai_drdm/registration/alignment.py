@@ -20,6 +20,8 @@ from monai_drdm.registration.affine import (
 from monai_drdm.registration.refinement import Look, refine_field
 
 _RANGE_TOLERANCE = 0.01
+_FLAT = 1e-6
+"""Share of a box that a map may leave of its volume, for the lengths of its sides, and still have an inverse."""
 
 
 def register(
@@ -181,6 +183,17 @@ def _check(moving: Tensor, fixed: Tensor, to_moving: Tensor | None) -> None:
             f"moving must have the shape of fixed, got {tuple(moving.shape)} and {tuple(fixed.shape)}. Give to_moving "
             "for images on different grids."
         )
-    dims = fixed.ndim - 2
-    if to_moving is not None and to_moving.shape != (1, dims, dims + 1):
+    if to_moving is not None:
+        _check_matrix(to_moving, fixed.ndim - 2)
+
+
+def _check_matrix(to_moving: Tensor, dims: int) -> None:
+    if not isinstance(to_moving, Tensor) or not to_moving.is_floating_point():
+        got = to_moving.dtype if isinstance(to_moving, Tensor) else type(to_moving).__name__
+        raise TypeError(f"to_moving must be a floating tensor (1, {dims}, {dims + 1}), got {got}.")
+    if to_moving.shape != (1, dims, dims + 1):
         raise ValueError(f"to_moving must have shape (1, {dims}, {dims + 1}), got {tuple(to_moving.shape)}.")
+    linear = to_moving[0, :, :dims].double()
+    flat = linear.det().abs() <= _FLAT * linear.norm(dim=0).prod()
+    if bool(flat) or not bool(torch.isfinite(to_moving).all()):
+        raise ValueError(f"to_moving must be finite and have an inverse, got {to_moving.tolist()}.")

@@ -28,7 +28,9 @@ from monai_drdm.registration.networks import load_registration, registration_fil
 USUAL_STEPS = 40
 """Steps of refinement after an affine map, where no other way to register two images is asked for."""
 _SAME_PLACE_MM = 1e-3
-_SAME_PLANE_DEG = 1.0
+_SAME_PLANE_DEG = 10.0
+_WHOLE = 1e-3
+"""How far labels may be from whole numbers: NIfTI files may hold a factor for their values."""
 _FLAT = 1e-6
 """Share of the largest value by which values differ that count as one."""
 
@@ -86,7 +88,7 @@ def register_files(
     Raises:
         FileNotFoundError: a file does not exist.
         FileExistsError: the folder is not empty.
-        OSError: the folder cannot be made.
+        OSError: the folder cannot be written.
         ValueError: a file that cannot be read, or does not suit the network or the other files; settings by which
             nothing would be registered.
     """
@@ -94,17 +96,17 @@ def register_files(
     if settings is None:
         settings = PairSettings() if network is not None else PairSettings(affine=True, refine=USUAL_STEPS)
     check_stages(network is not None, settings.rounds, settings.affine, settings.refine)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if (folder.exists() or folder.is_symlink()) and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another with --out.")
     loaded = None if network is None else load_registration(network, settings.device)
     pair = _Pair.read(Path(moving), Path(fixed), None if labels is None else Path(labels), loaded)
-    _check_writable(folder)
+    place = _writable_place(folder)
     began = time.perf_counter()
     ddf = pair.register(loaded, settings)
     seconds = time.perf_counter() - began
     pair.warn_of_nothing(ddf, settings)
     # files are moved into place at the end, so that an error leaves none of them behind
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as partial:
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=place) as partial:
         numbers = pair.statistics(ddf)
         written = pair.write(ddf, numbers, Path(partial))
         record = {
@@ -264,18 +266,19 @@ def _read_image(path: Path, dims: int) -> ImageFile:
 
 def _check_whole(path: Path | None, labels: ImageFile) -> None:
     values = labels.data.numpy()
-    if values.dtype.kind == "f" and bool((values != np.round(values)).any()):
+    if values.dtype.kind == "f" and bool((np.abs(values - np.round(values)) > _WHOLE).any()):
         raise ValueError(f"{path} must hold whole numbers, one for each structure, got others. Is it a label map?")
 
 
-def _check_writable(folder: Path) -> None:
-    """Find out before the registration whether there will be a folder for what it finds."""
+def _writable_place(folder: Path) -> Path:
+    """Where files can be written before they are moved to a folder, which is made at the end if it does not exist."""
+    place = folder if folder.is_dir() else folder.parent
     try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent):
-            pass
+        place.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=place):
+            return place
     except OSError as error:
-        raise OSError(f"{folder} cannot be made: {error}. Choose another with --out.") from None
+        raise OSError(f"{folder} cannot be written: {error}. Choose another with --out.") from None
 
 
 def _check_suffix(fixed_path: Path, fixed: ImageFile, path: Path | None, file: ImageFile | None) -> None:

@@ -76,6 +76,15 @@ def test_constant_images_stay_where_they_are():
     assert torch.isfinite(register(Still(), flat, flat, affine=True, refine=2)).all()
 
 
+@pytest.mark.parametrize("stages", [{"rounds": 2}, {"affine": True}, {"to_moving": torch.eye(2, 3)[None], "rounds": 2}])
+def test_every_pair_of_a_batch_is_registered_as_alone(stages):
+    torch.manual_seed(0)
+    network = torch.nn.Conv2d(2, 2, 3, padding=1)
+    moving, fixed = (torch.cat([anatomy((24, 20), seed) for seed in seeds]) for seeds in ((0, 1, 2), (3, 4, 5)))
+    alone = [register(network, a[None], b[None], **stages) for a, b in zip(moving, fixed)]
+    torch.testing.assert_close(register(network, moving, fixed, **stages), torch.cat(alone), atol=2e-3, rtol=1e-3)
+
+
 @pytest.mark.parametrize("moving", [torch.ones(1, 1, 18, 20), torch.full((1, 1, 18, 20), 0.3)])
 def test_images_without_structure_stay_where_they_are(moving):
     """Rounding correlates with anything, but by no more than rounding."""
@@ -225,6 +234,7 @@ def test_refined_fields_never_fold():
         ({"refine": "5"}, "refine must be a whole number, got '5'"),
         ({"refine": 2.5}, "refine must be a whole number, got 2.5"),
         ({"rounds": True}, "rounds must be a whole number, got True"),
+        ({"to_moving": [[[1, 0, 0], [0, 1, 0]]]}, "to_moving must be a floating tensor .* got list"),
         ({"affine": "no"}, "affine must be True or False, got 'no'"),
         ({"moving": np.zeros((1, 1, 8, 8))}, "moving must be a tensor of real numbers .* got ndarray"),
         (
@@ -250,6 +260,8 @@ def test_rounds_are_for_networks():
         ({"moving": torch.rand(0, 1, 8, 8), "fixed": torch.rand(0, 1, 8, 8)}, r"moving must hold .* \(0, 1, 8, 8\)"),
         ({"refine": -1}, "refine must be 0 or more steps, got -1"),
         ({"moving": torch.rand(1, 1, 9, 8)}, r"moving must have the shape of fixed, got \(1, 1, 9, 8\)"),
+        ({"to_moving": torch.tensor([[[1, 0, torch.nan], [0, 1, 0]]])}, "to_moving must be finite and have an inverse"),
+        ({"to_moving": torch.tensor([[[1.0, 2.0, 0.0], [0.5, 1.0, 0.0]]])}, "must be finite and have an inverse"),
         ({"to_moving": torch.eye(2, 3)}, r"to_moving must have shape \(1, 2, 3\), got \(2, 3\)"),
     ],
 )

@@ -244,7 +244,7 @@ def slice_of(affine, seed=0):
     return nib.Nifti1Image(values.astype(np.float32), affine)
 
 
-@pytest.mark.parametrize(("degrees", "fits"), [(90, False), (20, False), (0.3, True)])
+@pytest.mark.parametrize(("degrees", "fits"), [(90, False), (20, False), (4, True)])
 def test_slices_must_be_parallel(tmp_path, capsys, degrees, fits):
     turn = np.radians(degrees)
     tilted = np.eye(4)
@@ -269,7 +269,29 @@ def test_what_cannot_be_written_is_said_before_the_work(tmp_path, capsys, monkey
     nib.save(slice_of(np.eye(4)), tmp_path / "a.nii.gz")
     inner = tmp_path / "fixed.png" / "out"
     assert register(tmp_path / "a.nii.gz", tmp_path / "a.nii.gz", "--out", inner) == 1
-    assert f"{inner} cannot be made" in capsys.readouterr().err
+    assert f"{inner} cannot be written" in capsys.readouterr().err
+
+
+def test_labels_may_be_stored_with_a_factor(volumes):
+    """NIfTI files of floats in 16 bits, which are not exact."""
+    labels = nib.load(volumes / "labels.nii.gz")
+    image = nib.Nifti1Image(np.asarray(labels.dataobj).astype(np.float32) / 1000 * 3, labels.affine)
+    image.header.set_data_dtype(np.int16)
+    nib.save(image, volumes / "scaled.nii.gz")
+    files = volumes / "moving.nii.gz", volumes / "fixed.nii.gz"
+    assert register(*files, "--labels", volumes / "scaled.nii.gz", "--affine", "--out", volumes / "out") == 0
+    assert set(np.unique(np.round(nib.load(volumes / "out" / "labels.nii.gz").dataobj, 2))) == {0, 3}
+
+
+def test_an_empty_folder_is_enough(volumes):
+    """Nothing is written beside it; a link to nowhere is no folder."""
+    (volumes / "in" / "out").mkdir(parents=True)
+    files, before = (volumes / "moving.nii.gz", volumes / "fixed.nii.gz"), (volumes / "in").stat().st_mtime_ns
+    assert register(*files, "--affine", "--out", volumes / "in" / "out") == 0
+    assert (volumes / "in").stat().st_mtime_ns == before
+    assert sorted(path.name for path in (volumes / "in" / "out").iterdir())[0] == "field.nii.gz"
+    (volumes / "link").symlink_to("nowhere")
+    assert register(*files, "--affine", "--out", volumes / "link") == 1
 
 
 def test_labels_are_whole_numbers(volumes, capsys):
