@@ -31,17 +31,11 @@ def _compiled_conv3d(
     return torch.mkldnn_convolution(x.contiguous(), weight, bias, padding, stride, dilation, groups).contiguous()
 
 
-@_compiled_conv3d.register_fake
-def _shape_of_conv3d(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    padding: list[int],
-    stride: list[int],
-    dilation: list[int],
-    groups: int,
-) -> Tensor:
-    return torch.conv3d(x.contiguous(), weight, bias, stride, padding, dilation, groups).contiguous()
+_compiled_conv3d.register_fake(
+    lambda x, weight, bias, padding, stride, dilation, groups: torch.conv3d(
+        x.contiguous(), weight, bias, stride, padding, dilation, groups
+    ).contiguous()
+)
 
 
 class Conv3d(nn.Conv3d):

@@ -117,10 +117,10 @@ def test_what_is_seen_of_an_incomplete_image_is_found_as_in_a_whole_one():
 
 def test_autocast_around_it_changes_nothing():
     moving, fixed = anatomy((22, 24, 26)), anatomy((22, 24, 26), seed=1)
-    plain = register(None, moving, fixed, affine=True, refine=4)
+    plain, matrix = register(None, moving, fixed, affine=True, refine=4), find_affine(moving, fixed)
     with torch.autocast("cpu", torch.bfloat16):
         assert torch.equal(register(None, moving, fixed, affine=True, refine=4), plain)
-        assert torch.equal(find_affine(moving, fixed), find_affine(moving.clone(), fixed))
+        assert torch.equal(find_affine(moving, fixed), matrix)
 
 
 def test_the_default_dtype_changes_nothing():
