@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
@@ -60,7 +61,9 @@ def refine_field(smoothed: Callable[[float], Look], fixed: Tensor, ddf: Tensor, 
         search = _Search(smoothed((apart - 1) / 2), resize_image(fixed, _coarser(shape, apart)))
         flow = search.flow(found, _coarser(shape, coarser), share)
         found = compose(found, resize_ddf(flow, found.shape[2:]))
-    refined = _Search(smoothed(0.0), fixed).better(resize_ddf(found, shape), ddf)
+    last = _Search(smoothed(0.0), fixed)
+    last.warn_of_nothing(ddf)
+    refined = last.better(resize_ddf(found, shape), ddf)
     return shrink_to_fold_limit(mend_folds(refined), 0.0)[0]
 
 
@@ -95,6 +98,16 @@ class _Search:
         seen = views[0][1] & views[1][1]
         gain = self.likeness.mean(views[0][0], seen) - self.likeness.mean(views[1][0], seen)
         return torch.where(gain > _SMOOTHNESS * (_roughness(new) - _roughness(old)) + _SAME, new, old)
+
+    def warn_of_nothing(self, ddf: Tensor) -> None:
+        """Say so if no window shows the moving image alone."""
+        seen = self.look(ddf, self.shape)[1]
+        if not bool(self.likeness.whole(seen).any()):
+            warnings.warn(
+                "refine changed nothing, because the moving image covers too little of the fixed one: no window of "
+                f"{_WINDOW} voxels shows nothing but it. Is the starting position right?",
+                stacklevel=2,
+            )
 
     def flow(self, ddf: Tensor, coarse: Sequence[int], steps: int) -> Tensor:
         """The flow ``(1, D, *coarse)`` to compose a field with."""

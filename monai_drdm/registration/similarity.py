@@ -37,9 +37,13 @@ class LocalCorrelation:
         return alike
 
     def mean(self, moved: Tensor, seen: Tensor) -> Tensor:
-        """The mean over all windows without a voxel that is not ``seen``, a mask of the shape of the images."""
-        whole = (box_sum(1.0 - seen.to(moved.dtype), self.window) < 0.5).to(moved.dtype)
+        """The mean over all :meth:`whole` windows, 0 if there are none."""
+        whole = self.whole(seen).to(moved.dtype)
         return (self(moved) * whole).sum() / whole.sum().clamp(min=1.0)
+
+    def whole(self, seen: Tensor) -> Tensor:
+        """Around which voxels windows are without a voxel that is not ``seen``, a mask of the shape of the images."""
+        return box_sum(1.0 - seen.to(self.fixed.dtype), self.window) < 0.5
 
     def _in_windows(self, *images: Tensor) -> tuple[Tensor, ...]:
         return box_sum(torch.cat(images, dim=1), self.window).chunk(len(images), dim=1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -72,12 +72,7 @@ class RegistrationTask:
         labelled = bank.labels is not None if isinstance(bank, ImageBank) else bank.pairs.fixed_label is not None
         if config.label_weight > 0 and not labelled:
             raise ValueError("label_weight needs labels of all images, got none; give labels or set it to 0.")
-        shape = (bank.images if isinstance(bank, ImageBank) else bank.pairs.moving).shape[2:]
-        if min(shape) < _FEWEST:
-            raise ValueError(
-                f"images must have {_FEWEST} voxels or more along each axis to learn smooth fields from, got "
-                f"{tuple(shape)}. For single slices use spatial_dims=2."
-            )
+        self._check_shape((bank.images if isinstance(bank, ImageBank) else bank.pairs.moving).shape[2:])
         self.bank, self.validation_bank = bank.split(config.validation_share)
         summary = DataSummary(_digest(self.bank, self.validation_bank))
         if config.affine:
@@ -85,6 +80,20 @@ class RegistrationTask:
             assert isinstance(self.validation_bank, ImageBank)
             self.bank, self.validation_bank = self.bank.aligned(progress), self.validation_bank.aligned(progress)
         return summary
+
+    def _check_shape(self, shape: Sequence[int]) -> None:
+        """Raise ``ValueError`` for images that are too small to learn from."""
+        if min(shape) < _FEWEST:
+            raise ValueError(
+                f"images must have {_FEWEST} voxels or more along each axis to learn smooth fields from, got "
+                f"{tuple(shape)}. For single slices use spatial_dims=2."
+            )
+        coarsest = max(self.config.similarity_scales)
+        if self.config.images and -(-max(shape) // coarsest) < _FEWEST:
+            raise ValueError(
+                f"similarity_scales must leave {_FEWEST} voxels or more along the longest side of the images, got "
+                f"{coarsest} for images of {tuple(shape)}. Leave that scale out."
+            )
 
     def build_network(self) -> nn.Module:
         """A new network, or the one in ``init``."""

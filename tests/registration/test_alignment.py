@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 import torch
@@ -97,6 +99,19 @@ def test_nothing_is_pulled_to_where_the_moving_image_ends():
     to_moving[0, 0, 3] = -8.0
     ddf = register(None, fixed[:, :, 8:], fixed, refine=20, to_moving=to_moving)
     assert float(ddf.abs().max()) < 0.02
+
+
+@pytest.mark.parametrize(("shown", "enough"), [(2, False), (3, True)])
+def test_a_moving_image_of_which_too_little_is_seen_is_named(shown, enough):
+    """Windows are 5 voxels wide and may reach beyond the fixed image, at whose border the moving one is seen."""
+    fixed, to_moving = anatomy((24, 26, 22)), torch.eye(3, 4)[None]
+    to_moving[0, 0, 3] = shown - 24.0
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        ddf = register(None, fixed[:, :, 24 - shown :], fixed, refine=2, to_moving=to_moving)
+    said = [str(one.message) for one in caught if "refine changed nothing" in str(one.message)]
+    assert bool(said) != enough
+    assert enough or not bool(ddf.any())
 
 
 def test_what_is_seen_of_an_incomplete_image_is_found_as_in_a_whole_one():

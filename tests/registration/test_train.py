@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import nibabel as nib
@@ -284,12 +285,20 @@ def test_how_images_are_compared_is_checked(settings, says):
         RegistrationConfig(images="unread", **settings)
 
 
-def test_images_too_thin_to_learn_from_are_refused_before_training(tmp_path):
+@pytest.mark.parametrize(
+    ("shape", "scales", "says"),
+    [
+        ((12, 12, 2), (1,), r"3 voxels or more along each axis .* got \(12, 12, 2\)\. For single slices"),
+        ((12, 12, 3), (1, 6), r"similarity_scales must leave 3 voxels .* got 6 for images of \(12, 12, 3\)"),
+        ((13, 12, 3), (6, 1), None),
+    ],
+)
+def test_images_too_small_to_learn_from_are_refused_before_training(tmp_path, shape, scales, says):
     for number in range(4):
-        volume = np.random.default_rng(number).random((12, 12, 2)).astype(np.float32)
+        volume = np.random.default_rng(number).random(shape).astype(np.float32)
         nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / f"{number}.nii.gz")
-    task = RegistrationTask(RegistrationConfig(images=str(tmp_path), spatial_dims=3))
-    with pytest.raises(ValueError, match=r"3 voxels or more along each axis .* got \(12, 12, 2\)\. For single slices"):
+    task = RegistrationTask(RegistrationConfig(images=str(tmp_path), similarity_scales=scales))
+    with nullcontext() if says is None else pytest.raises(ValueError, match=says):
         task.prepare(False)
 
 
