@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,8 @@ def run_training(args: argparse.Namespace) -> dict[str, float]:
         raise SystemExit("--labelled needs --unlabelled, a folder of images.")
     if any(n % 8 for n in args.size):
         raise SystemExit(f"--size must be multiples of 8, which the network halves three times; got {args.size}.")
+    if args.flips and not set(args.flips) <= set(range(len(args.size))):
+        raise SystemExit(f"--flips must be axes from 0 to {len(args.size) - 1}, got {args.flips}.")
     args.out.mkdir(parents=True, exist_ok=True)
     labelled, unlabelled, validation = collect(args)
     settings = {"size": args.size, "classes": 1 + max(int(one["label"].max()) for one in labelled if "label" in one)}
@@ -107,6 +110,7 @@ def run_training(args: argparse.Namespace) -> dict[str, float]:
         bank = DeformationBank.build(unlabelled, id_key="name", **options)
     names = ("iterations", "batch", "confidence", "deform", "weight", "device", "seed")
     options = {name: getattr(args, name) for name in names}
+    options["pose"] = {"flips": args.flips, "rotate": None if args.rotate is None else math.radians(args.rotate)}
     network, story = train(labelled, unlabelled, validation, bank=bank, **settings, **options)
     save_file(network.state_dict(), args.out / "network.safetensors")
     (args.out / "settings.json").write_text(json.dumps(settings), encoding="utf-8")
@@ -133,6 +137,8 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     one.add_argument("--confidence", type=float, default=CONFIDENCE, help="with which a predicted label counts")
     one.add_argument("--deform", type=float, default=0.0, help="chance that a strong view is deformed by DRDM")
     one.add_argument("--level", type=float, nargs=2, default=[0.2, 0.5], help="deformation level, lowest and highest")
+    one.add_argument("--flips", type=int, nargs="*", help="axes along which views are flipped; none given: not at all")
+    one.add_argument("--rotate", type=float, help="largest rotation in degrees; default: 180 in 2D, 29 in 3D")
     one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     one.add_argument("--seed", type=int, default=0)
     other = commands.add_parser("predict")

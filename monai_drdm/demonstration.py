@@ -41,7 +41,7 @@ def run_demo(
         image: NIfTI image; None is a drawn slice through a chest, with its label map.
         label: NIfTI label map of the image; None marks voxels brighter than a quarter of the scan's 99th percentile.
         out: a folder that is new or empty.
-        network: registry name or safetensors file; ``auto`` is the default 2D network.
+        network: registry name or safetensors file; ``auto`` is the default network for the dimensions of the scan.
         level: deformation level in (0, 1].
         seed: fixes the field.
 
@@ -57,7 +57,7 @@ def run_demo(
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise FileExistsError(f"{folder} exists and is not an empty folder. Choose another with --out.")
     scans = _scans(image, label)
-    loaded = load_network(auto_network(2) if network == "auto" else network)
+    loaded = load_network(auto_network(scans["image"].ndim - 1) if network == "auto" else network)
     planar = scans["image"].ndim == 4 and loaded.card.spatial_dims == 2
     transform = RandDRDMDeformd(
         keys=["image", "label"],

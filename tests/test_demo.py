@@ -90,6 +90,17 @@ def test_a_volume_is_moved_in_plane(network_file, tmp_path):
     assert np.abs(voxels[..., :2]).max() > 1
 
 
+def test_a_volume_is_deformed_in_3d_unless_another_network_is_named(tmp_path):
+    axes = np.meshgrid(*(np.linspace(-1, 1, n) for n in (26, 30, 22)), indexing="ij")
+    volume = np.exp(-3 * sum(axis**2 for axis in axes)).astype(np.float32)
+    nib.save(nib.Nifti1Image(volume, np.eye(4)), tmp_path / "scan.nii.gz")
+    assert run("--image", tmp_path / "scan.nii.gz", "--out", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "record.json").read_text())["network"] == "anatomy-3d"
+    field = load_ddf(tmp_path / "out" / "field.nii.gz").as_tensor()
+    assert field.shape == (3, *volume.shape)
+    assert all(float(component.abs().mean()) > 0.05 for component in field)
+
+
 def test_a_label_alone_is_refused(network_file, own, tmp_path, capsys):
     assert run("--network", network_file, *own[2:], "--out", tmp_path / "out") == 1
     assert "needs --image" in capsys.readouterr().err

@@ -11,6 +11,7 @@ import pytest
 import torch
 from monai.data import get_track_meta, set_track_meta
 from PIL import Image
+from safetensors.torch import load_file
 
 from monai_drdm.networks import save_network, VelocityUNet
 
@@ -137,6 +138,23 @@ def test_few_labels_follows_its_seed(few_labels):
     )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_few_labels_keeps_to_the_poses_that_it_is_told(tmp_path, few_labels):
+    data, _ = hearts(tmp_path, 4, 3, size=(16, 16, 2))
+    weights = {}
+    for name, pose in {"plain": [], "chosen": ["--flips", "1", "--rotate", "20"]}.items():
+        short = ["--iterations", "2", "--batch", "2", "2", "--size", "16", "16", "--device", "cpu"]
+        few_labels.main(["train", "--out", str(tmp_path / name), *data, *short, *pose])
+        weights[name] = load_file(tmp_path / name / "network.safetensors")
+    loaded = [few_labels.load_cases(group, (16, 16)) for group in few_labels.find_groups(data[1], data[3])]
+    settings = {"size": [16, 16], "classes": 4, "iterations": 2, "batch": (2, 2), "device": "cpu", "weight": 1.0}
+    pose = {"flips": [1], "rotate": np.radians(20)}
+    network, _ = few_labels.train(*loaded, **settings, bank=None, deform=0.0, seed=0, pose=pose)
+    assert all(torch.equal(value, weights["chosen"][key]) for key, value in network.state_dict().items())
+    assert not all(torch.equal(value, weights["plain"][key]) for key, value in network.state_dict().items())
+    with pytest.raises(SystemExit, match="--flips must be axes from 0 to 1, got \\[2\\]"):
+        few_labels.main(["train", "--out", str(tmp_path / "none"), *data, "--size", "16", "16", "--flips", "2"])
 
 
 @pytest.mark.parametrize(
