@@ -1,10 +1,11 @@
 """Draw what unlabelled scans add: test Dice of every draw, by number of labelled subjects and way of training.
 
-python benchmarks/few_shot/figure.py docs/images/few_shot.png
+    python benchmarks/few_shot/figure.py docs/images/few_shot.png
 """
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
@@ -62,4 +63,6 @@ def draw(path: Path) -> None:
 
 if __name__ == "__main__":
     mpl.use("agg")
-    draw(Path(sys.argv[1] if len(sys.argv) > 1 else "few_shot.png"))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("path", type=Path, help="picture to write")
+    draw(parser.parse_args().path)
