@@ -71,4 +71,4 @@ dist: $(VENV)/.ready
 	$(BIN)/check-wheel-contents dist/*.whl
 
 clean:
-	rm -rf $(VENV) .venv-oldest build dist docs/_build .mypy_cache .ruff_cache .pytest_cache .mutation
+	rm -rf $(VENV) .venv-oldest build dist/*.whl dist/*.tar.gz docs/_build .mypy_cache .ruff_cache .pytest_cache .mutation

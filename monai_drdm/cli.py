@@ -16,8 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line and return its exit code.
 
     0: done. 1: an error, which is explained. 2: a wrong call. 3: done, but some cases were skipped. 130: interrupted.
-        The
-    training commands return their own codes; see ``monai_drdm.training.command.TrainingCommand.run``.
+    The training commands return their own codes; see ``monai_drdm.training.command.TrainingCommand.run``.
     """
     try:
         return _run(sys.argv[1:] if arguments is None else arguments)

@@ -1,6 +1,7 @@
 """Which part of the package may import what: arrows point one way, from the MONAI shell to the torch core."""
 
 import ast
+import re
 import sys
 from functools import cache
 from graphlib import CycleError, TopologicalSorter
@@ -21,6 +22,9 @@ CORE = {
     "deformation": {"fields", "networks", "diffusion", "metrics", "deformation", "documents", "_version"},
 }
 """What each part of the core may import of this package."""
+
+PUBLIC = set(monai_drdm.__all__)
+"""Names that are imported from the top."""
 
 COMMAND_LINE = {"cli", "commands", "demonstration", "augment"}
 
@@ -84,6 +88,20 @@ def test_core_imports_inwards_only():
             assert "monai_drdm" not in set(imports(path)), (
                 f"{path}: import from a sub-package, not from the top, whose names bring the shell with them"
             )
+
+
+def test_the_table_of_layers_is_in_the_order_of_imports():
+    """A part imports what stands above it in CONTRIBUTING.md, or in the same row."""
+    text = (ROOT.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    table = text.split("| folder of `monai_drdm/` |")[1].split("\n\n")[0]
+    rows = [re.findall(r"`([a-z_]+)(?:/|\.py)`", line.split("|")[1]) for line in table.splitlines()[2:]]
+    place = {name: number for number, names in enumerate(rows) for name in names}
+    assert len(rows) == len(set(place.values()))
+    for path in MODULES:
+        if (own := part_of(path)) not in ("__init__", "__main__"):
+            late = {one for one in own_parts(path) if one in place and place[one] > place[own]}
+            assert not late, (path, late)
+            assert own_parts(path) <= {*place, *PUBLIC}, path
 
 
 def test_fields_need_torch_only():

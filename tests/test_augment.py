@@ -22,7 +22,7 @@ from monai.data import load_decathlon_datalist
 from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged
 from PIL import Image
 
-from monai_drdm import ApplyDDFd
+from monai_drdm import __version__, ApplyDDFd
 from monai_drdm.augment import augment, AugmentSettings
 from monai_drdm.cli import main
 from monai_drdm.io import find_cases
@@ -435,8 +435,19 @@ def test_forced_runs_that_are_interrupted_go_on(command, folders, fork):
 def test_folders_of_version_1_0_are_continued_without_symmetry(command, folders, capsys):
     """That version did not keep it, and its settings do not name it."""
     assert main(command(symmetry=0)) == 0
-    assert "symmetry" not in json.loads((folders / "out" / "settings.json").read_text())
+    settings, records = folders / "out" / "settings.json", sorted((folders / "out" / "records").iterdir())
+    ours = settings.read_text()
+    assert "symmetry" not in json.loads(ours)
+    text = ours.replace(json.dumps(__version__), '"1.0.0rc1"')
+    settings.write_text(text)
+    for path in records:
+        sha256 = [hashlib.sha256(one.encode()).hexdigest() for one in (ours, text)]
+        path.write_text(path.read_text().replace(*sha256))
+    records[0].unlink()
     capsys.readouterr()
+    assert main(command(symmetry=0)) == 0
+    assert "1 written, 5 already there" in capsys.readouterr().out
+    assert settings.read_text() == text
     assert main(command(symmetry=0)) == 0
     assert "0 written, 6 already there" in capsys.readouterr().out
     assert main(command()) == 1

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from packaging.version import Version
 
 from monai_drdm import __version__
 
@@ -29,6 +30,7 @@ def test_links_of_the_readme_work_outside_the_repository(setup):
     prose = "".join(text.split("```")[::2])
     links = re.findall(r'\]\(([^)]+)\)|src="([^"]+)"', prose)
     ours = [one or other for one, other in links if (one or other).startswith(address)]
+    ours.remove(f"{address}/issues")
     assert ours
     assert all((one or other).startswith(("https://", "#")) for one, other in links)
     for link in ours:
@@ -45,11 +47,18 @@ def test_only_links_are_changed(setup):
     )
 
 
-def test_the_citation_is_of_this_version(setup):
-    citation = setup.read("CITATION.cff")
-    released = re.search(r'^date-released: "(\d{4}-\d\d-\d\d)"$', citation, re.MULTILINE)[1]
-    assert f"\nversion: {__version__}\n" in citation
-    assert re.search(r"^## (\d.*)$", setup.read("CHANGELOG.md"), re.MULTILINE)[1] == f"{__version__} – {released}"
+def test_the_citation_is_of_the_latest_release_and_what_comes_after_it_says_so(setup):
+    citation, changes = setup.read("CITATION.cff"), setup.read("CHANGELOG.md")
+    date = re.search(r'^date-released: "(\d{4}-\d\d-\d\d)"$', citation, re.MULTILINE)[1]
+    released = re.search(r"^version: (\S+)$", citation, re.MULTILINE)[1]
+    first, second = re.findall(r"^## (.*)$", changes, re.MULTILINE)[:2]
+    if first == "Unreleased":
+        assert second == f"{released} – {date}"
+        assert Version(__version__).is_devrelease
+        assert Version(__version__) > Version(released)
+    else:
+        assert first == f"{__version__} – {date}"
+        assert released == __version__
     assert setup.PAPER.endswith(re.search(r"^  doi: (\S+)$", setup.read("CITATION.cff"), re.MULTILINE)[1])
 
 

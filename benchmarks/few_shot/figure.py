@@ -1,6 +1,6 @@
 """Draw what unlabelled scans add: test Dice of every draw, by number of labelled subjects and way of training.
 
-    python benchmarks/few_shot/figure.py docs/images/few_shot.png
+python benchmarks/few_shot/figure.py docs/images/few_shot.png
 """
 
 from __future__ import annotations

@@ -12,6 +12,7 @@ import stat
 import warnings
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,11 @@ class OutputFolder:
     """
 
     def __init__(self, folder: Path, settings: DatasetSettings, device: str | None) -> None:
-        self.folder, self.settings, self.device = folder, settings, device
-        self.settings_json = settings.to_json()
+        self.folder, self.device = folder, device
+        self._take(settings)
+
+    def _take(self, settings: DatasetSettings) -> None:
+        self.settings, self.settings_json = settings, settings.to_json()
         self.settings_sha256 = hashlib.sha256(self.settings_json.encode()).hexdigest()
 
     @contextmanager
@@ -95,7 +99,12 @@ class OutputFolder:
             yield
 
     def _check_settings(self, there: Path) -> None:
-        if _RUN.read_text(there) != self.settings_json:
+        """Compare the settings with those that began the folder, whose version of this package they take over."""
+        begun = _RUN.read_text(there)
+        if begun != self.settings_json:
+            begun_by = _RUN.read_json(there).get("version")
+            self._take(replace(self.settings, version=begun_by))  # type: ignore[call-arg]  # all settings have one
+        if begun != self.settings_json:
             raise FileExistsError(
                 f"{self.folder} was made with other settings ({there}). Choose another folder, repeat those "
                 "settings to go on, or use --force to draw everything again."

@@ -21,10 +21,10 @@ from monai_drdm.commands.arguments import (
 
 _DESCRIPTION = (
     "Draw fields for every image ahead of training, as RandDRDMBankd takes them. Images are known by their file names "
-    "without suffix or, where those repeat, by their paths below the common folder, joined by '_': give RandDRDMBankd "
-    "the same as id_key, and apply it to images as they are on disk, before anything changes their grid or their "
-    "values. A volume of one slice is a 2D image here, unless --slice-axis is given: drop its axis in the pipeline too "
-    "(SqueezeDimd). An interrupted build goes on when it is called again."
+    "without suffix or, where those repeat, by their paths below the common folder, joined by '_': put this name into "
+    "each sample, and name that entry with id_key of RandDRDMBankd. Apply it to images as they are on disk, before "
+    "anything changes their grid or their values. A volume of one slice is a 2D image here, unless --slice-axis is "
+    "given: drop its axis in the pipeline too (SqueezeDimd). An interrupted build goes on when it is called again."
 )
 
 

@@ -33,6 +33,8 @@ def run(options: argparse.Namespace) -> int:
     for path in written:
         print(path)
     if options.image is None:
-        print("\nThis was a drawn scan. Your own: monai-drdm demo --image SCAN.nii.gz --label LABEL.nii.gz")
+        print(
+            "\nThis was a drawn scan. Your own: monai-drdm demo --image SCAN.nii.gz --label LABEL.nii.gz --out FOLDER"
+        )
     print(f"\nOpen {written[-1]}")
     return 0

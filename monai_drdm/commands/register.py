@@ -46,7 +46,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("moving", type=named_path, help="image to move (NIfTI, .mha, .nrrd, .png)")
     parser.add_argument("fixed", type=named_path, help="image that it is brought onto, and whose grid results have")
     parser.add_argument(
-        "--network", help="network of this package, or the network.safetensors of a training run (default: none)"
+        "--network", help="network.safetensors of a run that trained a registration network (default: none)"
     )
     parser.add_argument("--labels", type=named_path, help="label map of the moving image (default: none)")
     parser.add_argument(
@@ -56,11 +56,11 @@ def add_parser(commands: Commands) -> None:
         "--refine",
         type=int,
         metavar="STEPS",
-        help="after the network, optimise the field for this pair for STEPS steps, without folds; 30 to 50 are enough "
-        "(default: none)",
+        help="at last optimise the field for this pair, for STEPS steps and without folds; 30 to 50 are enough "
+        "(default: none; 40, and an affine map, if no stage is chosen)",
     )
     parser.add_argument(
-        "--rounds", type=int, default=1, help="how often the network registers, each time what is left (default: 1)"
+        "--rounds", type=int, default=1, help="how often --network registers, each time what is left (default: 1)"
     )
     parser.add_argument("--device", default="cpu", help="where it runs: cpu, cuda, cuda:1 and so on (default: cpu)")
     parser.add_argument("--out", type=named_path, required=True, help="new or empty folder")
