@@ -301,6 +301,12 @@ class Deformation:
         """The field as records keep it."""
         return StoredField.exact(self.ddf) if self._stored is None else self._stored
 
+    def parts(self, device: torch.device | str) -> tuple[Tensor, Tensor | None]:
+        """The field ``(D, *S)`` in voxels without its affine map, and that map ``(D + 1, D + 1)``, if there is one."""
+        if isinstance(self._stored, StoredField) and self._stored.matrix is not None:
+            return self._stored.parts(device)
+        return self.ddf.to(device), None
+
     @property
     def skipped(self) -> bool:
         """Whether the fold policy ``skip`` left the data alone."""

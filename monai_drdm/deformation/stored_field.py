@@ -72,6 +72,16 @@ class StoredField:
             ddf = _affine_ddf(back, ddf) + ddf
         return found._replace(ddf=self.spread(ddf[0])[None])
 
+    def parts(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
+        """The field ``(D, *S)`` in voxels without its affine map, and that map ``(D + 1, D + 1)``, if there is one."""
+        ddf = self.spread(self._unposed(device))
+        if self.matrix is None:
+            return ddf, None
+        pose = torch.eye(len(ddf) + 1, dtype=torch.float64, device=device)
+        axes = [axis for axis in range(len(ddf) + 1) if axis != self.slice_axis]
+        pose[torch.tensor(axes)[:, None], torch.tensor(axes)] = torch.tensor(self.matrix).to(pose)
+        return ddf, pose
+
     def planar(self, device: torch.device | str) -> Tensor:
         """The field on the grid of the data, ``(2, *P)`` in-plane or ``(D, *S)``."""
         ddf = self._unposed(device)
@@ -118,6 +128,10 @@ class ComposedField:
     def inverse(self, device: torch.device | str = "cpu") -> Inverse:
         """The inverse ``(1, D, *S)`` of the applied field."""
         return invert(self.ddf(device)[None])
+
+    def parts(self, device: torch.device | str = "cpu") -> tuple[Tensor, Tensor | None]:
+        """The applied field ``(D, *S)`` in voxels, and no affine map."""
+        return self.ddf(device), None
 
     def __copy__(self) -> ComposedField:
         return self

@@ -37,6 +37,7 @@ from monai_drdm.transforms.points import (
     check_points,
     check_spaces,
     inside,
+    Motion,
     move_boxes,
     move_points,
     restore_boxes,
@@ -259,7 +260,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
                 moved.append(one)
                 validity.append(inside(to_voxels(one.double(), affine), valid.shape))
             else:
-                there, ok = move_points(one, deformation.ddf.to(values.device), affine)
+                there, ok = move_points(one, Motion(*deformation.parts(values.device)), affine)
                 moved.append(there.to(values.dtype))
                 validity.append(ok)
         is_valid = torch.stack(validity) if self.batched else validity[0]
@@ -279,7 +280,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
         boxes = _floating(data[key], repr(key))
         mode, out, moving = standard_mode(self.box_mode, boxes.shape[-1] // 2), boxes, list[int]()
         if deformation is not None:
-            out, moving = move_boxes(boxes, deformation.ddf.to(boxes.device), mode).to(boxes.dtype), [0]
+            out, moving = move_boxes(boxes, Motion(*deformation.parts(boxes.device)), mode).to(boxes.dtype), [0]
         info = {"kind": "boxes", "box_mode": mode, "before": boxes.clone(), "after": out.clone()}
         data[key] = self._wrapped(data[key], out[None], moving, [info | one for one in infos])
 
@@ -369,10 +370,10 @@ def take_back(transform: TracedTransform, data: NdarrayOrTensor, name: str, warp
     values = rest.as_tensor()
     if info["kind"] == "points":
         affine = torch.tensor(info["affine"], dtype=torch.float64, device=values.device) if info["affine"] else None
-        return wrap_like(rest, restore_points(values, field.ddf(values.device), affine).to(values.dtype))
+        return wrap_like(rest, restore_points(values, Motion(*field.parts(values.device)), affine).to(values.dtype))
     if info["kind"] == "boxes":
         before, after = info["before"].to(values.device), info["after"].to(values.device)
-        boxes = restore_boxes(values, before, after, field.ddf(values.device), info["box_mode"])
+        boxes = restore_boxes(values, before, after, Motion(*field.parts(values.device)), info["box_mode"])
         return wrap_like(rest, boxes.to(values.dtype))
     _check_shape(transform, rest, name, field.shape, later)
     if id(field) not in warpers:

@@ -22,12 +22,40 @@ _MISSED_VOX = 1e-2
 _SAME_BOX = 1e-3  # voxels
 
 
-def move_points(points: Tensor, ddf: Tensor, affine: Tensor | None = None) -> tuple[Tensor, Tensor]:
+class Motion:
+    """How an image was moved: an affine map, if there is one, and then a field.
+
+    They are kept apart, because beyond the grid a field goes on with its border value, and an affine map with itself.
+
+    Args:
+        ddf: ``(D, *S)`` voxels, without the map.
+        pose: ``(D + 1, D + 1)`` voxels, about the centre of the grid.
+    """
+
+    def __init__(self, ddf: Tensor, pose: Tensor | None = None) -> None:
+        self.ddf, self.shape, self.pose = ddf.double(), ddf.shape[1:], pose
+        if pose is not None:  # about the origin
+            centre = (torch.tensor(self.shape).to(pose) - 1) / 2
+            self.pose = pose.clone()
+            self.pose[:-1, -1] += centre - pose[:-1, :-1] @ centre
+
+    def back(self, points: Tensor) -> Tensor:
+        """Where points ``(1, N, D)`` of the warped image were in the image."""
+        posed = points if self.pose is None else to_world(points, self.pose)
+        at = posed.transpose(1, 2).reshape(1, len(self.ddf), -1, *(1,) * (self.ddf.ndim - 2))
+        return posed + sample(self.ddf[None], at).flatten(2).transpose(1, 2)
+
+    def there(self, points: Tensor) -> Tensor:
+        """Where points ``(1, N, D)`` of the image are in the warped one."""
+        return to_voxels(warp_points(points, self.ddf[None], tolerance=_TOLERANCE_VOX), self.pose)
+
+
+def move_points(points: Tensor, motion: Motion, affine: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """Landmarks of an image where ``warp`` takes them.
 
     Args:
         points: ``(C, N, D)`` voxels, or world coordinates if there is an affine. NaN: a landmark that is not there.
-        ddf: ``(D, *S)`` voxels.
+        motion: how the image was moved.
         affine: ``(D + 1, D + 1)`` voxel to world.
 
     Returns:
@@ -36,23 +64,23 @@ def move_points(points: Tensor, ddf: Tensor, affine: Tensor | None = None) -> tu
     voxels = to_voxels(points.double(), affine)
     known = torch.isfinite(voxels).all(dim=-1)
     start = torch.where(known[..., None], voxels, 0.0).flatten(0, 1)[None]
-    moved = warp_points(start, ddf[None].double(), tolerance=_TOLERANCE_VOX)
-    missed = (moved + _displacement(moved, ddf) - start).norm(dim=-1)[0].view(known.shape)
+    moved = motion.there(start)
+    missed = (motion.back(moved) - start).norm(dim=-1)[0].view(known.shape)
     moved = moved[0].view(voxels.shape)
-    valid = inside(voxels, ddf.shape[1:]) & inside(moved, ddf.shape[1:]) & (missed <= _MISSED_VOX)
+    valid = inside(voxels, motion.shape) & inside(moved, motion.shape) & (missed <= _MISSED_VOX)
     return to_world(torch.where(known[..., None], moved, voxels), affine), valid
 
 
-def restore_points(points: Tensor, ddf: Tensor, affine: Tensor | None = None) -> Tensor:
-    """Where landmarks ``(C, N, D)`` of the warped image were before: ``p = q + ddf(q)``; float64."""
+def restore_points(points: Tensor, motion: Motion, affine: Tensor | None = None) -> Tensor:
+    """Where landmarks ``(C, N, D)`` of the warped image were before; float64."""
     voxels = to_voxels(points.double(), affine)
     known = torch.isfinite(voxels).all(dim=-1, keepdim=True)
     start = torch.where(known, voxels, 0.0).flatten(0, 1)[None]
-    moved = (start + _displacement(start, ddf))[0].view(voxels.shape)
+    moved = motion.back(start)[0].view(voxels.shape)
     return to_world(torch.where(known, moved, voxels), affine)
 
 
-def move_boxes(boxes: Tensor, ddf: Tensor, box_mode: str, *, back: bool = False) -> Tensor:
+def move_boxes(boxes: Tensor, motion: Motion, box_mode: str, *, back: bool = False) -> Tensor:
     """The boxes that enclose what boxes of an image become.
 
     The faces are sampled, once a voxel or 65 (in 3D 17) times along each side if they are longer, and then more finely
@@ -61,31 +89,30 @@ def move_boxes(boxes: Tensor, ddf: Tensor, box_mode: str, *, back: bool = False)
 
     Args:
         boxes: ``(N, 2D)`` voxels.
-        ddf: ``(D, *S)`` voxels.
+        motion: how the image was moved.
         box_mode: one of MONAI's corner modes, such as ``xyxy``, ``xyzxyz`` or ``xxyyzz``.
         back: from the warped image to the image; the result encloses the box that was moved.
 
     Returns:
         ``(N, 2D)``, float64, in the same mode. Boxes are not clipped to the image.
     """
-    dims = ddf.shape[0]
+    dims = len(motion.shape)
     mode = get_boxmode(box_mode)
     if boxes.shape[0] == 0:
         return boxes.double()
     corners = torch.stack(mode.boxes_to_corners(boxes.double()), dim=-1)  # (N, 1, 2D), lower corner first
     corners = corners.reshape(-1, 2, dims) - _HALF_VOXEL
-    exact = ddf.double()  # once for all boxes: in 3D this takes longer than a box does
     # box by box, because how finely faces are sampled depends on the size of the box
-    enclosed = [_enclosing(corner[None], exact, back) for corner in corners]
+    enclosed = [_enclosing(corner[None], motion, back) for corner in corners]
     low, high = torch.cat(enclosed, dim=0).unbind(1)
     low, high = low + _HALF_VOXEL, high + _HALF_VOXEL
     enclosing: Tensor = mode.corners_to_boxes(torch.cat([low, high], dim=1)[..., None].unbind(1))
     return enclosing
 
 
-def restore_boxes(boxes: Tensor, before: Tensor, after: Tensor, ddf: Tensor, box_mode: str) -> Tensor:
+def restore_boxes(boxes: Tensor, before: Tensor, after: Tensor, motion: Motion, box_mode: str) -> Tensor:
     """Boxes ``(N, 2D)`` of the warped image in the image it was; those that are as ``after`` were ``before``."""
-    restored = move_boxes(boxes, ddf, box_mode, back=True)
+    restored = move_boxes(boxes, motion, box_mode, back=True)
     if boxes.shape[0] and before.shape[0]:
         missed, index = torch.cdist(boxes.double(), after.double(), p=torch.inf).min(dim=1)
         restored = torch.where((missed < _SAME_BOX)[:, None], before.double()[index], restored)
@@ -149,15 +176,15 @@ def to_world(points: Tensor, affine: Tensor | None) -> Tensor:
     return points if affine is None else points @ affine[:-1, :-1].T + affine[:-1, -1]
 
 
-def _enclosing(corners: Tensor, ddf: Tensor, back: bool) -> Tensor:
+def _enclosing(corners: Tensor, motion: Motion, back: bool) -> Tensor:
     """Lowest and highest coordinates ``(N, 2, D)`` that boxes of such corners reach when they are moved."""
-    dims, size = ddf.shape[0], (corners[:, 1] - corners[:, 0])[:, None]
+    dims, size = len(motion.shape), (corners[:, 1] - corners[:, 0])[:, None]
     count = int(size.amax().clamp(1, _MAX_SAMPLES[dims] - 1).ceil()) + 1
     at, step = _unit_faces(dims, count).to(corners).expand(len(corners), -1, -1), 1.0 / (count - 1)
     reached: list[Tensor] = []
     for _ in range(1 + _REFINEMENTS):
         points = corners[:, :1] + at * size
-        moved = restore_points(points, ddf) if back else move_points(points, ddf)[0]
+        moved = restore_points(points, motion) if back else move_points(points, motion)[0]
         reached += [moved.amin(dim=1), moved.amax(dim=1)]
         farthest = torch.cat([moved.argmin(dim=1), moved.argmax(dim=1)], dim=1)  # (N, 2D) samples
         start = at.gather(1, farthest[..., None].expand(-1, -1, dims))[:, :, None]
@@ -172,12 +199,6 @@ def _unit_patch(dims: int) -> Tensor:
     """Five offsets along each axis, from one step back to one forward: ``(5^D, D)``."""
     ticks = torch.linspace(-1, 1, 5, dtype=torch.float64)
     return torch.cartesian_prod(*([ticks] * dims))
-
-
-def _displacement(points: Tensor, ddf: Tensor) -> Tensor:
-    """The field at points ``(1, N, D)``; beyond the grid its border value."""
-    at = points.transpose(1, 2).reshape(1, ddf.shape[0], -1, *(1,) * (ddf.ndim - 2))
-    return sample(ddf[None].double(), at).flatten(2).transpose(1, 2)
 
 
 def _unit_faces(dims: int, count: int) -> Tensor:

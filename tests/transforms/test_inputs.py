@@ -16,7 +16,7 @@ from monai.transforms import EnsureTyped, Flip, Rotate90
 from monai_drdm import ApplyDDFd, RandDRDMDeform, RandDRDMDeformd
 from monai_drdm.fields import exp_svf
 from monai_drdm.networks import save_network
-from monai_drdm.transforms.points import move_boxes
+from monai_drdm.transforms.points import Motion, move_boxes
 
 
 def constant(value, shape=(24, 20)):
@@ -101,7 +101,7 @@ def test_large_boxes_enclose_what_they_become():
     mask = torch.zeros(1, 1, 72, 72, 72)
     mask[..., 8:64, 8:64, 8:64] = 1
     warped = Warp(mode="bilinear", padding_mode="border")(mask, ddf)[0, 0] > 0.5
-    moved = move_boxes(torch.tensor([[8.0, 8, 8, 64, 64, 64]]), ddf[0], "xyzxyz")[0]
+    moved = move_boxes(torch.tensor([[8.0, 8, 8, 64, 64, 64]]), Motion(ddf[0]), "xyzxyz")[0]
     where = warped.nonzero()
     torch.testing.assert_close(moved[:3], where.amin(dim=0).double(), rtol=0, atol=0.8)
     torch.testing.assert_close(moved[3:], where.amax(dim=0).double() + 1, rtol=0, atol=0.8)

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from monai_drdm import ApplyDDFd, RandDRDMDeformd
 from monai_drdm.fields import exp_svf, identity_grid
-from monai_drdm.transforms.points import move_boxes
+from monai_drdm.transforms.points import Motion, move_boxes
 
 SHAPES = {"2d": (48, 40), "3d": (26, 24, 22)}
 each_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
@@ -664,7 +664,7 @@ def test_a_field_is_converted_once_for_all_boxes(back):
     counts = []
     for number in (1, 8):
         with Conversions(ddf.numel()) as counted:
-            moved = move_boxes(torch.cat([low, low + 5], dim=1)[:number], ddf, "xyzxyz", back=back)
+            moved = move_boxes(torch.cat([low, low + 5], dim=1)[:number], Motion(ddf), "xyzxyz", back=back)
         counts.append(counted.count)
         assert torch.allclose(moved[:, :3], low[:number].double() + (1.5 if back else -1.5), atol=1e-4)
     assert counts == [1, 1]
