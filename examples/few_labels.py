@@ -15,7 +15,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import drawn_hearts
 import numpy as np
 import torch
 from mean_teacher import batches, check_samples, CONFIDENCE, light_view, MeanTeacher, predict_labels, Sample, StrongView
-from monai.data import Dataset, set_track_meta
+from monai.data import Dataset, get_track_meta, set_track_meta
 from monai.losses import DiceCELoss
 from monai.networks.nets import UNet
 from monai.utils import set_determinism
@@ -43,6 +44,18 @@ def build_network(dims: int, classes: int) -> nn.Module:
     return UNet(dims, 1, classes, channels, strides=(2,) * (len(channels) - 1), num_res_units=1)
 
 
+@contextmanager
+def plain_tensors() -> Iterator[None]:
+    """Without MONAI's metadata: nothing in a training is inverted or written."""
+    tracks = get_track_meta()
+    set_track_meta(False)
+    try:
+        yield
+    finally:
+        set_track_meta(tracks)
+
+
+@plain_tensors()
 def train(
     labelled: list[Sample], unlabelled: list[Sample], validation: list[Sample], **settings: Any
 ) -> tuple[nn.Module, list[dict[str, float]]]:
@@ -51,7 +64,6 @@ def train(
     confidence, pose = settings.get("confidence", CONFIDENCE), settings.get("pose", {})
     check_samples([*labelled, *validation], size, classes)
     set_determinism(settings["seed"])
-    set_track_meta(False)  # plain tensors: nothing here is inverted or written
     network = build_network(len(size), classes).to(settings["device"])
     optimiser = torch.optim.AdamW(network.parameters(), 2e-3, weight_decay=1e-3)
     supervised = DiceCELoss(to_onehot_y=True, softmax=True, batch=True)
@@ -103,7 +115,10 @@ def run_training(args: argparse.Namespace) -> dict[str, float]:
         raise SystemExit(f"--flips must be axes from 0 to {len(args.size) - 1}, got {args.flips}.")
     args.out.mkdir(parents=True, exist_ok=True)
     labelled, unlabelled, validation = collect(args)
-    settings = {"size": args.size, "classes": 1 + max(int(one["label"].max()) for one in labelled if "label" in one)}
+    settings = {
+        "size": args.size,
+        "classes": 1 + max((int(one["label"].max()) for one in labelled if "label" in one), default=0),
+    }
     bank = None
     if args.deform > 0:
         options = {"fields_per_image": 4, "deformation_level": tuple(args.level), "device": args.device}

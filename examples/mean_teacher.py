@@ -117,8 +117,10 @@ class StrongView:
         self.deform = None
         if bank is not None:
             self.deform = BatchRandDRDMBankd(keys, bank=bank, id_key="name", prob=deform, mode=modes, invertible=False)
+            seed = get_seed()  # alone, neither this nor CutMix would follow it
+            self.deform.set_random_state(None if seed is None else seed + 1)
         self.each = mt.Compose([*poses(keys, modes, size, **pose), *intensities(0.7)])
-        self.cutmix = mt.CutMix(batch).set_random_state(get_seed())  # alone, it would not follow the seed
+        self.cutmix = mt.CutMix(batch).set_random_state(get_seed())
 
     def __call__(self, batch: Sample) -> tuple[Tensor, Tensor, Tensor]:
         """The views ``(B, 1, *S)``, their labels, and which voxels count."""

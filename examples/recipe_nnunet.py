@@ -96,6 +96,17 @@ def main(arguments: list[str] | None = None) -> None:
     if args.out.exists():
         raise SystemExit(f"{args.out} exists; choose a new folder.")
     cases = sorted(path.name.removesuffix(ending) for path in (args.source / "labelsTr").glob(f"*{ending}"))
+    missing = [
+        path
+        for case in cases
+        for path in find_files(args.source, case, channels, ending).values()
+        if not path.is_file()
+    ]
+    if missing:
+        raise SystemExit(
+            f"{missing[0]} is missing, with {len(missing) - 1} more. Each channel must be a file of its own; colour "
+            "images, which hold several, cannot be used here."
+        )
     keys = [*channels, "label"]
     deform = RandDRDMDeformd(
         keys,

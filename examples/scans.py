@@ -49,7 +49,7 @@ def find_groups(
 ) -> tuple[list[Case], list[Case], list[Case]]:
     """Labelled scans of a MONAI datalist, unlabelled ones of a folder, and the datalist's validation scans, if any."""
     labelled = read_cases(datalist)
-    sections = json.loads(Path(datalist).read_text(encoding="utf-8"))
+    sections = json.loads(Path(datalist).read_text(encoding="utf-8-sig"))
     return labelled, find_cases(unlabelled), read_cases(datalist, "validation") if "validation" in sections else []
 
 

@@ -454,6 +454,36 @@ def test_folders_of_version_1_0_are_continued_without_symmetry(command, folders,
     assert "other settings" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("what", ["augment", "pairs"])
+def test_figure_of_a_volume_of_one_slice(command, folders, what):
+    for name in ("images", "labels"):
+        for path in (folders / name).iterdir():
+            image = nib.load(path)
+            nib.save(image.slicer[:, :, :1], path)
+    _, *rest = command()
+    rest = rest if what == "augment" else rest[: rest.index("--levels")]
+    assert main([what, *rest, "--figure"]) == 0
+    assert (folders / "out" / "overview.png").stat().st_size > 10_000
+
+
+def test_force_does_not_replace_a_datalist_of_others(command, folders, capsys):
+    (folders / "images").rename(folders / "imagesTr")
+    text = json.dumps({"training": [{"image": "imagesTr/case0.nii.gz", "fold": 0}]})
+    (folders / "datalist.json").write_text(text)
+    arguments = command(out=".", images=None, labels=None, datalist=folders / "datalist.json")
+    assert main([*arguments, "--force"]) == 1
+    assert "datalist.json is not of a run" in capsys.readouterr().err
+    assert (folders / "datalist.json").read_text() == text
+
+
+def test_levels_of_any_kind_of_number_are_one_setting():
+    settings = [AugmentSettings(levels=levels) for levels in ((1,), (1.0,), (np.float32(1),))]
+    assert len({one.to_json() for one in settings}) == 1
+    with pytest.raises(ValueError, match="cases must be one or more"):
+        augment([], "nowhere", settings[0])
+    assert not Path("nowhere").exists()
+
+
 def test_weights_are_known_by_what_they_hold(command, folders, network_file, capsys):
     assert main(command()) == 0
     moved = folders / "renamed.safetensors"

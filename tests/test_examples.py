@@ -13,6 +13,7 @@ from monai.data import get_track_meta, set_track_meta
 from PIL import Image
 from safetensors.torch import load_file
 
+from monai_drdm import BatchRandDRDMBankd, DeformationBank
 from monai_drdm.networks import save_network, VelocityUNet
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -138,6 +139,30 @@ def test_few_labels_follows_its_seed(few_labels):
     )
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert not all(torch.equal(first[name], other[name]) for name in first)
+
+
+def test_few_labels_reads_datalists_as_windows_writes_them_and_names_what_lacks_a_label(tmp_path, few_labels):
+    data, _ = hearts(tmp_path, 3, 2, size=(16, 16, 2))
+    datalist = Path(data[1])
+    datalist.write_bytes(b"\xef\xbb\xbf" + datalist.read_bytes())
+    assert [len(group) for group in few_labels.find_groups(datalist, data[3])] == [1, 1, 1]
+    datalist.write_text('{"training": [{"image": "labelled_images/0.nii.gz"}]}')
+    with pytest.raises(ValueError, match="0/0 has no label"):
+        few_labels.main(["train", "--out", str(tmp_path / "run"), *data, "--size", "16", "16"])
+
+
+def test_deformed_strong_views_follow_the_seed_and_leave_metadata_as_they_were(few_labels, monkeypatch):
+    few, many = drawn_samples(0, (2, 3), 16)
+    bank = DeformationBank.build(many, id_key="name", fields_per_image=2, steps=1, progress=False)
+    settings = {"size": (16, 16), "classes": 4, "iterations": 2, "batch": (2, 3), "device": "cpu", "weight": 1.0}
+    set_track_meta(True)
+    found = []
+    for _ in range(2):
+        # the state that MONAI's transforms share is another one in each process
+        monkeypatch.setattr(BatchRandDRDMBankd, "R", np.random.RandomState(len(found)), raising=False)
+        found.append(few_labels.train(few, many, [], **settings, bank=bank, deform=0.9, seed=0)[0].state_dict())
+    assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
+    assert get_track_meta()
 
 
 def test_few_labels_keeps_to_the_poses_that_it_is_told(tmp_path, few_labels):

@@ -118,6 +118,10 @@ def test_nnunet_gets_a_raw_data_set_with_folds_that_keep_copies_together(recipe,
         assert len(fold["train"]) == 3 * len(sources)
     with pytest.raises(SystemExit, match="exists"):
         nnunet.main([str(raw_data), str(out)])
+    (raw_data / "imagesTr" / "disc_2_0001.nii.gz").unlink()
+    with pytest.raises(SystemExit, match=r"disc_2_0001.nii.gz is missing, with 0 more\. Each channel"):
+        nnunet.main([str(raw_data), str(tmp_path / "other")])
+    assert not (tmp_path / "other").exists()
     (raw_data / "dataset.json").write_text("{}", encoding="utf-8")
     with pytest.raises(SystemExit, match="file_ending"):
         nnunet.main([str(raw_data), str(tmp_path / "other")])

@@ -84,6 +84,10 @@ class OutputFolder:
             if not there.is_file():
                 raise FileExistsError(f"{self.folder} holds something else. Choose another folder, or use --force.")
             self._check_settings(there)
+        if force and (self.folder / _DATALIST).exists() and not there.exists():
+            raise FileExistsError(
+                f"{self.folder / _DATALIST} is not of a run, and would be replaced. Move it away first."
+            )
         names = ("records", *self.settings.folders)
         for name in names:
             self._refuse_link(name)

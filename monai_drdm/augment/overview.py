@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, TYPE_CHECKING
 
+from monai.data import MetaTensor
 from torch import Tensor
 
 from monai_drdm.augment.output_folder import RECORD
@@ -97,12 +98,12 @@ def _case_row(draws: Sequence[_Shown]) -> CaseRow:
 
     draws = sorted(draws, key=lambda draw: draw.level)
     first, highest = draws[0], draws[-1]
-    image = load_image(first.sources["image"]).data
-    label = None if first.label is None else load_image(first.sources["label"]).data
+    image = _read(first.sources["image"], first.axis)
+    label = None if first.label is None else _read(first.sources["label"], first.axis)
     plane = Plane.of(image, first.axis, label)
     panels = [Panel("original", plane.cut(image), None if label is None else plane.cut(label))]
     for draw in draws:
-        panels.append(Panel(f"level {draw.level:g}", *_cut(plane, draw.image, draw.label)))
+        panels.append(Panel(f"level {draw.level:g}", *_cut(plane, draw.image, draw.label, draw.axis)))
     if highest.field.is_file():
         ddf = plane.cut_field(load_ddf(highest.field).as_tensor())
         panels.append(Panel(f"field of level {highest.level:g}", ddf=ddf))
@@ -119,14 +120,19 @@ def _pair_row(folder: Path, entry: Mapping[str, str]) -> CaseRow:
     with RECORD.reading(path):
         axis = record["params"]["synthesis"]["slice_axis"]
     labels = {side: folder / entry[f"{side}_label"] if f"{side}_label" in entry else None for side in SIDES}
-    moving = load_image(folder / entry["moving"]).data
-    marks = None if labels["moving"] is None else load_image(labels["moving"]).data
+    moving = _read(folder / entry["moving"], axis)
+    marks = None if labels["moving"] is None else _read(labels["moving"], axis)
     plane = Plane.of(moving, axis, marks)
-    panels = [Panel(side, *_cut(plane, folder / entry[side], labels[side])) for side in SIDES]
+    panels = [Panel(side, *_cut(plane, folder / entry[side], labels[side], axis)) for side in SIDES]
     ddf = plane.cut_field(load_ddf(folder / entry[DDF]).as_tensor())
     return CaseRow(name, [*panels, Panel("field from fixed to moving", ddf=ddf)], plane.spacing)
 
 
-def _cut(plane: Plane, image: Path, label: Path | None) -> tuple[Tensor, Tensor | None]:
+def _cut(plane: Plane, image: Path, label: Path | None, axis: int | None) -> tuple[Tensor, Tensor | None]:
     """The slice of an image file and of its label."""
-    return plane.cut(load_image(image).data), None if label is None else plane.cut(load_image(label).data)
+    return plane.cut(_read(image, axis)), None if label is None else plane.cut(_read(label, axis))
+
+
+def _read(path: str | Path, axis: int | None) -> MetaTensor:
+    """What the run read: one that takes slices across an axis also counts a single slice as a volume."""
+    return load_image(path, keep_slice=axis is not None).data

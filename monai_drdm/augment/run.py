@@ -107,6 +107,8 @@ def _run(
     shard: tuple[int, int] | None,
 ) -> AugmentReport:
     _check_device(output.device)
+    if not cases:
+        raise ValueError("cases must be one or more, got none. find_cases and read_cases find them.")
     part, parts = check_shard(shard)
     if force and parts > 1:
         raise ValueError("force and shard do not go together: a part would remove what another has drawn.")

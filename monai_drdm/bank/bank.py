@@ -59,6 +59,7 @@ class DeformationBank:
         self.failed: dict[str, str] = {}
         """Why images were left out, by identity, where ``build`` was asked to go on."""
         self._store, self._maker = store, maker
+        self._ndim: int | None = None  # of the images, where fields are drawn
         self._lock = threading.RLock()
 
     @classmethod
@@ -258,7 +259,7 @@ class DeformationBank:
         """The job that draws the fields of an item. None if they exist already, or if the item failed."""
         identity = f"item {number}"
         try:
-            item = fetch()
+            item = _loaded(fetch, number)
             if image_key not in item:
                 raise ValueError(f"item {number} has no {image_key!r}: {sorted(map(str, item))}.")
             image = apply_pending(item[image_key])
@@ -294,7 +295,12 @@ class DeformationBank:
         if self.settings is None and self._maker is not None:
             settings = self._maker.settings(image)
             self._store.settle(settings)
-            self.settings = settings
+            self.settings, self._ndim = settings, image.ndim
+        if self._ndim not in (None, image.ndim):
+            raise ValueError(
+                f"a deformation bank holds fields of one network, so images of one number of dimensions, got "
+                f"{image.ndim - 1} spatial axes after {self._ndim - 1}. Build a bank for each."
+            )
 
     def _take(self, identity: str, entry: BankEntry | Exception, skip_failed: bool) -> bool:
         """Keep the fields that were drawn for an image. False if the image was left out."""
@@ -312,6 +318,11 @@ class DeformationBank:
         return True
 
     def _keep(self, entry: BankEntry) -> None:
+        if self.max_bytes is not None and entry.nbytes > self.max_bytes:
+            raise ValueError(
+                f"the fields of {entry.identity!r} alone take {entry.nbytes} bytes, more than max_bytes="
+                f"{self.max_bytes}. Allow more, or draw fewer fields for each image."
+            )
         self._store.keep(entry)
         if self.max_bytes is not None:
             self._store.shrink(self.max_bytes, entry.identity)
@@ -331,3 +342,18 @@ def _part_of(
 
 def _itself(item: Mapping[Any, Any]) -> Mapping[Any, Any]:
     return item
+
+
+def _loaded(fetch: Callable[[], Mapping[Any, Any]], number: int) -> Mapping[Any, Any]:
+    """An item of a dataset, whose transforms raise exceptions of any type for files that cannot be read.
+
+    Raises:
+        ValueError: it cannot be loaded.
+    """
+    try:
+        return fetch()
+    except Exception as error:
+        cause: BaseException = error
+        while cause.__cause__ is not None:
+            cause = cause.__cause__
+        raise ValueError(f"item {number} cannot be loaded: {cause}") from error

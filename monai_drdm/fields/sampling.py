@@ -15,7 +15,7 @@ Mode = Literal["bilinear", "nearest", "bicubic", "label"]
 PaddingMode = Literal["border", "zeros", "reflection"]
 
 # torch.gather does not take unsigned integers of more than 8 bits; a signed view of the same bits is moved instead
-_SIGNED_VIEW = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
+SIGNED_VIEW = {torch.uint16: torch.int16, torch.uint32: torch.int32, torch.uint64: torch.int64}
 # float32 represents every value of these types exactly
 _FLOAT32_HOLDS = (
     torch.bool,
@@ -103,7 +103,7 @@ def gather_voxels(image: Tensor, index: Tensor, padding_mode: PaddingMode) -> Te
             inside &= clamped == index[:, d]
         flat = flat * size + clamped
     bits = image.flatten(2)
-    bits = bits.view(_SIGNED_VIEW[image.dtype]) if image.dtype in _SIGNED_VIEW else bits
+    bits = bits.view(SIGNED_VIEW[image.dtype]) if image.dtype in SIGNED_VIEW else bits
     out = torch.gather(bits, 2, flat[:, None].expand(-1, image.shape[1], -1))
     if padding_mode == "zeros":
         out = out.masked_fill(~inside[:, None], 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -149,8 +150,10 @@ class RandDRDMPaird(DRDMRandomness, KeyedDeformation):
         fixed = self.apply(_copied(given), [both])
         if first is not None and second is not None:
             fixed |= self._points_of_fixed(replace(given, data=dict(moving)), second)
-        for side, made in zip(SIDES, (moving, fixed)):
-            result |= {self._named(side, key): value for key, value in made.items()}
+        for side, made, field in zip(SIDES, (moving, fixed), (first, both)):
+            # without a field these are the given values, and later transforms may change them in place
+            own = {key: copy.deepcopy(value) for key, value in made.items()} if field is None or field.skipped else made
+            result |= {self._named(side, key): value for key, value in own.items()}
         result |= self._answer(second, valid.images[0])
         self.last = None if second is None or both is None else DeformedPair(first, second, both)
         return result

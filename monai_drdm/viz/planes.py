@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from monai_drdm.fields import identity_grid, sample
-from monai_drdm.fields.sampling import Mode
+from monai_drdm.fields.sampling import Mode, SIGNED_VIEW
 from monai_drdm.samples import directions_of, spacing_of
 
 
@@ -101,7 +101,9 @@ class Plane:
     def _turn(self, pictures: Tensor) -> Tensor:
         """Pictures ``(C, P, Q)`` as they are looked at."""
         turned = pictures.transpose(1, 2) if self.swapped else pictures
-        return turned.flip([d + 1 for d, flip in enumerate(self.flipped) if flip])
+        axes = [d + 1 for d, flip in enumerate(self.flipped) if flip]
+        signed = SIGNED_VIEW.get(turned.dtype)  # torch flips only these
+        return turned.flip(axes) if signed is None else turned.view(signed).flip(axes).view(turned.dtype)
 
 
 def _middle(image: Tensor, axis: int, label: Tensor | None) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 from monai.data import DataLoader, Dataset, MetaTensor
-from monai.transforms import LoadImaged, NormalizeIntensity
+from monai.transforms import Compose, EnsureChannelFirstd, LoadImaged, NormalizeIntensity
 from safetensors.torch import load_file
 from torch.utils.data import ConcatDataset
 
@@ -318,6 +318,33 @@ def test_items_that_cannot_be_used(build, items, tmp_path):
         build(items, fields_per_image=0)
 
 
+def test_files_that_monai_cannot_read_are_named_and_may_be_skipped(build, network, tmp_path):
+    """MONAI's ``Compose`` makes a ``RuntimeError`` of whatever a reader raises."""
+    for number in range(3):
+        image = nib.Nifti1Image(np.random.default_rng(number).random((12, 10)).astype(np.float32), np.eye(4))
+        nib.save(image, tmp_path / f"{number}.nii.gz")
+    (tmp_path / "1.nii.gz").write_bytes(b"damaged")
+    files = [{"image": str(tmp_path / f"{number}.nii.gz"), "name": str(number)} for number in range(4)]
+    dataset = Dataset(files, Compose([LoadImaged("image"), EnsureChannelFirstd("image")]))
+    with pytest.raises(ValueError, match="item 1 cannot be loaded: "):
+        build(dataset)
+    bank = build(dataset, skip_failed=True)
+    assert set(bank.failed) == {"item 1", "item 3"}
+    assert len(bank) == 2
+
+
+def test_a_bank_is_of_one_network(tmp_path):
+    """``auto`` would take another one for images of other dimensions."""
+    generator = torch.Generator().manual_seed(0)
+    flat, volume = (torch.rand(1, *(12,) * dims, generator=generator) for dims in (2, 3))
+    items = [{"image": flat, "name": "flat"}, {"image": volume, "name": "volume"}]
+    options = {"id_key": "name", "fields_per_image": 1, "steps": 1, "progress": False}
+    with pytest.raises(ValueError, match="one number of dimensions, got 3 spatial axes after 2"):
+        DeformationBank.build(items, **options)
+    bank = DeformationBank.build(items, **options, skip_failed=True)
+    assert set(bank.failed) == {"volume"}
+
+
 def test_limit_of_size(build, items, network, tmp_path):
     """Built banks refuse to grow beyond it; those that draw on demand drop what was not asked for the longest."""
     size = build(items[:1], path=tmp_path / "one").nbytes
@@ -330,6 +357,9 @@ def test_limit_of_size(build, items, network, tmp_path):
             bank.entry(items[number]["name"], items[number]["image"])
         assert [f"ward/{number}" in bank for number in range(3)] == [True, False, True]
         assert bank.nbytes <= 2.5 * size
+        bank = DeformationBank.on_demand(None, network=network, fields_per_image=FIELDS, max_bytes=size // 2)
+        with pytest.raises(ValueError, match=rf"alone take \d+ bytes, more than max_bytes={size // 2}"):
+            bank.entry(items[0]["name"], items[0]["image"])
 
 
 def test_the_disk_is_full(build, items, tmp_path, monkeypatch):

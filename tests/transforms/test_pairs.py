@@ -264,3 +264,17 @@ def test_a_missing_image_key_is_named(scan):
 def test_records_are_checked(text):
     with pytest.raises(ValueError, match="cannot be read as a record"):
         PairParams.from_json(text)
+
+
+@pytest.mark.parametrize("options", [{"prob": 0.0}, {"augmentation_level": None}])
+def test_what_is_done_to_the_pair_in_place_changes_neither_the_sample_nor_the_other_image(scan, small_network, options):
+    sample = scan((40, 32))
+    before = sample["image"].clone()
+    pair = RandDRDMPaird(["image", "label"], mode=["bilinear", "nearest"], network=small_network(2), **options)
+    made = pair.set_random_state(0)(sample)
+    fixed = made["fixed"].clone()
+    made["moving"].fill_(9.0)
+    made["moving_label"].fill_(1)
+    assert torch.equal(torch.as_tensor(sample["image"]), torch.as_tensor(before))
+    assert torch.equal(torch.as_tensor(made["fixed"]), torch.as_tensor(fixed))
+    assert int(sample["label"].max()) > 1

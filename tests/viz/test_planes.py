@@ -52,6 +52,13 @@ def test_fields_are_turned_with_their_images(affine):
     np.testing.assert_allclose(plane.cut_warped(image, ddf), inside, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.uint32, torch.uint64])
+def test_unsigned_integers_are_turned_as_numbers_are(dtype):
+    image = torch.arange(24).reshape(1, 6, 4)
+    plane = Plane.of(image)
+    np.testing.assert_array_equal(plane.cut(image.to(dtype)).numpy(), plane.cut(image).numpy())
+
+
 def test_photographs_keep_their_top():
     photo = torch.zeros(3, 6, 4, dtype=torch.uint8)
     photo[1, 0, 0] = 9  # top left, with the second axis downwards
