@@ -45,6 +45,8 @@ KEYS, MODES = ["image", "label"], ["bilinear", "nearest"]
 MONAI = {"keys": KEYS, "mode": MODES, "prob": 1.0, "padding_mode": "border"}
 POSE = {"rotate_range": 0.3, "scale_range": 0.1, "translate_range": 5.0}
 BATCH = {2: 8, 3: 2}
+FIELDS = 4
+"""Of an image in a bank."""
 Sample = dict[str, Any]
 Call = Callable[[Sample], object]
 
@@ -58,7 +60,7 @@ def make_sample(shape: tuple[int, ...]) -> Sample:
 
 
 def bank_of(sample: Sample) -> DeformationBank:
-    return DeformationBank.build([sample], id_key="name", fields_per_image=4, progress=False)
+    return DeformationBank.build([sample], id_key="name", fields_per_image=FIELDS, progress=False)
 
 
 def _ours(sample: Sample) -> dict[str, Call]:
@@ -71,6 +73,7 @@ def _ours(sample: Sample) -> dict[str, Call]:
         "RandDRDMBankd": RandDRDMBankd(bank=bank, id_key="name", **settings),
         "RandDRDMBankd with affine": RandDRDMBankd(bank=bank, id_key="name", **settings, **POSE),
         "RandDRDMDeformd": RandDRDMDeformd(**settings),
+        f"DeformationBank.build, a field of {FIELDS}": lambda _: bank_of(sample),
         f"BatchRandDRDMDeformd, a sample of {size}": lambda _: batched(batch),
     }
 
@@ -130,8 +133,8 @@ def calls_of(sample: Sample) -> dict[str, Call]:
 
 
 def share_of(name: str) -> int:
-    """Number of samples that one call makes."""
-    return int(name.split()[-1]) if name.startswith("Batch") else 1
+    """Number of samples or fields that one call makes."""
+    return int(name.split()[-1]) if name.startswith(("Batch", "DeformationBank")) else 1
 
 
 def timed(shape: tuple[int, ...], threads: int, turns: int) -> None:
