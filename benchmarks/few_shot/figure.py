@@ -42,15 +42,17 @@ def draw(path: Path) -> None:
         found = {True: [row for row in tested if row["protocol"] == name], False: alone}
         counts = sorted({row["subjects"] for row in found[True]} | {row["subjects"] for row in alone})
         ways = [way for way in WAYS if any(row["arm"] == way[0] for row in found[way[1]])]
-        for place, way in enumerate(ways):
-            for group, count in enumerate(counts):
-                rows = [row for row in found[way[1]] if (row["arm"], row["subjects"]) == (way[0], count)]
-                values = [100 * by_structure(row, "dice").mean() for row in rows]
-                at = group + (place - (len(ways) - 1) / 2) * 0.8 / len(ways)
-                if values:
-                    label, colour = WAYS[way]
-                    panel.bar(at, np.mean(values), 0.72 / len(ways), color=colour, label=label)
-                    panel.plot([at] * len(values), values, "o", color="black", markersize=3)
+        for group, count in enumerate(counts):
+            measured = {
+                way: [row for row in found[way[1]] if (row["arm"], row["subjects"]) == (way[0], count)] for way in ways
+            }
+            there = [way for way in ways if measured[way]]
+            for place, way in enumerate(there):
+                values = [100 * by_structure(row, "dice").mean() for row in measured[way]]
+                at = group + (place - (len(there) - 1) / 2) * 0.8 / len(ways)
+                label, colour = WAYS[way]
+                panel.bar(at, np.mean(values), 0.72 / len(ways), color=colour, label=label)
+                panel.plot([at] * len(values), values, "o", color="black", markersize=3)
         panel.set_xticks(range(len(counts)), [f"{count} labelled" for count in counts])
         panel.set(title=TITLES[name], ylabel="Dice of test subjects, %")
         low = min(100 * by_structure(row, "dice").mean() for rows in found.values() for row in rows)
