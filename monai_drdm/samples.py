@@ -108,6 +108,7 @@ def checked_pixdim(pixdim: Sequence[float] | None) -> tuple[float, ...] | None:
     """Return ``pixdim`` as a tuple.
 
     Raises:
+        TypeError: not several numbers.
         ValueError: not 2 or 3 positive numbers.
     """
     if pixdim is None:
@@ -116,6 +117,8 @@ def checked_pixdim(pixdim: Sequence[float] | None) -> tuple[float, ...] | None:
         numbers = tuple(float(s) for s in pixdim)
     except OverflowError:  # of an integer
         numbers = (np.inf,)
+    except TypeError:
+        raise TypeError(f"pixdim must be 2 or 3 numbers in mm, one for each spatial axis, got {pixdim!r}.") from None
     if len(numbers) not in (2, 3) or not all(0 < s < np.inf for s in numbers):
         raise ValueError(f"pixdim must be 2 or 3 positive numbers in mm, got {tuple(pixdim)}.")
     return numbers

@@ -293,9 +293,7 @@ class DeformationBank:
     def _settle(self, image: Tensor) -> None:
         """Fix the settings of the bank when the first image is known."""
         if self.settings is None and self._maker is not None:
-            settings = self._maker.settings(image)
-            self._store.settle(settings)
-            self.settings, self._ndim = settings, image.ndim
+            self.settings, self._ndim = self._store.settle(self._maker.settings(image)), image.ndim
         if self._ndim not in (None, image.ndim):
             raise ValueError(
                 f"a deformation bank holds fields of one network, so images of one number of dimensions, got "

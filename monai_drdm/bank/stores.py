@@ -31,8 +31,9 @@ class MemoryStore:
         """None: no other process can have fixed settings for a bank in memory."""
         return None
 
-    def settle(self, settings: BankSettings) -> None:
-        """Nothing to do: no other process uses this bank."""
+    def settle(self, settings: BankSettings) -> BankSettings:
+        """The settings themselves: no other process uses this bank."""
+        return settings
 
     def find(self, identity: str, settings: BankSettings | None, mend: bool) -> BankEntry | None:
         """The entry of an image; None if there is none."""
@@ -87,8 +88,11 @@ class FolderStore:
             raise FileExistsError(f"{self.path} holds something else than a bank. Choose another folder.")
         self.path.mkdir(parents=True, exist_ok=True)
 
-    def settle(self, settings: BankSettings) -> None:
+    def settle(self, settings: BankSettings) -> BankSettings:
         """Write the settings, or compare them with those of the bank in the folder.
+
+        Returns:
+            Those in the folder. They are equal, but a number may be written there as a whole one, and so hashed.
 
         Raises:
             FileExistsError: the bank in the folder has other settings.
@@ -105,6 +109,7 @@ class FolderStore:
                 f"{self.path} is a deformation bank with other settings: {'; '.join(settings.differences(there))}. "
                 "Choose another folder, or repeat those settings."
             )
+        return settings if there is None else there
 
     def find(self, identity: str, settings: BankSettings | None, mend: bool) -> EntryFile | None:
         """The entry of an image; None if there is none, or, with ``mend``, if it is damaged.

@@ -7,7 +7,7 @@ import operator
 from collections.abc import Sequence
 from dataclasses import replace
 from numbers import Real
-from typing import NamedTuple, SupportsIndex
+from typing import Any, NamedTuple, SupportsIndex
 
 import numpy as np
 import torch
@@ -27,6 +27,7 @@ from monai_drdm.networks.kinds import MAX_STEPS
 
 FOLD_POLICIES = ("rescale", "resample", "skip", "keep", "raise")
 _MAX_REDRAWS = 4
+_SEEDS = 2**32
 _LIMIT_MARGIN = 1 - 2**-14  # rounding should not carry a field over the displacement limit again
 
 
@@ -73,8 +74,9 @@ class FieldDrawer:
         self.symmetry = check_share(options["symmetry"], "symmetry")
         self.precision, self.compiled = check_precision(options["precision"]), options["compiled"]
         self.image_channel = _optional_index(options["image_channel"], "image_channel")
-        self.max_displacement_mm = options["max_displacement_mm"]
-        self.on_fold, self.max_fold_fraction = options["on_fold"], options["max_fold_fraction"]
+        limit = options["max_displacement_mm"]
+        self.max_displacement_mm = None if limit is None else float(limit)
+        self.on_fold, self.max_fold_fraction = options["on_fold"], float(options["max_fold_fraction"])
         self.slice_axis = _optional_index(options["slice_axis"], "slice_axis")
         self.device = None if options["device"] is None else _device(options["device"])
         self._check_sampler()
@@ -121,9 +123,12 @@ class FieldDrawer:
 
         Raises:
             RuntimeError: CUDA was asked for in a forked process.
-            ValueError: an image does not fit the network or is not finite; under ``on_fold="raise"`` a field that
-                folds too much.
+            TypeError: seeds that are not whole numbers.
+            ValueError: an image does not fit the network or is not finite; lists of different lengths; seeds outside
+                [0, 2**32); under ``on_fold="raise"`` a field that folds too much.
         """
+        _check_counts(images=images, spacings=spacings, seeds=seeds)
+        seeds = [_checked_seed(seed) for seed in seeds]
         if not images:
             return []
         views = [
@@ -156,6 +161,7 @@ class FieldDrawer:
             RuntimeError: CUDA asked for in a forked process.
             ValueError: an image does not fit the network or is not finite, or a record is of another network.
         """
+        _check_counts(images=images, spacings=spacings, params=params)
         if not images:
             return []
         views = [
@@ -264,6 +270,9 @@ class FieldDrawer:
 def _check_limits(options: AllDrawOptions) -> None:
     """Check the fold policy, the limits and the slice axis."""
     on_fold, share, limit = options["on_fold"], options["max_fold_fraction"], options["max_displacement_mm"]
+    for name, number in {"max_fold_fraction": share, "max_displacement_mm": 1.0 if limit is None else limit}.items():
+        if not isinstance(number, Real) or isinstance(number, bool):
+            raise TypeError(f"{name} must be a number, got {number!r}.")
     if on_fold not in FOLD_POLICIES:
         raise ValueError(f"on_fold must be one of {FOLD_POLICIES}, got {on_fold!r}.")
     if not 0.0 <= share <= 1.0:
@@ -321,6 +330,8 @@ def _deformation(
 
 def _network_view(image: Tensor, spacing: Sequence[float], channel: int | None, slice_axis: int | None) -> _View:
     """What the network sees: one channel or the mean over channels, of the image or of its middle slice."""
+    if 0 in image.shape:
+        raise ValueError(f"the image must be (C, *S) with a channel and a voxel or more, got {tuple(image.shape)}.")
     if slice_axis is not None and image.ndim != 4:
         raise ValueError(f"slice_axis={slice_axis} needs a volume (C, X, Y, Z), got an image of {tuple(image.shape)}.")
     if channel is not None and not -image.shape[0] <= channel < image.shape[0]:
@@ -345,6 +356,20 @@ def _check_record(params: DeformationParams, model: DRDM) -> None:
             f"params were recorded with network {params.network!r} (sha256 {params.network_sha256[:12]}…), this "
             f"transform has {card.name!r} ({digest[:12]}…). Load that network to replay them."
         )
+
+
+def _check_counts(**lists: Sequence[Any]) -> None:
+    """Raise ``ValueError`` unless there are as many of each as there are images."""
+    counts = {name: len(several) for name, several in lists.items()}
+    if len(set(counts.values())) > 1:
+        raise ValueError(f"{' and '.join(lists)} must be equally many, one for each image, got {counts}.")
+
+
+def _checked_seed(seed: SupportsIndex) -> int:
+    number = _optional_index(seed, "seed")
+    if number is None or not 0 <= number < _SEEDS:
+        raise ValueError(f"seed must be a whole number from 0 to {_SEEDS - 1}, got {seed!r}.")
+    return number
 
 
 def _optional_index(value: SupportsIndex | None, name: str) -> int | None:

@@ -36,7 +36,7 @@ class NetworkSource:
             if name != "auto" and not name.endswith(".safetensors"):
                 network_card(name)
         self.network = network
-        self._moved: dict[torch.device, RecoveryNetwork] = {}
+        self._moved: dict[torch.device, tuple[object, RecoveryNetwork]] = {}
 
     def __getstate__(self) -> dict[str, object]:
         """The state without the copies on other devices."""
@@ -67,9 +67,11 @@ class NetworkSource:
         assert isinstance(self.network, RecoveryNetwork)
         if next(self.network.parameters()).device == device:
             return self.network
-        if device not in self._moved:
-            self._moved[device] = copy.deepcopy(self.network).to(device)
-        return self._moved[device]
+        # what counts the changes of each tensor, so that weights that are trained on or loaded later are moved again
+        state = tuple((value.data_ptr(), value._version) for value in self.network.state_dict().values())
+        if device not in self._moved or self._moved[device][0] != state:
+            self._moved[device] = state, copy.deepcopy(self.network).to(device)
+        return self._moved[device][1]
 
 
 _LOCK = threading.Lock()

@@ -109,7 +109,8 @@ class DRDM:
             ``(B, D, *S)`` voxels of the images, float32, on the network's device; of their own grid if ``compact``.
 
         Raises:
-            ValueError: dimensions, channels, number of seeds or levels do not fit; images are not finite.
+            ValueError: dimensions, channels, number of seeds or levels do not fit; images, or predictions of the
+                network, are not finite.
         """
         self._check(images)
         grid = self._grid(images.shape[2:], spacing)
@@ -118,6 +119,8 @@ class DRDM:
             working = grid.image_to_working(images.to(self.device), self.network.card.input_range)
             ddf = self._diffuse(grid, level, seeds, images.shape[0])
             ddf = self._recover(working, ddf, levels_of_batch(level, images.shape[0], "DRDM"), callback, progress)
+            if self.sampler != "velocity" and not bool(torch.isfinite(ddf).all()):  # that sampler looks itself
+                raise ValueError(f"network {self.network.card.name!r} predicts NaN or infinity. Check its weights.")
             ddf = grid.ddf_to_compact(ddf) if compact else grid.ddf_to_full(ddf)
             # a field may fold on a coarser grid although it does not on the working grid
             return ddf if self.sampler == "reference" else mend_folds(ddf)

@@ -139,6 +139,8 @@ def network_card(name: str) -> NetworkCard:
     Raises:
         ValueError: unknown name; the message lists the known ones.
     """
+    if name == "auto":
+        raise ValueError(f"network 'auto' depends on the image. Name {_AUTO[2]} for 2D or {_AUTO[3]} for 3D here.")
     if name not in _CARDS:
         raise ValueError(
             f"network must be 'auto', one of {', '.join(list_networks())} or a .safetensors file, got {name!r}."

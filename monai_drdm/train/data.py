@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from monai_drdm.training.run_folder import is_run_folder
 _ITK_SUFFIXES = (".mha", ".mhd", ".nrrd", ".tif", ".tiff")
 _SUFFIXES = (".nii", ".nii.gz", ".png", ".jpg", ".jpeg", ".bmp", ".npy", *_ITK_SUFFIXES)
 _MIN_SIZE = 8
+_WEIGHTS = 1e-30, 1e30  # of scans; float32 holds their sums
 _EMPTY = 0.05  # slices whose standard deviation is below this share of their volume's are left out as empty
 
 
@@ -117,8 +117,11 @@ def _listed(datalist: Path, entry: Mapping[str, Any], where: str) -> Scan:
         scan = Scan(image, float(weight))
     except (OverflowError, TypeError, ValueError) as error:
         raise ValueError(f"{where}: weight must be a positive number, got {weight!r:.40} ({error}).") from None
-    if not 0 < scan.weight < math.inf:
-        raise ValueError(f"{where}: weight must be a positive number, got {scan.weight} for {scan.path}.")
+    if not _WEIGHTS[0] <= scan.weight <= _WEIGHTS[1]:
+        raise ValueError(
+            f"{where}: weight must be a positive number, {_WEIGHTS[0]:g} to {_WEIGHTS[1]:g}, got {scan.weight} for "
+            f"{scan.path}."
+        )
     return scan
 
 

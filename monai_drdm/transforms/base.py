@@ -136,7 +136,7 @@ class KeyedDeformation(TracedTransform, MapTransform):
         for _, mode, padding in present:
             check_modes(mode, padding, dims, type(self).__name__)
         self._check_points_and_boxes(result, dims, len(values[image_key]))
-        spaces = samples[image_key] if self.batched else [_known([one for (one,) in samples.values()])]
+        spaces = [_known(list(several)) for several in zip(*samples.values())]
         spacings = [spacing_of(one, self.pixdim, repr(image_key)) for one in spaces]
         valid = ValidData(result, repr(image_key), present, values, values[image_key], spaces, spacings)
         if self.notices.begin():
@@ -231,7 +231,8 @@ class KeyedDeformation(TracedTransform, MapTransform):
     ) -> None:
         moving = [i for i, one in enumerate(deformations) if one is not None]
         warper = _warper([one for one in deformations if one is not None])
-        affine = valid.spaces[0].affine if isinstance(valid.spaces[0], MetaTensor) and not self.batched else None
+        known = [one.affine for one in valid.spaces if isinstance(one, MetaTensor)]
+        affine = None if not known else torch.stack(known) if self.batched else known[0]
         for key, mode, padding in valid.image_keys:
             before, out = valid.data[key], _warp_some(valid.values[key], moving, warper, mode, padding)
             info = {"kind": "image", "mode": mode, "padding_mode": padding}
@@ -292,6 +293,8 @@ class KeyedDeformation(TracedTransform, MapTransform):
         result = wrap_like(before, out)
         if isinstance(result, MetaTensor):
             result.is_batch = True
+            if result.affine.ndim == 2:  # MONAI takes row i of the affine of a batch for that of sample i
+                result.affine = result.affine.expand(len(out), -1, -1).clone()
             result.applied_operations = [
                 known + self._records_of(one, i in moving, infos[i : i + 1])
                 for i, (known, one) in enumerate(zip(_operations(before, len(out)), out))

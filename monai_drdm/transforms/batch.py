@@ -171,7 +171,8 @@ def values_of_samples(data: Any, count: int, name: str) -> list[object]:
         TypeError: a value that has no hash that is the same in every process.
         ValueError: another number of values.
     """
-    values = list(data) if isinstance(data, (Sequence, np.ndarray, Tensor)) and not isinstance(data, str) else [data]
+    several = isinstance(data, (Sequence, np.ndarray, Tensor)) and not isinstance(data, str)
+    values = list(data) if several and getattr(data, "ndim", 1) > 0 else [data]
     if len(values) != count:
         raise ValueError(f"{name} must hold one value per sample: {count}, got {len(values)}.")
     for value in values:

@@ -67,6 +67,8 @@ class TracedTransform(InvertibleTransform):
             )
         if data.has_pending_operations:
             raise ValueError(f"{kind}.inverse: {name} has pending lazy operations. Apply them or invert them first.")
+        if data.is_batch:
+            raise ValueError(f"{kind}.inverse: {name} is a batch. Take it apart first (monai.data.decollate_batch).")
         operations = list(data.applied_operations)
         index = self._find(operations)
         if index is None:

@@ -7,6 +7,7 @@ import pickle
 import shutil
 import signal
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -343,6 +344,21 @@ def test_a_bank_is_of_one_network(tmp_path):
         DeformationBank.build(items, **options)
     bank = DeformationBank.build(items, **options, skip_failed=True)
     assert set(bank.failed) == {"volume"}
+
+
+def test_a_limit_may_be_written_as_a_whole_number_or_not(build, items, tmp_path):
+    """Also in a folder whose settings an earlier version wrote as they were given."""
+    for first, second in ((3, 3.0), (3.0, 3)):
+        folder = tmp_path / str(first)
+        build(items[:1], path=folder, max_displacement_mm=first, max_fold_fraction=first / 3)
+        assert len(build(items[:2], path=folder, max_displacement_mm=second, max_fold_fraction=second / 3)) == 2
+    settings = replace(DeformationBank(folder).settings, max_displacement_mm=3)
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / "bank.json").write_text(settings.to_json())
+    build(items[:1], path=old, max_displacement_mm=3.0, max_fold_fraction=1.0)
+    assert len(build(items[:2], path=old, max_displacement_mm=3, max_fold_fraction=1.0)) == 2
+    assert DeformationBank(old).entry(items[0]["name"], items[0]["image"])
 
 
 def test_limit_of_size(build, items, network, tmp_path):

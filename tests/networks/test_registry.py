@@ -103,3 +103,8 @@ def test_auto_network_fits_its_dimensions():
 def test_no_auto_network(dims):
     with pytest.raises(ValueError, match=f"no default network for {dims}D"):
         auto_network(dims)
+
+
+def test_auto_is_for_what_knows_the_image():
+    with pytest.raises(ValueError, match=r"'auto' depends on the image\. Name anatomy-2d for 2D or anatomy-3d for 3D"):
+        load_network("auto")

@@ -77,7 +77,7 @@ def test_weights_are_shares_of_files_not_of_slices(tmp_path):
     drawn = (bank.draw(400, torch.Generator().manual_seed(0)) * 255).round().to(torch.uint8)
     share = sum(bytes(image.numpy()) in first for image in drawn) / 400
     assert share == pytest.approx(0.75, abs=0.08)  # 3.7 standard deviations
-    for wrong in (0, -1, "nan"):
+    for wrong in (0, -1, "nan", 1e39):
         (tmp_path / "list.json").write_text(json.dumps({"training": [{"image": "a.nii", "weight": wrong}]}))
         with pytest.raises(ValueError, match="weight must be a positive number"):
             find_scans(tmp_path / "list.json")

@@ -279,3 +279,47 @@ def test_params_that_are_no_records(small_network, samples, params):
     batched, _ = both(small_network(2))
     with pytest.raises(TypeError, match="params must be"):
         batched(list_data_collate(samples), params=params)
+
+
+@pytest.mark.parametrize("prob", [0.0, 1.0])
+@pytest.mark.parametrize("affine", [None, torch.diag(torch.tensor([2.0, 3.0, 1.0, 1.0]))])
+def test_batches_with_one_affine_or_none_fall_apart_into_samples_with_theirs(scan, small_network, prob, affine):
+    """MONAI takes row ``i`` of what a batch has for an affine as that of sample ``i``."""
+    batch = {key: torch.stack([torch.as_tensor(scan((24, 28))[key])] * 3) for key in ("image", "label")}
+    if affine is not None:
+        batch = {key: MetaTensor(value, affine=affine) for key, value in batch.items()}
+    settings = {"mode": ["bilinear", "nearest"], "network": small_network(2), "steps": 1}
+    transform = BatchRandDRDMDeformd(["image", "label"], prob=prob, **settings).set_random_state(0)
+    out = transform(batch)
+    expected = torch.eye(4, dtype=torch.float64) if affine is None else affine.double()
+    for one in decollate_batch(out):
+        for key in ("image", "label"):
+            torch.testing.assert_close(one[key].affine.double(), expected)
+        again = RandDRDMDeformd(["image", "label"], prob=1.0, **settings)(one)
+        torch.testing.assert_close(again["image"].affine.double(), expected)
+        torch.testing.assert_close(transform.inverse(one)["image"].affine.double(), expected)
+    with pytest.raises(ValueError, match=r"inverse: 'image' is a batch\. Take it apart first"):
+        transform.inverse(out)
+
+
+@pytest.mark.parametrize("plain", ["image", "label"])
+def test_plain_tensors_beside_images_with_affines_get_these(samples, small_network, plain):
+    batch = list_data_collate([{key: one[key] for key in ("image", "label")} for one in samples])
+    affines = torch.stack([one[plain].affine for one in samples])
+    batch[plain] = batch[plain].as_tensor()
+    settings = {"mode": ["bilinear", "nearest"], "prob": 1.0, "network": small_network(2), "steps": 1}
+    transform = BatchRandDRDMDeformd(["image", "label"], **settings)
+    out = transform(batch)
+    torch.testing.assert_close(out[plain].affine, affines)
+    torch.testing.assert_close(transform(out)[plain].affine, affines)
+    for one, affine in zip(decollate_batch(out), affines):
+        torch.testing.assert_close(one[plain].affine, affine)
+
+
+def test_a_seed_of_one_sample_may_be_a_number_in_a_tensor(scan, small_network):
+    one = scan((24, 28))
+    batch = {"image": torch.as_tensor(one["image"])[None], "seed": torch.tensor(5)}
+    options = {"prob": 1.0, "network": small_network(2), "steps": 1, "seed_key": "seed"}
+    found = BatchRandDRDMDeformd(["image"], **options)(batch)["image"][0]
+    expected = RandDRDMDeformd(["image"], **options)({"image": torch.as_tensor(one["image"]), "seed": torch.tensor(5)})
+    torch.testing.assert_close(found.as_tensor(), expected["image"].as_tensor(), atol=1e-4, rtol=0)

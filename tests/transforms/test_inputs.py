@@ -123,6 +123,11 @@ def test_pixdim_goes_with_data_that_were_turned(small_network, scan, turn):
     assert transform.last.spacing == tuple(spacing[n] for n in image.shape[1:])
 
 
+def test_a_single_number_is_no_pixdim(small_network):
+    with pytest.raises(TypeError, match=r"pixdim must be 2 or 3 numbers in mm, one for each spatial axis, got 1\.0"):
+        RandDRDMDeform(small_network(2), pixdim=1.0)
+
+
 def test_pixdim_does_not_replace_an_affine(small_network, scan):
     image = MetaTensor(scan((16, 18, 7))["image"], affine=torch.diag(torch.tensor([-1.0, 1.0, 3.0, 1.0])))
     transform = RandDRDMDeform(small_network(3), prob=1.0, pixdim=(1.0, 2.0, 5.0))
