@@ -212,7 +212,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                 folds = 100 * np.mean([row["fold_fraction"] for row in mine])
                 seconds = np.median([row["cpu_s"] for row in mine])
                 lines.append(
-                    f"| {name} | {split} | {key} | {len(mine)} | {np.mean(dice):.1f} ± {np.std(dice):.1f} "
+                    f"| {name} | {split} | {key} | {len(mine)} | {np.mean(dice):.1f} ± {np.std(dice, ddof=1):.1f} "
                     f"| {hd95:.2f} | {folds:.3f} | {seconds:.1f} |"
                 )
     return "\n".join(lines)
