@@ -37,9 +37,9 @@ class AugmentSettings(DatasetSettings):
     """Number of the image, counted from 0, that the network sees. Its field moves all images of the case."""
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "levels", tuple(float(level) for level in self.levels))
         for level in self.levels:
             self.transform(level, ["image"])  # wrong arguments fail before the first file is read
+        object.__setattr__(self, "levels", tuple(float(level) for level in self.levels))
         if not self.levels or len({f"{level:g}" for level in self.levels}) != len(self.levels):
             raise ValueError(f"levels must be one or more numbers that differ in six digits, got {self.levels}.")
         if self.draws < 1:

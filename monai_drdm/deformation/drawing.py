@@ -270,9 +270,8 @@ class FieldDrawer:
 def _check_limits(options: AllDrawOptions) -> None:
     """Check the fold policy, the limits and the slice axis."""
     on_fold, share, limit = options["on_fold"], options["max_fold_fraction"], options["max_displacement_mm"]
-    for name, number in {"max_fold_fraction": share, "max_displacement_mm": 1.0 if limit is None else limit}.items():
-        if not isinstance(number, Real) or isinstance(number, bool):
-            raise TypeError(f"{name} must be a number, got {number!r}.")
+    share = _number(share, "max_fold_fraction")
+    limit = None if limit is None else _number(limit, "max_displacement_mm")
     if on_fold not in FOLD_POLICIES:
         raise ValueError(f"on_fold must be one of {FOLD_POLICIES}, got {on_fold!r}.")
     if not 0.0 <= share <= 1.0:
@@ -282,6 +281,15 @@ def _check_limits(options: AllDrawOptions) -> None:
     axis = _optional_index(options["slice_axis"], "slice_axis")
     if axis not in (None, 0, 1, 2):
         raise ValueError(f"slice_axis must be the spatial axis 0, 1 or 2 of a volume, or None, got {axis!r}.")
+
+
+def _number(value: object, name: str) -> float:
+    if not isinstance(value, Real) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a number, got {value!r}.")
+    try:
+        return float(value)
+    except OverflowError:  # of a whole number
+        return math.inf
 
 
 def _sample(
