@@ -17,8 +17,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from common.scans import data_folder
 
-GROUPS = {"pool, 1-20": (1, 20), "pool, 21-40": (21, 40), "pool, 41-60": (41, 60), "validation": (61, 70)}
-GROUPS["test"] = (71, 80)
+GROUPS = {
+    "pool, 1-20": (1, 20),
+    "pool, 21-40": (21, 40),
+    "pool, 41-60": (41, 60),
+    "validation": (61, 70),
+    "test": (71, 80),
+}
 MUSCLE, CAVITY = 2, 3
 
 
@@ -34,9 +39,8 @@ def main() -> None:
             full, empty = ((patient == number) & (phase == one) for one in (0, 1))
             ejected.append(1 - volume[CAVITY][empty].sum() / volume[CAVITY][full].sum())
             muscle.append(volume[MUSCLE][full].sum() / volume[CAVITY][full].sum())
-        print(
-            f"| {name} | " + " | ".join(f"{np.mean(v):.2f} ± {np.std(v, ddof=1):.2f}" for v in (ejected, muscle)) + " |"
-        )
+        cells = [f"{np.mean(values):.2f} ± {np.std(values, ddof=1):.2f}" for values in (ejected, muscle)]
+        print(f"| {name} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":

@@ -140,7 +140,8 @@ class DeformationBank:
         Raises:
             FileExistsError: the folder holds a bank with other settings, or something else.
             OSError: the folder cannot be written. Finished fields stay, and the same call continues from there.
-            ValueError: an image does not fit, two images of one identity, or more than ``max_bytes``.
+            ValueError: an item cannot be loaded, an image does not fit, two images of one identity, images of different
+                dimensions, or more than ``max_bytes``.
         """
         part, parts = check_shard(shard)
         bank = cls.on_demand(path, **options)

@@ -68,7 +68,8 @@ class NetworkSource:
         if next(self.network.parameters()).device == device:
             return self.network
         # what counts the changes of each tensor, so that weights that are trained on or loaded later are moved again
-        state = tuple((value.data_ptr(), value._version) for value in self.network.state_dict().values())
+        tensors = self.network.state_dict().values()
+        state = tuple((one.data_ptr(), 0 if one.is_inference() else one._version) for one in tensors)
         if device not in self._moved or self._moved[device][0] != state:
             self._moved[device] = state, copy.deepcopy(self.network).to(device)
         return self._moved[device][1]

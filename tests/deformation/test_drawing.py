@@ -120,6 +120,8 @@ def test_weights_that_change_are_moved_to_the_device_again(small_network):
     assert source.load(2, device) is first
     network.load_state_dict({name: value + 1 for name, value in network.state_dict().items()})
     assert source.load(2, device) is not first
+    with torch.inference_mode():  # whose tensors count no changes
+        assert NetworkSource(small_network(2)).load(2, device).card.name == "untrained-2d"
 
 
 def test_networks_that_predict_no_numbers_are_named(small_network):
