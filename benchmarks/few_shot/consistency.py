@@ -4,8 +4,8 @@ A mean teacher predicts labels of unlabelled images; the network that learns mus
 them: other intensities, CutMix, and, by arm, another pose or a deformation that moves image, label and confidence
 together. Labelled images have poses, as in ``segmentation.py``, which has the protocols. First every arm chooses its
 strength on validation subjects, all with the same number of trials; then the chosen settings are trained with other
-labelled subjects and judged on test subjects with the weights of the last iteration. Every training is a row; those
-with a row are skipped, so a stopped command goes on.
+labelled subjects and judged on test subjects with the weights of the last iteration. Arm ``alone`` is the same training
+without the unlabelled images. Every training is a row; those with a row are skipped, so a stopped command goes on.
 
     python benchmarks/few_shot/consistency.py search --arms none poses drdm elastic random
     python benchmarks/few_shot/consistency.py run --arms none drdm --subjects 1 3 5
@@ -134,7 +134,7 @@ STRENGTHS: dict[str, dict[str, tuple[tuple[float, float], ...]]] = {
 
 PLACES: dict[str, tuple[str, ...]] = {"acdc": ("both", "labelled"), "hippocampus": (), "ixi": ()}
 """Where else fields may enter, tried with the strength that was best in strong views."""
-ARMS = ("none", "poses", "elastic", "random", "drdm", "drdm-tuned")
+ARMS = ("alone", "none", "poses", "elastic", "random", "drdm", "drdm-tuned")
 
 
 class Data:
@@ -245,24 +245,29 @@ def train(
     trusted = 0.0
     for iteration in tqdm(range(1, recipe.iterations + 1), desc=f"{view} {count} subjects seed {seed}", mininterval=20):
         image, label = labelled_batch(few, view, recipe.labelled_batch, generator)
-        weak, strong, position = unlabelled_views(many, view, recipe.unlabelled_batch, generator)
-        guess, confidence = pseudo_labels(teacher, weak, position)
-        strong = change_appearance(strong, generator, recipe.strong)
-        counts = (confidence >= recipe.confidence).float()
-        strong, guess, counts = mix(cutmix, recipe.cutmix, generator, strong, guess, counts)
+        inputs = [image]
+        if recipe.weight:
+            weak, strong, position = unlabelled_views(many, view, recipe.unlabelled_batch, generator)
+            guess, confidence = pseudo_labels(teacher, weak, position)
+            strong = change_appearance(strong, generator, recipe.strong)
+            counts = (confidence >= recipe.confidence).float()
+            strong, guess, counts = mix(cutmix, recipe.cutmix, generator, strong, guess, counts)
+            inputs.append(strong)
+            trusted += float(counts.mean()) / recipe.iterations
         for group in optimiser.param_groups:
             group["lr"] = recipe.learning_rate * (1 - (iteration - 1) / recipe.iterations) ** recipe.power
         network.train()
         with autocast():
-            logits = network(torch.cat([image, strong])).float()
-        learned, guessed = logits.split([len(image), len(strong)])
-        weight = recipe.weight * min(1.0, iteration / recipe.ramp)
+            logits = network(torch.cat(inputs)).float()
+        loss = supervised(logits[: len(image)], label)
+        if recipe.weight:
+            weight = recipe.weight * min(1.0, iteration / recipe.ramp)
+            loss = loss + weight * unlabelled_loss(logits[len(image) :], guess, counts)
         optimiser.zero_grad(set_to_none=True)
-        (supervised(learned, label) + weight * unlabelled_loss(guessed, guess, counts)).backward()
+        loss.backward()
         nn.utils.clip_grad_norm_(network.parameters(), 5.0)
         optimiser.step()
         teacher.update_parameters(network)
-        trusted += float(counts.mean()) / recipe.iterations
         if iteration % (recipe.iterations // 8) == 0:
             found = mean_dice(protocol, teacher.module, "validation").values()
             curve.append(sum(found) / len(found))
@@ -286,7 +291,7 @@ class Trainings:
 
     def key(self, what: str, arm: str, view: View, count: int, seed: int) -> dict[str, Any]:
         """What names a row."""
-        recipe = self._recipe(what)
+        recipe = self._recipe(what, arm)
         return {
             "what": what,
             "protocol": self.protocol.name,
@@ -298,15 +303,15 @@ class Trainings:
             "network": self.fields.name_for(view.fields, self.protocol) if view.fields else "",
         }
 
-    def _recipe(self, what: str) -> Recipe:
-        short = round(self.recipe.iterations * SEARCHED)
-        return replace(self.recipe, iterations=short) if what == "search" else self.recipe
+    def _recipe(self, what: str, arm: str) -> Recipe:
+        recipe = replace(self.recipe, weight=0.0) if arm == "alone" else self.recipe
+        return replace(recipe, iterations=round(recipe.iterations * SEARCHED)) if what == "search" else recipe
 
     def train(self, what: str, arm: str, view: View, count: int, seed: int) -> dict[str, Any]:
         """The row of a training, which is made unless it is there."""
         key = self.key(what, arm, view, count, seed)
         if not has(ROWS, key):
-            network, story = train(self.protocol, self._recipe(what), view, self.pose, count, seed, self.fields)
+            network, story = train(self.protocol, self._recipe(what, arm), view, self.pose, count, seed, self.fields)
             if what == "test":
                 story |= judge(self.protocol, network)
             append_rows(ROWS, key | story | machine())
@@ -318,11 +323,19 @@ class Trainings:
         return sum(found) / len(found)
 
     def chosen(self, arm: str) -> View:
-        """The best view of an arm on validation subjects; its trainings are made unless they are there."""
-        if arm in ("none", "poses"):
+        """The best view of an arm on validation subjects; its trainings are made unless they are there.
+
+        Brains take that of hippocampi, which are 3D scans of heads too, with fields that move them as far, by rank.
+        """
+        if arm in ("alone", "none", "poses"):
             return View(posed=arm == "none")
         if arm == "drdm-tuned":
             return replace(self.chosen("drdm"), fields=arm)
+        if self.protocol.name == "ixi":
+            view = Trainings(PROTOCOLS["hippocampus"], self.fields).chosen(arm)
+            rank = STRENGTHS["hippocampus"][view.fields].index((view.low, view.high))
+            low, high = STRENGTHS["ixi"][view.fields][rank]
+            return replace(view, low=low, high=high)
         posed = self.validation("none", View()) >= self.validation("poses", View(posed=False))
         strengths = [View(arm, posed, low, high) for low, high in STRENGTHS[self.protocol.name][arm]]
         best = max(strengths, key=lambda view: self.validation(arm, view))
@@ -404,18 +417,24 @@ def test_table(rows: list[Row], supervised: list[Row]) -> str:
         for (count, arm), found in sorted(_grouped(group, "subjects", "arm").items()):
             dice = 100 * np.array([by_structure(row, "dice") for row in sorted(found, key=lambda row: row["seed"])])
             each = " / ".join(f"{value:.1f}" for value in dice.mean(1))
-            cells = [f"{arm}, {kind}", f"{len(found)}", spread(dice.mean(1)), each, *(spread(one) for one in dice.T)]
+            name = "the same training, labelled scans only" if arm == "alone" else f"{arm}, {kind}"
+            cells = [name, f"{len(found)}", spread(dice.mean(1)), each, *(spread(one) for one in dice.T)]
             lines.append(f"| {count} | {' | '.join(cells)} | {np.median([row['seconds'] for row in found]):.0f} |")
     return "\n".join(lines)
 
 
 def comparison(rows: list[Row], supervised: list[Row]) -> str:
-    """Every arm minus consistency without deformation, and that minus poses on labelled scans alone."""
+    """Every arm minus consistency without deformation, and that minus trainings on labelled scans alone."""
     lines = ["| labelled | arm | minus | Dice points | by draw | p, patients |", "|" + "---|" * 6]
     groups, alone = _grouped(rows, "subjects", "arm"), _grouped(supervised, "subjects", "arm")
     for (count, arm), ours in sorted(groups.items()):
+        if arm == "alone":
+            continue
         base = arm in ("none", "poses")
-        others = {"labelled scans only, poses": alone.get((count, "affine"))} if base else {}
+        others = {}
+        if base:
+            others["labelled scans only, poses"] = alone.get((count, "affine"))
+            others["the same training, labelled scans only"] = groups.get((count, "alone"))
         others |= {other: groups.get((count, other)) for other in ("none", "poses", "elastic", "random") if not base}
         for name, theirs in others.items():
             seeds = {row["seed"] for row in ours} & {row["seed"] for row in theirs or []}
