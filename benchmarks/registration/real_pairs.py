@@ -151,7 +151,7 @@ def table(rows: list[dict[str, Any]]) -> str:
                     added = "" if variant == START else f"{np.mean(apart):+.1f}"
                     same = [r for r in mine if (r["affine"], r["rounds"]) == (affine, rounds)]
                     folds = 100 * float(np.mean([r["fold_fraction"] for r in same]))
-                    spread = f" ± {np.std(means):.1f}" if len(means) > 1 else ""
+                    spread = f" ± {np.std(means, ddof=1):.1f}" if len(means) > 1 else ""
                     lines.append(
                         f"| {name} | {steps or ''} | {variant} | {'affine' if affine else 'as it is'} | {rounds} "
                         f"| {len(means)} | {np.mean(means):.1f}{spread} | {added} | {p} | {folds:.3f} |"

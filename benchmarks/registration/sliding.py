@@ -208,7 +208,8 @@ def _judged_table(rows: list[dict[str, Any]], phantom: str) -> list[str]:
         mine = [r for r in rows if (r.get("budget_s", 0), r.get("steps", 0), r["network"]) == (seconds, steps, name)]
 
         def shown(values: list[float], digits: int = 2) -> str:
-            return f"{np.mean(values):.{digits}f} ± {np.std(values):.{digits}f}"
+            spread = f" ± {np.std(values, ddof=1):.{digits}f}" if len(values) > 1 else ""
+            return f"{np.mean(values):.{digits}f}{spread}"
 
         share = [[100 * r["separability"][DISTANCES.index(p)] for r in mine] for p in (1, 4)]
         cpu, folds = (np.mean([r[key] for r in mine]) for key in ("cpu_s", "fold_percent"))

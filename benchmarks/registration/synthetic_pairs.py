@@ -8,6 +8,7 @@
 | `drdm-plain` | the same, but the network sees the images only, not the forces of demons between them |
 | `real` | real pairs, unsupervised: local cross-correlation |
 | `drdm-real` | pairs by DRDM, then real ones unsupervised |
+| `smooth-pyramid` and so on | the same pairs; a pyramid, which registers what an affine map has aligned |
 | `identity`, `demons`, `bspline` | nothing: SimpleITK's symmetric-forces demons and B-spline registration |
 
 Demons and B-splines are those of ``baselines.py``. Their rows that are there were measured with plainer
@@ -65,6 +66,7 @@ from table import ARMS, BASELINES, by_structure, comparisons, figure, table
 PATH = Path(__file__).parent / "synthetic_pairs.jsonl"
 MEASURES = ("dice", "hd95", "fold_fraction", "inverse_consistency_vox", "seconds")
 PAIR_ARMS = ("drdm", "random", "smooth")
+PYRAMID = "pyramid"
 Register = Callable[[Tensor, Tensor], Tensor]
 ROUNDS = (1, 2, 3, 4, 6)
 _EPOCH = 100
@@ -187,8 +189,10 @@ def train(name: str, work: Path, arm: str, seed: int) -> Path:
         "warmup_steps": 50,
         "folding_weight": 0.0,  # the same for all arms; the table says how much they fold
     }
-    if arm.removesuffix("-plain") in PAIR_ARMS:
-        settings |= {"pairs": str(folder / f"pairs-{arm.removesuffix('-plain')}"), "forces": not arm.endswith("-plain")}
+    source, _, kind = arm.partition("-")
+    if source in PAIR_ARMS and kind != "real":
+        settings |= {"pairs": str(folder / f"pairs-{source}"), "forces": kind != "plain"}
+        settings |= {"network": PYRAMID} if kind == PYRAMID else {}
     else:
         settings |= {"images": str(folder / "pool" / "images"), "labels": str(folder / "pool" / "labels")}
     if arm == "drdm-real":
@@ -228,7 +232,7 @@ def chosen_rounds(name: str, arm: str) -> int:
 def _method(name: str, work: Path, arm: str, seed: int, rounds: int) -> Register:
     if arm in ARMS:
         network = load_registration(train(name, work, arm, seed))
-        return lambda moving, fixed: register(network, moving, fixed, rounds=rounds)
+        return lambda moving, fixed: register(network, moving, fixed, rounds=rounds, affine=arm.endswith(PYRAMID))
     return {"identity": nothing, "demons": demons, "bspline": bspline}[arm]
 
 

@@ -10,7 +10,9 @@ from scipy.stats import wilcoxon
 
 BASELINES = ("identity", "demons", "bspline")
 ARMS = ("smooth", "random", "drdm", "drdm-plain", "real", "drdm-real")
+ARMS += ("smooth-pyramid", "random-pyramid", "drdm-pyramid")
 COMPARED = (("drdm", "smooth"), ("drdm", "random"), ("drdm", "real"), ("drdm-real", "drdm"), ("drdm-real", "real"))
+COMPARED += (("drdm-pyramid", "smooth-pyramid"), ("drdm-pyramid", "random-pyramid"))
 Row = dict[str, Any]
 
 
@@ -24,7 +26,7 @@ def table(rows: list[Row]) -> str:
         seeds = sorted({r["seed"] for r in mine})
         by_pair = [[_dice(r) for r in mine if r["seed"] == seed] for seed in seeds]
         means = [float(np.mean(one)) for one in by_pair]
-        spread = np.std(by_pair[0]) if len(seeds) == 1 else np.std(means)
+        spread = np.std(by_pair[0] if len(seeds) == 1 else means, ddof=1)
         hd95 = np.nanmean([np.nanmean(r["hd95"]) for r in mine])
         folds = 100 * np.mean([r["fold_fraction"] for r in mine])
         back = [r["inverse_consistency_vox"] for r in mine]
