@@ -1,18 +1,23 @@
-"""Copy a trained network into the package, under a name that is in the registry.
+"""Copy a trained network into the package, under a name that is in one of the registries.
 
 Its card is that of the registry without the measured gates, so that later measurements do not change the file.
 Prints the hash to pin in the registry.
 
     python tools/ship_network.py run/network.safetensors anatomy-2d
+    python tools/ship_network.py run/network.safetensors registration-3d
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
+from collections.abc import Callable
 from pathlib import Path
 
 from monai_drdm.networks import load_network, network_card, NetworkCard, save_network
 from monai_drdm.networks.registry import shipped_file
+from monai_drdm.registration import list_registrations, load_registration, registration_card, save_registration
+from monai_drdm.registration.registry import registration_file
 
 LIMIT_BYTES = 4_000_000
 
@@ -22,12 +27,18 @@ def main() -> None:
     parser.add_argument("network", type=Path, help="trained .safetensors file")
     parser.add_argument("name", help="name in the registry")
     options = parser.parse_args()
-    network, card, path = load_network(options.network), network_card(options.name), shipped_file(options.name)
+    ship = ship_registration if options.name in list_registrations() else ship_recovery
+    print(ship(options.network, options.name))
+
+
+def ship_recovery(trained: Path, name: str) -> str:
+    """Ship a network that deforms; its hash."""
+    network, card, path = load_network(trained), network_card(name), shipped_file(name)
     if path is None:
-        raise SystemExit(f"{options.name} is published elsewhere.")
-    trained = network.card
-    if (trained.kind, trained.channels, trained.working_size) != (card.kind, card.channels, card.working_size):
-        raise SystemExit(f"{options.network} is another network than the registry's {options.name}: {trained}")
+        raise SystemExit(f"{name} is published elsewhere.")
+    found = network.card
+    if (found.kind, found.channels, found.working_size) != (card.kind, card.channels, card.working_size):
+        raise SystemExit(f"{trained} is another network than the registry's {name}: {found}")
     network.card = NetworkCard(
         card.name,
         card.kind,
@@ -40,13 +51,28 @@ def main() -> None:
         licence=card.licence,
         training_data=card.training_data,
     )
+    return shipped(path, lambda new: save_network(network, new))
+
+
+def ship_registration(trained: Path, name: str) -> str:
+    """Ship a network that registers; its hash."""
+    network, card = load_registration(trained), registration_card(name)
+    if network.structure.spatial_dims != card.spatial_dims:
+        raise SystemExit(f"{trained} is another network than the registry's {name}: {network.structure}")
+    return shipped(registration_file(name), lambda new: save_registration(network, new))
+
+
+def shipped(path: Path, save: Callable[[Path], object]) -> str:
+    """Write a file of the package, if it is small enough; its hash."""
+    path.parent.mkdir(exist_ok=True)
     new = path.with_name(f"new-{path.name}")
-    digest, size = save_network(network, new), new.stat().st_size
+    save(new)
+    size = new.stat().st_size
     if size > LIMIT_BYTES:
         new.unlink()
-        raise SystemExit(f"{options.network} needs {size} bytes, more than {LIMIT_BYTES}.")
+        raise SystemExit(f"{path.name} would have {size} bytes, more than {LIMIT_BYTES}.")
     new.replace(path)
-    print(digest)
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 if __name__ == "__main__":

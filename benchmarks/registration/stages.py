@@ -1,12 +1,10 @@
 """What do an affine start and refinement on the pair add, to a network and to methods without one?
 
-Pairs of ``synthetic_pairs.py``, whose folders this script shares: run its ``pairs`` and ``train`` first, or
-name any network. All methods get the same images; with ``affine`` they begin from the same affine map. With ``masks``,
-they compare only what is in the foreground of the images, as the same masks say, and all begin from the affine map
-between what the masks enclose.
+Pairs of scans as in ``synthetic_pairs.py``, whose folders this script shares. All methods get the same images; with
+``affine`` they begin from the same affine map. With ``masks``, they compare only what is in the foreground of the
+images, as the same masks say, and all begin from the affine map between what the masks enclose.
 
-    python benchmarks/registration/stages.py --set hippocampus --work DIR --network RUN/network.safetensors
-    python benchmarks/registration/stages.py --pools pools.json --work DIR    # what the network learned from
+    python benchmarks/registration/stages.py --set hippocampus --work DIR --network registration-3d
     python benchmarks/registration/stages.py --table
     python benchmarks/registration/stages.py --figure docs/images/registration_time.png
 
@@ -16,7 +14,7 @@ Rows are in ``stages.jsonl``; what is there is not measured again.
 from __future__ import annotations
 
 import argparse
-import json
+import hashlib
 import sys
 import time
 from collections.abc import Callable
@@ -39,6 +37,7 @@ from monai_drdm.registration import (
     refinement,
     register,
 )
+from monai_drdm.registration.registry import registration_file
 from monai_drdm.registration.similarity import LocalCorrelation
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
@@ -51,6 +50,7 @@ PATH = Path(__file__).parent / "stages.jsonl"
 Method = Callable[..., Tensor]
 """Takes the moving and the fixed image, and their ``masks`` or None."""
 MASKED = ", masks"
+STEPS = (6, 12, 30, 60)
 BY_OTHERS: dict[str, Method] = {"demons": demons, "B-splines": bspline, "SyN": syn}
 ORDER = ("nothing", "affine", f"affine{MASKED}", "SimpleITK's affine", f"SimpleITK's affine{MASKED}", "demons")
 ORDER += tuple(f"affine, {name}{end}" for name in BY_OTHERS for end in ("", MASKED))
@@ -65,26 +65,27 @@ ORDER += (
     "network",
     "affine, network",
 )
-ORDER += ("affine, network, refine 30", "affine, network, refine 60")
+ORDER += tuple(f"affine, network, refine {n}" for n in STEPS)
 MEASURES = ("dice", "hd95", "fold_fraction", "seconds")
 _OTHERS = ("demons", "affine, demons", "affine, SyN")
 COMPARED: dict[str, tuple[str, ...]] = {
     "affine, refine 6": _OTHERS,
     "affine, refine 12": _OTHERS,
     "affine, refine 30": (*_OTHERS, "affine, refine 30, one grid"),
-    "affine, network": ("affine, refine 6",),
-    "affine, network, refine 30": ("affine, refine 30",),
-    "affine, network, refine 60": ("affine, refine 60",),
+    "affine, network": ("demons", "affine, refine 6"),
+    **{f"affine, network, refine {n}": (f"affine, refine {n}",) for n in STEPS},
 }
 """What is compared with what, pair by pair."""
 TITLES = {"ixi": "brains at 4 mm", "hippocampus": "hippocampi at 1 mm", "ixi-2mm": "brains at 2 mm"}
 FIGURE: dict[str, tuple[str, tuple[str, ...]]] = {
     "affine map, then refinement in 6, 12, 30, 60 steps": (
         "o-",
-        ("affine", *(f"affine, refine {n}" for n in (6, 12, 30, 60))),
+        ("affine", *(f"affine, refine {n}" for n in STEPS)),
     ),
-    "affine map and network": ("^", ("affine, network",)),
-    "affine map, network, 30 and 60 steps": ("^-", ("affine, network, refine 30", "affine, network, refine 60")),
+    "affine map and network, then 6, 12, 30, 60 steps": (
+        "^-",
+        ("affine, network", *(f"affine, network, refine {n}" for n in STEPS)),
+    ),
     "SimpleITK's demons": ("s", ("demons",)),
     "affine map and demons": ("D", ("affine, demons",)),
     "affine map and ANTs' SyN": ("v", ("affine, SyN",)),
@@ -142,7 +143,7 @@ def refined_with_masks(similarity: bool) -> Method:
     return run
 
 
-def methods(weights: Path | None) -> dict[str, Method]:
+def methods(weights: str | None) -> dict[str, Method]:
     """All that are compared, by name."""
     found = {
         "nothing": nothing,
@@ -151,15 +152,14 @@ def methods(weights: Path | None) -> dict[str, Method]:
         "demons": demons,
         **{f"affine, {name}": after_affine(method) for name, method in BY_OTHERS.items()},
         "affine, refine 30, one grid": refined_on_one_grid,
-        **{f"affine, refine {n}": by_network(None, affine=True, refine=n) for n in (6, 12, 30, 60)},
+        **{f"affine, refine {n}": by_network(None, affine=True, refine=n) for n in STEPS},
     }
     if weights is not None:
         network = load_registration(weights)
         found |= {
-            "network": by_network(network, rounds=2),
-            "affine, network": by_network(network, rounds=2, affine=True),
-            "affine, network, refine 30": by_network(network, rounds=2, affine=True, refine=30),
-            "affine, network, refine 60": by_network(network, rounds=2, affine=True, refine=60),
+            "network": by_network(network),
+            "affine, network": by_network(network, affine=True),
+            **{f"affine, network, refine {n}": by_network(network, affine=True, refine=n) for n in STEPS},
         }
     masked = ("SimpleITK's affine", *(f"affine, {name}" for name in BY_OTHERS))
     found |= {f"{key}{MASKED}": found[key] for key in masked}
@@ -168,9 +168,10 @@ def methods(weights: Path | None) -> dict[str, Method]:
     return found | {f"affine, refine 30{MASKED}": refined_with_masks(similarity=True)}
 
 
-def measure(name: str, split: str, work: Path, weights: Path | None, chosen: list[str], count: int) -> None:
+def measure(name: str, split: str, work: Path, weights: str | None, chosen: list[str], count: int) -> None:
     """Register the next image of a split to every one, by each method whose rows are not there."""
     there = {(row["set"], row["split"], row["method"], row["pair"]) for row in read_rows(PATH)}
+    digest = "" if weights is None else hashlib.sha256(registration_file(weights).read_bytes()).hexdigest()
     for pair in pairs_in(work / name / split, count):
         images = pair.images
         masks = foreground(images.moving, pair.moving_inside), foreground(images.fixed, images.inside)
@@ -186,18 +187,8 @@ def measure(name: str, split: str, work: Path, weights: Path | None, chosen: lis
                 "method": key,
                 "pair": pair.name,
                 "cpu_s": time.process_time() - began,
-            }
+            } | ({"network": digest} if "network" in key else {})
             append_rows(PATH, row | {measure: getattr(score, measure) for measure in MEASURES})
-
-
-def write_pools(path: Path, work: Path) -> None:
-    """A datalist of the pools of both sets, a group each, to train a network on real pairs."""
-    entries = []
-    for name in ("ixi", "hippocampus"):
-        prepare(name, work)
-        files = sorted((work / name / "pool" / "images").iterdir())
-        entries += [{"image": str(file.absolute()), "group": name} for file in files]
-    path.write_text(json.dumps({"training": entries}, indent=1) + "\n", encoding="utf-8")
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -274,21 +265,17 @@ def main() -> None:
         "--work", type=Path, default=Path("synthetic_registration"), help="folder of synthetic_pairs.py"
     )
     parser.add_argument("--split", choices=("validation", "test"), default="validation")
-    parser.add_argument("--network", type=Path, help="network.safetensors")
+    parser.add_argument("--network", help="name of a network, or network.safetensors")
     parser.add_argument("--methods", nargs="+", default=[], help="default: all")
     parser.add_argument("--pairs", type=int, default=1000, help="of the split, at most")
     parser.add_argument("--table", action="store_true", help="print the rows that are there")
     parser.add_argument("--figure", type=Path, metavar="FILE", help="draw the rows that are there and stop")
-    parser.add_argument("--pools", type=Path, metavar="FILE", help="write a datalist of both pools and stop")
     args = parser.parse_args()
     if args.table:
         print(table(read_rows(PATH)), comparison(read_rows(PATH)), sep="\n\n")
         return
     if args.figure:
         figure(read_rows(PATH)).savefig(args.figure, dpi=130)
-        return
-    if args.pools:
-        write_pools(args.pools, args.work)
         return
     torch.set_num_threads(1)
     prepare(args.set, args.work)
