@@ -46,7 +46,8 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("moving", type=named_path, help="image to move (NIfTI, .mha, .nrrd, .png)")
     parser.add_argument("fixed", type=named_path, help="image that it is brought onto, and whose grid results have")
     parser.add_argument(
-        "--network", help="network.safetensors of a run that trained a registration network (default: none)"
+        "--network",
+        help="registration-3d, or network.safetensors of a run that trained a registration network (default: none)",
     )
     parser.add_argument("--labels", type=named_path, help="label map of the moving image (default: none)")
     parser.add_argument(

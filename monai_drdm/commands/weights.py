@@ -11,6 +11,7 @@ from pathlib import Path
 from monai_drdm.commands.arguments import Commands, named_path
 from monai_drdm.documents import NO_BETTER
 from monai_drdm.networks.registry import known_file, list_networks, list_published, network_card, weights_folder
+from monai_drdm.registration.registry import list_registrations, registration_card
 
 
 def add_parser(commands: Commands) -> None:
@@ -42,6 +43,9 @@ def run_list(_: argparse.Namespace) -> int:
         path = known_file(name)
         state = "not here" if not path.is_file() else "here" if path.parent == folder else "in the package"
         print(f"{name}  {card.spatial_dims}D  {card.kind}  working size {card.working_size}  {card.licence}  [{state}]")
+    for name in list_registrations():
+        shipped = registration_card(name)
+        print(f"{name}  {shipped.spatial_dims}D  registration  {shipped.licence}  [in the package]")
     return 0
 
 
@@ -66,8 +70,14 @@ def run_verify(options: argparse.Namespace) -> int:
     """Read networks completely, compare the hashes of known ones with the registry, and draw a field with each."""
     from monai_drdm.diffusion.trial import check_draws
     from monai_drdm.networks.weights import read_network
+    from monai_drdm.registration import load_registration
 
     for name in options.network:
+        if name in list_registrations():
+            load_registration(name)  # pinned by its hash, so it is whole if it can be read
+            shipped = registration_card(name)
+            print(f"{name}  ok  registration {shipped.spatial_dims}D  sha256 {shipped.sha256}")
+            continue
         known = name in list_networks()
         path = known_file(name) if known else Path(name)
         expected = network_card(name).sha256 if known else ""

@@ -13,6 +13,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load as parse_safetensors
 from safetensors.torch import save as to_safetensors
+from torch import Tensor
 
 from monai_drdm.documents import Document
 from monai_drdm.networks.base import RecoveryNetwork
@@ -50,31 +51,49 @@ def read_network(path: Path, sha256: str | None = None) -> RecoveryNetwork:
         FileNotFoundError: no such file.
         ValueError: a wrong hash, or not intact weights of a known network.
     """
+    tensors, card, digest = read_weights(path, _WEIGHTS, _METADATA_KEY, sha256)
+    with _WEIGHTS.reading(path):
+        network = build_network(NetworkCard.from_json(card, digest, path))
+    fill_network(network, tensors, str(path))
+    return network.eval().requires_grad_(False)
+
+
+def read_weights(path: Path, kind: Document, key: str, sha256: str | None) -> tuple[dict[str, Tensor], str, str]:
+    """Read a safetensors file, hashed before it is parsed.
+
+    Args:
+        path: the file.
+        kind: what the file should be, for error messages.
+        key: the single metadata key, under which it describes itself.
+        sha256: the hash that the file must have, or None for any.
+
+    Returns:
+        Its tensors, its description and its hash.
+
+    Raises:
+        FileNotFoundError: no such file.
+        ValueError: a wrong hash, or not such a file.
+    """
     data = _read_bytes(path)
     digest = hashlib.sha256(data).hexdigest()
     if sha256 is not None and digest != sha256:
         raise ValueError(
-            f"load_network: {path} has sha256 {digest}, expected {sha256}. The file is damaged or not the one of "
-            "that name. Delete it, then convert or pull published weights again; reinstall monai_drdm for its own."
+            f"{path} has sha256 {digest}, expected {sha256}. The file is damaged or not the one of that name. Delete "
+            "it, then convert or pull published weights again; reinstall monai_drdm for its own."
         )
     # a safetensors file starts with the length of its header in 8 bytes, followed by the brace that opens the header
     if data[8:9] != b"{" and (data[:4] == b"PK\x03\x04" or (data[:1] == b"\x80" and data[1] <= _PICKLE_PROTOCOL)):
         raise ValueError(
-            f"load_network: {path} is a pickle, expected safetensors. Published .pth files are read by "
-            "'monai-drdm weights convert FILE.pth' only."
+            f"{path} is a pickle, expected safetensors. Published .pth files are read by 'monai-drdm weights convert "
+            "FILE.pth' only."
         )
-    with _WEIGHTS.reading(path, SafetensorError):
+    with kind.reading(path, SafetensorError):
         tensors = parse_safetensors(data)
-        header = _WEIGHTS.parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], path)
+        header = kind.parse_json(data[8 : 8 + int.from_bytes(data[:8], "little")], path)
         metadata = header.get("__metadata__", {})
-        if set(metadata) != {_METADATA_KEY}:
-            raise ValueError(
-                f"it must hold a network card under the single metadata key {_METADATA_KEY!r}, got keys "
-                f"{sorted(metadata)}"
-            )
-        network = build_network(NetworkCard.from_json(metadata[_METADATA_KEY], digest, path))
-    fill_network(network, tensors, str(path))
-    return network.eval().requires_grad_(False)
+        if set(metadata) != {key}:
+            raise ValueError(f"it must describe itself under the single metadata key {key!r}, got {sorted(metadata)}")
+        return tensors, str(metadata[key]), digest
 
 
 def build_network(card: NetworkCard) -> RecoveryNetwork:
@@ -158,10 +177,10 @@ def write_once(path: Path, data: bytes) -> None:
 
 def _read_bytes(path: Path) -> bytes:
     if not path.is_file():
-        raise FileNotFoundError(f"load_network: no file {path}.")
+        raise FileNotFoundError(f"no file {path}, expected safetensors.")
     size = path.stat().st_size
     if not 8 < size <= _MAX_BYTES:
-        raise ValueError(f"load_network: {path} must be a safetensors file of at most 1 GiB, got {size} bytes.")
+        raise ValueError(f"{path} must be a safetensors file of at most 1 GiB, got {size} bytes.")
     return path.read_bytes()
 
 

@@ -10,18 +10,15 @@ if TYPE_CHECKING:
     from monai_drdm.registration.alignment import register
     from monai_drdm.registration.data import unit_range
     from monai_drdm.registration.evaluate import evaluate_registration, RegistrationScore
-    from monai_drdm.registration.networks import (
-        list_registrations,
-        load_registration,
-        RegistrationNetwork,
-        save_registration,
-    )
+    from monai_drdm.registration.networks import load_registration, RegistrationNetwork, save_registration
     from monai_drdm.registration.pair_files import PairSettings, register_files
+    from monai_drdm.registration.registry import list_registrations, registration_card, RegistrationCard
     from monai_drdm.registration.separability import motion_separability, separability_bound, SeparabilityBound
 
 __all__ = [
     "SEPARABLE_STRUCTURES",
     "PairSettings",
+    "RegistrationCard",
     "RegistrationNetwork",
     "RegistrationScore",
     "ResidualAlignerNet",
@@ -34,6 +31,7 @@ __all__ = [
     "motion_separability",
     "register",
     "register_files",
+    "registration_card",
     "save_registration",
     "separability_bound",
     "unit_range",
@@ -42,6 +40,7 @@ __all__ = [
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "RegistrationCard": "registry",
         "RegistrationNetwork": "networks",
         "RegistrationScore": "evaluate",
         "ResidualAlignerNet": "aligner",
@@ -51,11 +50,12 @@ __getattr__, __dir__ = lazy_names(
         "evaluate_registration": "evaluate",
         "find_affine": "affine",
         "PairSettings": "pair_files",
-        "list_registrations": "networks",
+        "list_registrations": "registry",
         "load_registration": "networks",
         "motion_separability": "separability",
         "register": "alignment",
         "register_files": "pair_files",
+        "registration_card": "registry",
         "save_registration": "networks",
         "separability_bound": "separability",
         "unit_range": "data",

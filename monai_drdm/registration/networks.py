@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from monai.networks.nets import LocalNet, RegUNet, VoxelMorphUNet
-from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import nn, Tensor
 
@@ -20,13 +19,13 @@ from monai_drdm.documents import Document
 from monai_drdm.fields import crop, exp_svf, resize_ddf, resize_image
 from monai_drdm.io.files import atomically
 from monai_drdm.networks.convolution import quicken_convolutions
-from monai_drdm.networks.registry import list_networks
+from monai_drdm.networks.weights import read_weights
 from monai_drdm.registration.aligner import check_levels, ResidualAlignerNet, SEPARABLE_STRUCTURES
 from monai_drdm.registration.forces import demons_forces, GAIN, WIDTHS
 from monai_drdm.registration.pyramid import PyramidNet
+from monai_drdm.registration.registry import list_registrations, registration_card, registration_file
 
 _NETWORK = Document("a registration network", "Give it the network.safetensors of a registration run.")
-_SHIPPED = Path(__file__).parent / "shipped"
 _META = "monai_drdm_registration"
 _SQUARINGS = 6
 
@@ -252,46 +251,17 @@ def load_registration(name: str | os.PathLike[str], device: torch.device | str =
         FileNotFoundError: no such network or file.
         ValueError: not such a file, or a damaged one.
     """
-    path = registration_file(name)
-    with _NETWORK.reading(path, SafetensorError, RuntimeError):
-        with safe_open(path, framework="pt") as file:
-            described = _NETWORK.parse_json((file.metadata() or {})[_META], path)
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # it is no mapping
+    path, known = registration_file(name), os.fspath(name)
+    pinned = registration_card(known).sha256 if known in list_registrations() else None
+    tensors, described, _ = read_weights(path, _NETWORK, _META, pinned)
+    with _NETWORK.reading(path, RuntimeError):
+        structure = Structure(**_NETWORK.parse_json(described, path))
         with torch.device("meta"):  # which takes no memory, however large a damaged file says the network is
-            network = RegistrationNetwork(Structure(**described))
+            network = RegistrationNetwork(structure)
         network.load_state_dict(tensors, assign=True)
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise ValueError(f"{path} holds weights that are NaN or infinite.")
     return network.eval().to(device)
-
-
-def list_registrations() -> list[str]:
-    """The names of the networks in this package."""
-    return sorted(path.stem for path in _SHIPPED.glob("*.safetensors"))
-
-
-def registration_file(name: str | os.PathLike[str]) -> Path:
-    """The file of a network, which is named as for ``load_registration``.
-
-    Raises:
-        FileNotFoundError: no such network or file.
-    """
-    if os.fspath(name) in list_registrations():
-        return _SHIPPED / f"{os.fspath(name)}.safetensors"
-    if not Path(name).is_file():
-        raise FileNotFoundError(f"no registration network {os.fspath(name)}.{_advice(os.fspath(name))}")
-    return Path(name)
-
-
-def _advice(name: str) -> str:
-    """What to do if there is no registration network of this name."""
-    if name in ("auto", *list_networks()):
-        return (
-            " A network of that name deforms one scan and cannot register two. Leave the network out and use the "
-            "affine map and the refinement (--affine --refine 40), or give the network.safetensors of a registration "
-            "run."
-        )
-    return f" Networks of this package: {', '.join(list_registrations())}." if list_registrations() else ""
 
 
 def kinds() -> Sequence[str]:

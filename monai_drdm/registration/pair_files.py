@@ -23,7 +23,8 @@ from monai_drdm.io import ImageFile, load_image
 from monai_drdm.registration.affine import apply_affine, identity_affine, inside
 from monai_drdm.registration.alignment import check_numbers, check_stages, register
 from monai_drdm.registration.data import unit_range
-from monai_drdm.registration.networks import load_registration, registration_file, RegistrationNetwork
+from monai_drdm.registration.networks import load_registration, RegistrationNetwork
+from monai_drdm.registration.registry import registration_file
 
 USUAL_STEPS = 40
 """Steps of refinement after an affine map, where no other way to register two images is asked for."""

@@ -12,7 +12,7 @@ from scipy.ndimage import gaussian_filter
 
 from monai_drdm.cli import main
 from monai_drdm.io import load_ddf
-from monai_drdm.registration import list_registrations, register_files, RegistrationNetwork, save_registration
+from monai_drdm.registration import register_files, registration_card, RegistrationNetwork, save_registration
 from monai_drdm.registration.networks import Structure
 
 
@@ -189,13 +189,13 @@ def test_nothing_to_do_is_an_error(volumes, capsys):
     assert "nothing would be registered: give a network, affine, refine" in capsys.readouterr().err
 
 
-def test_networks_of_this_package_have_names(volumes, networks, monkeypatch, capsys):
-    monkeypatch.setattr("monai_drdm.registration.networks._SHIPPED", networks)
-    assert list_registrations() == ["2", "3", "still-2", "still-3"]
+def test_networks_of_this_package_have_names(volumes, capsys):
     files = volumes / "moving.nii.gz", volumes / "fixed.nii.gz"
-    assert register(*files, "--network", "3", "--out", volumes / "out") == 0
+    assert register(*files, "--network", "registration-3d", "--out", volumes / "out") == 0
+    described = json.loads((volumes / "out" / "record.json").read_text())["network"]
+    assert described["sha256"] == registration_card("registration-3d").sha256
     assert register(*files, "--network", "4", "--out", volumes / "other") == 1
-    assert "no registration network 4. Networks of this package: 2, 3, still-2" in capsys.readouterr().err
+    assert "no registration network 4. Give registration-3d or the network.safetensors" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["anatomy-3d", "zheng2026-cmr-2d", "auto"])
