@@ -33,8 +33,8 @@ def entries(name: str, work: Path) -> list[dict[str, str]]:
     words = ["augment", "--images", str(scans[0].parent), "--out", str(copies), "--levels", *COPIES[name]]
     if code := monai_drdm(words):
         raise SystemExit(code)
-    held = {scan.name.partition(".")[0] for scan in scans[-HELD[name] :]}
-    drawn = [copy for copy in sorted((copies / "images").iterdir()) if not copy.name.startswith(tuple(held))]
+    held = tuple(f"{scan.name.partition('.')[0]}_" for scan in scans[-HELD[name] :])
+    drawn = [copy for copy in sorted((copies / "images").iterdir()) if not copy.name.startswith(held)]
     return [{"image": str(path.absolute()), "group": name} for path in (*drawn, *scans)]
 
 

@@ -172,10 +172,11 @@ def measure(name: str, split: str, work: Path, weights: str | None, chosen: list
     """Register the next image of a split to every one, by each method whose rows are not there."""
     there = {(row["set"], row["split"], row["method"], row["pair"]) for row in read_rows(PATH)}
     digest = "" if weights is None else hashlib.sha256(registration_file(weights).read_bytes()).hexdigest()
+    known = methods(weights)
     for pair in pairs_in(work / name / split, count):
         images = pair.images
         masks = foreground(images.moving, pair.moving_inside), foreground(images.fixed, images.inside)
-        for key, method in methods(weights).items():
+        for key, method in known.items():
             if (chosen and key not in chosen) or (name, split, key, pair.name) in there:
                 continue
             began = time.process_time()

@@ -14,10 +14,10 @@
 Demons and B-splines are those of ``baselines.py``. Their rows that are there were measured with plainer
 ones: demons on one level, without matching histograms, and B-splines by mean squares.
 
-All fields between synthetic pairs of one image have the same mean displacement, that of DRDM's. All networks are the
-same and train for as many steps; `drdm-real` takes as many again. The averaged weights of the last step are judged.
-Settings are chosen on validation images, among them how often each network registers, once to six times; test
-images are registered once, each to the next, with what was chosen.
+All fields between synthetic pairs of one image have the same mean displacement, that of DRDM's. All networks but the
+pyramids are the same, and all train for as many steps; `drdm-real` takes as many again. The averaged weights of the
+last step are judged. Settings are chosen on validation images, among them how often each network registers, once to six
+times; test images are registered once, each to the next, with what was chosen.
 
     python benchmarks/registration/synthetic_pairs.py pairs --set hippocampus --work DIR
     python benchmarks/registration/synthetic_pairs.py train --set hippocampus --work DIR

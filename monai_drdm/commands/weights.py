@@ -67,7 +67,7 @@ def run_convert(options: argparse.Namespace) -> int:
 
 
 def run_verify(options: argparse.Namespace) -> int:
-    """Read networks completely, compare the hashes of known ones with the registry, and draw a field with each."""
+    """Read networks completely, compare the hashes of known ones with the registry, and draw a field if they deform."""
     from monai_drdm.diffusion.trial import check_draws
     from monai_drdm.networks.weights import read_network
     from monai_drdm.registration import load_registration

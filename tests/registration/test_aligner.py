@@ -8,6 +8,7 @@ import pytest
 import torch
 from monai.networks.blocks import Warp
 
+from monai_drdm.fields import compose
 from monai_drdm.registration import (
     load_registration,
     register,
@@ -17,6 +18,7 @@ from monai_drdm.registration import (
     separability_bound,
     SEPARABLE_STRUCTURES,
 )
+from monai_drdm.registration.data import load_pairs
 from monai_drdm.registration.networks import Structure
 from monai_drdm.registration.train import main
 
@@ -115,7 +117,8 @@ def sliding(tmp_path_factory):
     return folder
 
 
-def test_it_is_trained_and_written_like_the_others(sliding, tmp_path, capsys):
+def train(pairs, out, steps):
+    """Train a small aligner by the command; the code it returns."""
     settings = {
         "network": "aligner",
         "pool_sizes": "[2,1]",
@@ -126,7 +129,7 @@ def test_it_is_trained_and_written_like_the_others(sliding, tmp_path, capsys):
         "diffeomorphic": "false",
         "spatial_dims": 2,
         "batch_size": 2,
-        "epoch_length": 20,
+        "epoch_length": steps,
         "max_epochs": 1,
         "warmup_steps": 5,
         "learning_rate": 1e-2,
@@ -137,11 +140,26 @@ def test_it_is_trained_and_written_like_the_others(sliding, tmp_path, capsys):
         "repaint": 0,
     }
     words = [word for name, value in settings.items() for word in ("--set", f"{name}={value}")]
-    assert main(["--pairs", str(sliding), "--out", str(tmp_path / "run"), *words]) == 0
+    return main(["--pairs", str(pairs), "--out", str(out), *words])
+
+
+def test_it_is_trained_and_written_like_the_others(sliding, tmp_path, capsys):
+    assert train(sliding, tmp_path / "run", 20) == 0
     network = load_registration(capsys.readouterr().out.strip())
     assert network.structure.pool_sizes == (2, 1)
     gates = json.loads((tmp_path / "run" / "network.json").read_text())["gates"]
     assert gates["validation_loss"] < 0.9 * gates["validation_loss_of_doing_nothing"]
+
+
+def test_there_and_back_on_what_slides(sliding, tmp_path, capsys):
+    """Blocks slide along the line between them, so the inverse of their field is its negative."""
+    assert train(sliding, tmp_path / "run", 100) == 0
+    network, pairs = load_registration(capsys.readouterr().out.strip()), load_pairs(sliding, spatial_dims=2).pairs
+    moving, fixed, known = pairs.moving.float(), pairs.fixed.float(), pairs.ddf.float()
+    there, back = register(network, moving, fixed), register(network, fixed, moving)
+    errors = [float(one.norm(dim=1).mean()) for one in (there - known, back + known, compose(there, back))]
+    nothing = float(known.norm(dim=1).mean())
+    assert max(errors) < 0.6 * nothing
 
 
 def test_files_from_before_there_were_levels_are_read(tmp_path):
