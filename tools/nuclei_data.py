@@ -13,25 +13,15 @@ where there is a nucleus. Images that are smaller are left out. The commit is ch
 from __future__ import annotations
 
 import argparse
-import subprocess
 from pathlib import Path
 
 import numpy as np
+from clones import commit_of
 from PIL import Image
 from tqdm import tqdm
 
 COMMIT = "30354551efef351c1241da7c6d48cf938d76f02a"
 SIZE = 256
-
-
-def check_commit(clone: Path) -> None:
-    """Raise unless the clone is at the commit whose images the benchmarks are for."""
-    command = ["git", "-C", str(clone), "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603  # git, no shell
-    if found != COMMIT:
-        raise SystemExit(
-            f"{clone} must be a clone at commit {COMMIT}, got {found or 'no clone'}: git checkout {COMMIT}"
-        )
 
 
 def middle(array: np.ndarray) -> np.ndarray:
@@ -60,7 +50,7 @@ def main() -> None:
     parser.add_argument("clone", type=Path)
     parser.add_argument("--out", type=Path, required=True, help="new folder")
     options = parser.parse_args()
-    check_commit(options.clone)
+    commit_of(options.clone, [COMMIT])
     for name in ("images", "labels"):
         (options.out / name).mkdir(parents=True)
     written = sum(convert(one, options.out) for one in tqdm(sorted((options.clone / "stage1_train").iterdir())))

@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import subprocess
 from pathlib import Path
 
 import nibabel as nib
 import numpy as np
+from clones import commit_of
 
 SOURCES = {
     "af4c7e8783c9dcf8bcfc6c53b190af46260bb875": {
@@ -29,16 +29,6 @@ SOURCES = {
     },
 }
 """For each commit and name of a scan: the image and its label maps, the later ones laid over the earlier."""
-
-
-def commit_of(clone: Path) -> str:
-    """The commit of a clone; raise unless it is one whose scans the benchmark is for."""
-    command = ["git", "-C", str(clone), "rev-parse", "HEAD"]
-    found = subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip()  # noqa: S603  # git, no shell
-    if found not in SOURCES:
-        wanted = " or ".join(SOURCES)
-        raise SystemExit(f"{clone} must be a clone at commit {wanted}, got {found or 'no clone'}: git checkout COMMIT")
-    return found
 
 
 def merged(clone: Path, parts: dict[int, str], image: nib.Nifti1Image) -> nib.Nifti1Image:
@@ -57,7 +47,7 @@ def main() -> None:
     parser.add_argument("clones", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True, help="new folder")
     options = parser.parse_args()
-    chosen = [(clone, SOURCES[commit_of(clone)]) for clone in options.clones]
+    chosen = [(clone, SOURCES[commit_of(clone, SOURCES)]) for clone in options.clones]
     for name in ("images", "labels"):
         (options.out / name).mkdir(parents=True)
     for clone, scans in chosen:

@@ -5,6 +5,8 @@
 | `acdc` | cardiac MR slices, 160²; fields are made at 256² | patients 1-60 | 61-70 | 71-80 |
 | `ixi` | slices of brain T1, five about the middle of each of the three axes | subjects 1-26 | 27-30 | 31-40 |
 | `cxr` | chest X-rays, 256² | images 1-40 | 41-45 | 46-60 |
+| `limbct` | slices of CT of limbs, five through the tumour, of `tools/limb_data.py` | files 1-20 | 21-28 | 29-36 |
+| `limbmr` | the same of T1 MR | files 1-28 | 29-38 | 39-49 |
 | `ixi3d` | brain T1 volumes, 80×96×80 | subjects 1-26 | 27-30 | 31-40 |
 | `nuclei` | nuclei under the microscope, 256², of `tools/nuclei_data.py` | images 1-500 | 501-564 | 565-664 |
 | `hippocampus3d` | hippocampus T1 crops, about 35×50×36 | 1-140 | 141-160 | 161-200 |
@@ -31,6 +33,8 @@ from monai_drdm.fields import resize_image
 _DRAW = 1_000_000
 _PARTNER = 500_000
 _IXI_OFFSETS = (-8, -4, 0, 4, 8)
+_TUMOUR = 2
+_LIMB_DEPTHS = (0.2, 0.35, 0.5, 0.65, 0.8)
 # In a slice, single nuclei have too few voxels, so classes are merged to: deep grey matter, ventricles and CSF,
 # hindbrain, white matter, cortical grey matter.
 _IXI_MERGED = torch.tensor([0, 1, 1, 1, 1, 1, 1, 2, 3, 3, 4, 5, 2], dtype=torch.uint8)
@@ -62,6 +66,8 @@ DOMAINS = {
         Domain("ixi", 2, 5, _splits(26, 30, 40)),
         Domain("cxr", 2, 1, _splits(40, 45, 60)),
         Domain("nuclei", 2, 1, _splits(500, 564, 664)),
+        Domain("limbct", 2, 2, _splits(20, 28, 36)),
+        Domain("limbmr", 2, 2, _splits(28, 38, 49)),
         Domain("ixi3d", 3, 12, _splits(26, 30, 40)),
         Domain("hippocampus3d", 3, 2, _splits(140, 160, 200)),
     )
@@ -102,6 +108,8 @@ def scans(domain: str, split: str) -> list[Scan]:
         return _acdc(members)
     if domain == "ixi":
         return _ixi_slices(members)
+    if domain in ("limbct", "limbmr"):
+        return _limb_slices(f"limbs/{domain.removeprefix('limb')}", members)
     return _files({"cxr": "cxr", "ixi3d": "ixi", "hippocampus3d": "hippocampus", "nuclei": "nuclei"}[domain], members)
 
 
@@ -171,4 +179,17 @@ def _ixi_slices(members: range) -> list[Scan]:
                         label.select(axis, at)[None, None],
                     )
                 )
+    return found
+
+
+def _limb_slices(folder: str, members: range) -> list[Scan]:
+    """Five slices through the tumour of each patient, across the axis of thick slices."""
+    found = []
+    for volume in _files(folder, members):
+        inside = (volume.label[0, 0] == _TUMOUR).flatten(0, 1).any(0).nonzero()
+        first, last = int(inside.min()), int(inside.max())
+        for k, depth in enumerate(_LIMB_DEPTHS):
+            at = first + round(depth * (last - first))
+            image, label = (part[..., at] for part in (volume.image, volume.label))
+            found.append(Scan(f"{volume.name} slice {at}", 10 * volume.number + k, image, label))
     return found

@@ -123,6 +123,8 @@ ARMS = {
     "random-only": Arm("random", setting_of="random", posed=False),
 }
 CORE = ("affine", "elastic", "random", "drdm", "drdm-tuned")
+PAPER = ("none", "affine", "bigaug", "elastic-only", "random-only", "drdm-only")
+"""Arms of the paper's Table 2 (none, BigAug, DRDM alone), and the controls that it lacks."""
 
 
 def candidates(

@@ -7,11 +7,13 @@ from collections import Counter, defaultdict
 from typing import Any
 
 import numpy as np
-from arms import ARMS, CORE
+from arms import ARMS, CORE, PAPER
 from protocols import PROTOCOLS, recipe
 from scipy.stats import wilcoxon
 
 Row = dict[str, Any]
+COUNTS, PAPER_COUNTS = (1, 5), (5, 20, 60)
+"""Numbers of labelled subjects of the benchmark itself, and of the comparison after the paper's Table 2."""
 
 
 def tables(search: list[Row], final: list[Row]) -> str:
@@ -23,11 +25,14 @@ def tables(search: list[Row], final: list[Row]) -> str:
         if found:
             parts += [f"## {name}: search on validation subjects", search_table(found)]
         if runs:
-            chosen, earlier = split(runs)
+            paper = [row for row in runs if row["arm"] in PAPER and row["subjects"] in PAPER_COUNTS]
+            chosen, earlier = split([row for row in runs if row["arm"] in CORE and row["subjects"] in COUNTS])
             by_protocol[name] = chosen
             parts += [f"## {name}: test subjects", final_table(chosen), comparison_table(chosen)]
             if earlier:
                 parts += [f"### {name}: test subjects, settings or networks given up", final_table(earlier)]
+            if len({row["subjects"] for row in paper}) > 1:
+                parts += [f"## {name}: the paper's comparison", paper_table(paper), paper_differences(paper)]
     if by_protocol:
         parts += ["## Summary of test subjects", summary_table(by_protocol)]
     return "\n\n".join(parts)
@@ -42,6 +47,32 @@ def summary_table(rows: dict[str, list[Row]]) -> str:
             runs = [groups.get((count, arm), []) for arm in CORE]
             cells = [spread([100 * by_structure(row, "dice").mean() for row in one]) if one else "–" for one in runs]
             lines.append(f"| {name} | {count} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def paper_table(rows: list[Row]) -> str:
+    """Dice of the arms of the paper's Table 2 and their controls, by number of labelled subjects."""
+    groups = _groups(rows)
+    counts = sorted({count for count, _ in groups})
+    lines = [f"| arm | {' | '.join(f'{count} labelled' for count in counts)} |", "|" + "---|" * (1 + len(counts))]
+    for arm in PAPER:
+        runs = [groups.get((count, arm), []) for count in counts]
+        cells = [spread([100 * by_structure(row, "dice").mean() for row in one]) if one else "–" for one in runs]
+        lines.append(f"| {arm} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def paper_differences(rows: list[Row]) -> str:
+    """DRDM alone against the other arms of the paper's table, over the seeds that both have."""
+    lines = ["| labelled | drdm-only minus | Dice points | by seed | p, patients |", "|" + "---|" * 5]
+    groups = _groups(rows)
+    for count in sorted({count for count, _ in groups}):
+        ours = groups.get((count, "drdm-only"), [])
+        for other in (arm for arm in PAPER if arm != "drdm-only"):
+            theirs = groups.get((count, other), [])
+            if seeds := {row["seed"] for row in ours} & {row["seed"] for row in theirs}:
+                points, by_seed, _, p = difference(ours, theirs, seeds)
+                lines.append(f"| {count} | {other} | {points} | {by_seed} | {p} |")
     return "\n".join(lines)
 
 
@@ -114,17 +145,23 @@ def comparison_table(rows: list[Row]) -> str:
                 continue
             seeds = {row["seed"] for row in ours} & {row["seed"] for row in theirs}
             if seeds:
-                a, b = (case_means(group, seeds) for group in (ours, theirs))
-                difference = {case: a[case] - b[case] for case in a}
-                patients: dict[str, list[float]] = defaultdict(list)
-                for case, value in difference.items():
-                    patients[case.split("-")[0]].append(value)
-                points = f"{100 * np.mean(list(difference.values())):+.2f}"
-                by_seed = " / ".join(f"{100 * apart(ours, theirs, seed):+.1f}" for seed in sorted(seeds))
-                tests = [p_value(list(difference.values())), p_value([float(np.mean(v)) for v in patients.values()])]
-                cells = tests if len(seeds) > 1 else ["–", "–"]
-                lines.append(f"| {count} | {arm} | {other} | {points} | {by_seed} | {' | '.join(cells)} |")
+                lines.append(f"| {count} | {arm} | {other} | {' | '.join(difference(ours, theirs, seeds))} |")
     return "\n".join(lines)
+
+
+def difference(ours: list[Row], theirs: list[Row], seeds: set[int]) -> tuple[str, str, str, str]:
+    """Dice points between two arms: mean, by seed, and Wilcoxon's p over cases and over patients."""
+    a, b = (case_means(group, seeds) for group in (ours, theirs))
+    apart_by_case = {case: a[case] - b[case] for case in a}
+    patients: dict[str, list[float]] = defaultdict(list)
+    for case, value in apart_by_case.items():
+        patients[case.split("-")[0]].append(value)
+    points = f"{100 * np.mean(list(apart_by_case.values())):+.2f}"
+    by_seed = " / ".join(f"{100 * apart(ours, theirs, seed):+.1f}" for seed in sorted(seeds))
+    if len(seeds) == 1:
+        return points, by_seed, "–", "–"
+    by_patient = [float(np.mean(values)) for values in patients.values()]
+    return points, by_seed, p_value(list(apart_by_case.values())), p_value(by_patient)
 
 
 def apart(ours: list[Row], theirs: list[Row], seed: int) -> float:

@@ -1,17 +1,19 @@
-"""What do the fields of the package's 3D network do to kinds of scans that it has never seen and no segmenter judges?
+"""What do the fields of the package's 3D network do to kinds of scans that no segmenter judges?
 
-Scans of ``tools/other_scans.py``, each under several fields of the network at its defaults, and under the random fields
-that these start from, scaled to move points as far beyond an affine map. Without a segmenter, three things are measured
-about the labelled structure (the cord; in the scan of the whole neck only its grey matter):
+Necks of ``tools/other_scans.py`` and limbs of test patients of ``tools/limb_data.py``, each under several fields of
+the network at its defaults, and under the random fields that these start from, scaled to move points as far beyond an
+affine map. Without a segmenter, three things are measured about one labelled structure (the cord; in the scan of the
+whole neck only its grey matter; bones in CT of limbs; the tumour in MR of limbs):
 
 - how unevenly it is stretched, as the spread of log det J inside it, beside the rest of the image;
 - how much its volume changes;
 - how much its cross-section varies from slice to slice, head to foot, beside the original. A real cord is nearly as
   thick in the next slice; one that thins and swells is not a cord.
 
-    python benchmarks/plausibility/other_kinds.py                                 # 5 min
+    python benchmarks/plausibility/other_kinds.py                                 # 10 min
     python benchmarks/plausibility/other_kinds.py --table
     python benchmarks/plausibility/other_kinds.py --sheet cord_t1 --out docs/images/sheet_cord.png
+    python benchmarks/plausibility/other_kinds.py --sheet limbct:STS_047 --out docs/images/sheet_limb.png
 
 Rows are in ``other_kinds.jsonl``; what is there is not measured again.
 """
@@ -41,17 +43,30 @@ from monai_drdm.networks import load_network, network_sha256
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from common.labels import resize_nearest
 from common.rows import append_rows, machine, read_rows
-from common.scans import data_folder
+from common.scans import data_folder, DOMAINS
 from contact_sheets import arrange
 
 PATH = Path(__file__).parent / "other_kinds.jsonl"
 KEY = ("scan", "network", "level", "seed", "kind")
 LEVELS = (0.6, 0.8)
-DRAWS = 8
+DRAWS, LIMB_DRAWS = 8, 2
+"""Fields for each scan and level: of one person's neck, and of the limbs of several people."""
+SHOWN = {
+    "cord_t1": "neck, T1, crop",
+    "cord_t2": "neck, T2, crop",
+    "cord_t2star": "neck, T2*, crop",
+    "neck_t2star": "whole neck, T2*",
+    "limbct": "limbs, CT: bones",
+    "limbmr": "limbs, MR: tumour",
+}
+"""Titles in the table: of scans, or of scans of one kind of several people."""
+STRUCTURE = {"limbct": 1, "limbmr": 2}
+"""Which label is measured; of necks all together."""
 HEADS = (
     *("scan", "fields", "level", "n", "folds %", "px at 256 without affine", "mm", "σ log det J", "inside", "around"),
     *("volume changes by %", "at most", "cross-section varies by %", "seconds"),
 )
+FIELDS = {"network": "DRDM", "random": "random"}
 SHOWN_DRAWS, SHOWN_LEVEL, COLOURS = 4, 0.6, 64
 THICK = 3.0
 """Slices are called thick if they are this many times thicker than a pixel is wide."""
@@ -61,6 +76,7 @@ class Volume(NamedTuple):
     """A labelled scan with its grid."""
 
     name: str
+    """Of people of whom there are several, after the kind and a colon."""
     image: Tensor  # (1, 1, *S) float32
     label: Tensor  # (1, 1, *S) uint8
     spacing: tuple[float, ...]
@@ -68,12 +84,14 @@ class Volume(NamedTuple):
     """Axis from head to foot."""
 
 
-def volume(path: Path) -> Volume:
-    """Read one scan, turned to the axes left, front, head, with its label."""
+def volume(path: Path, kind: str = "") -> Volume:
+    """Read one scan, turned to the axes left, front, head, with the structure that is measured as its label."""
     pair = [nib.as_closest_canonical(nib.load(path.parents[1] / kind / path.name)) for kind in ("images", "labels")]
     values, marks = (torch.from_numpy(one.get_fdata(dtype=np.float32).copy())[None, None] for one in pair)
     spacing = tuple(float(one) for one in pair[0].header.get_zooms())
-    return Volume(path.name.split(".")[0], values, marks.byte(), spacing, upright=2)
+    structure = marks == STRUCTURE[kind] if kind else marks > 0
+    name = path.name.split(".")[0]
+    return Volume(f"{kind}:{name}" if kind else name, values, structure.byte(), spacing, upright=2)
 
 
 def volumes() -> list[Volume]:
@@ -81,7 +99,11 @@ def volumes() -> list[Volume]:
     folder = data_folder() / "other" / "images"
     if not folder.is_dir():
         raise SystemExit(f"{folder} is missing: python tools/other_scans.py, see its first lines.")
-    return [volume(path) for path in sorted(folder.iterdir())]
+    found = [volume(path) for path in sorted(folder.iterdir())]
+    for kind in STRUCTURE:
+        paths = sorted((data_folder() / "limbs" / kind.removeprefix("limb") / "images").iterdir())
+        found += [volume(paths[number - 1], kind) for number in DOMAINS[kind].splits["test"]]
+    return found
 
 
 def cross_sections(label: Tensor, axis: int) -> float | None:
@@ -116,7 +138,7 @@ def measure(scan: Volume, ddf: Tensor) -> dict[str, float | None]:
     }
 
 
-def run(draws: int) -> None:
+def run(draws: int | None) -> None:
     """Measure what the rows do not contain yet."""
     model = DRDM(load_network("anatomy-3d"))
     weights, there = network_sha256(model.network)[:8], {tuple(row[k] for k in KEY) for row in read_rows(PATH)}
@@ -125,7 +147,8 @@ def run(draws: int) -> None:
         if (scan.name, weights, 0.0, 0, "original") not in there:
             still = {"cross_sections": cross_sections((scan.label > 0).float(), scan.upright)}
             append_rows(PATH, start | {"level": 0.0, "seed": 0, "kind": "original"} | still | machine())
-        for level, seed in tqdm([(level, seed) for level in LEVELS for seed in range(draws)], desc=scan.name):
+        count = draws or (LIMB_DRAWS if ":" in scan.name else DRAWS)
+        for level, seed in tqdm([(level, seed) for level in LEVELS for seed in range(count)], desc=scan.name):
             if (scan.name, weights, level, seed, "random") in there:
                 continue
             key, clock = start | {"level": level, "seed": seed}, time.process_time()
@@ -140,31 +163,38 @@ def run(draws: int) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown table of means over the draws."""
+    """Markdown table of means over the draws, and over people if there are several."""
     lines = [f"| {' | '.join(HEADS)} |", "|" + "---|" * len(HEADS)]
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        groups.setdefault((row["scan"], row["kind"], row["level"]), []).append(row)
+        groups.setdefault((row["scan"].split(":")[0], row["kind"], row["level"]), []).append(row)
     for (scan, kind, level), found in sorted(groups.items(), key=lambda one: (one[0][0], one[0][2], one[0][1])):
         if kind == "original":
             unknown = " – |" * (len(HEADS) - 4)
-            lines.append(f"| {scan} | original |{unknown} {_mean(found, 'cross_sections', 1, 100)} | – |")
+            lines.append(f"| {SHOWN[scan]} | original |{unknown} {_mean(found, 'cross_sections', 1, 100)} | – |")
             continue
-        change = [{"change": abs(row["volume"] - 1)} for row in found]
-        cells = [scan, kind, f"{level:g}", str(len(found)), f"{100 * np.mean([row['folds'] for row in found]):.3f}"]
+        change = [{"scan": row["scan"], "change": abs(row["volume"] - 1)} for row in found]
+        folds = 100 * np.mean([row["folds"] for row in found])
+        cells = [SHOWN[scan], FIELDS[kind], f"{level:g}", str(len(found)), f"{folds:.3f}"]
         cells += [_mean(found, "rest_256", 2), _mean(found, "rest_mm", 2), _mean(found, "log_jacobian_std", 3)]
         cells += [_mean(found, f"log_jacobian_std_{where}", 3) for where in ("inside", "outside")]
         cells += [_mean(change, "change", 1, 100), f"{100 * max(one['change'] for one in change):.0f}"]
         cells.append(_mean(found, "cross_sections", 1, 100))
         cells.append(f"{np.median([row['seconds'] for row in found]):.1f}" if kind == "network" else "–")
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n\nmean ± standard error over draws; seconds: median, of one thread"
+    return "\n".join(
+        [*lines, "", "mean ± standard error over draws (limbs: over people); seconds: median of one thread"]
+    )
 
 
 def _mean(rows: list[dict[str, Any]], name: str, digits: int, factor: float = 1.0) -> str:
-    values = [factor * row[name] for row in rows if row[name] is not None]
-    if not values:
+    scans: dict[str, list[float]] = {}
+    for row in rows:
+        if row[name] is not None:
+            scans.setdefault(row["scan"], []).append(factor * row[name])
+    if not scans:
         return "–"
+    values = [float(np.mean(one)) for one in scans.values()] if len(scans) > 1 else next(iter(scans.values()))
     if len(values) == 1:
         return f"{values[0]:.{digits}f}"
     return f"{np.mean(values):.{digits}f} ± {np.std(values, ddof=1) / math.sqrt(len(values)):.{digits}f}"
@@ -205,7 +235,7 @@ def sheet(scan: Volume, out: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--draws", type=int, default=DRAWS, help="fields for each scan and level")
+    parser.add_argument("--draws", type=int, help="fields for each scan and level (default: 8 of a neck, 2 of a limb)")
     parser.add_argument("--table", action="store_true", help="only print the table")
     parser.add_argument("--sheet", help="only draw the contact sheet of this scan")
     parser.add_argument("--out", type=Path, help="PNG to write")

@@ -64,6 +64,8 @@ RECIPES = {
     "ixi": Recipe((96, 96), False, (16, 32, 64, 96), 16, 1600),
     "cxr": Recipe((128, 128), True, (16, 32, 64, 96), 8, 1000),
     "nuclei": Recipe((256, 256), False, (16, 32, 64, 96), 4, 1000),
+    "limbct": Recipe((240, 240), False, (16, 32, 64, 96), 8, 1000),
+    "limbmr": Recipe((240, 240), False, (16, 32, 64, 96), 8, 1000),
     "ixi3d": Recipe((80, 96, 80), False, (8, 16, 32, 64), 1, 600, rotation=0.25),
     "hippocampus3d": Recipe((48, 64, 48), False, (16, 32, 64), 2, 1500, rotation=0.25),
 }

@@ -1,9 +1,9 @@
 """What a unit of computing buys: short trainings of equal cost that differ in one thing, judged on validation images.
 
-Every variant trains for as many steps as cost what ``--minutes`` of the base recipe cost on one idle core. What a step
-costs is measured beside the base recipe, in turn, so that other work on the machine does not decide. Judged on images
-that no variant was trained on and that no test uses: random anatomy, brain slices, hippocampus slices, chest X-rays and
-cardiac slices, as in ``first_minutes.py``. Every training is a row; those with a row are skipped.
+Every variant trains for as many steps as cost what ``--minutes`` of the base recipe cost on one core. What a step costs
+is measured beside the base recipe, in turn, so that other work on the machine does not decide. Judged on images
+that no variant was trained on and that no test uses: random anatomy and validation images of every kind, as in
+``first_minutes.py``. Every training is a row; those with a row are skipped.
 
     python benchmarks/training/recipe_search.py run --dims 2 --work FOLDER --variants base wide
     python benchmarks/training/recipe_search.py table
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchma
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from common.rows import append_rows, machine, read_rows
 from common.scans import data_folder, DOMAINS, scans
-from training_data import datalist
+from training_data import datalist, POOLS
 
 ROWS = Path(__file__).parent / "recipe_search.jsonl"
 LEVELS = (0.3, 0.6, 0.8)
@@ -60,8 +60,8 @@ BASE: dict[int, dict[str, Any]] = {
 """Recipes of the networks that come with the package."""
 HALF_SIZE = {2: 81, 3: 41}
 """Half the working size, as odd as it must be."""
-STEPS_A_MINUTE = {2: 250, 3: 60}
-"""Of the base recipe on one idle core of the processor that the rows name, for choosing the number of steps."""
+STEPS_A_MINUTE = {2: 150, 3: 50}
+"""Of the base recipe on one core beside other work, for choosing the number of steps."""
 VARIANTS: dict[str, dict[str, Any]] = {
     "base": {},
     "deep": {"channels": [16, 32, 64, 96, 128]},
@@ -83,16 +83,27 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {"bfloat16": False},
     "decay-0.9995": {"ema_decay": 0.9995},
     "coarse-first": {"coarse_first": 0.4},
+    "fewer-kinds": {"collections": ("ixi", "hippocampus", "cxr")},
 }
-"""What each changes of the base recipe; ``coarse_first`` is the share of steps at half the working size."""
+"""What each changes of the base recipe; ``coarse_first`` is the share of steps at half the working size, and
+``collections`` the scans it is trained on, of ``training_data.py``."""
+NO_SETTINGS = ("coarse_first", "collections")
+FOLDERS = {
+    "ixi": "ixi/images",
+    "hippocampus3d": "hippocampus/images",
+    "cxr": "cxr/images",
+    "limbct": "limbs/ct/images",
+    "limbmr": "limbs/mr/images",
+    "nuclei": "nuclei/images",
+}
+"""Where the images of a domain lie, of which ``load_bank`` takes slices across all axes."""
 
 
 def validation_images(dims: int, size: int, count: int) -> dict[str, Tensor]:
     """Images ``(N, 1, *S)`` in [0, 1] of every kind."""
     found = {"random anatomy": synthetic_images(torch.Generator().manual_seed(2**40), count, (size,) * dims)}
-    folders = {"ixi": "ixi/images", "hippocampus3d": "hippocampus/images", "cxr": "cxr/images"}
-    for domain, folder in folders.items():
-        if dims == 3 and domain == "cxr":
+    for domain, folder in FOLDERS.items():
+        if dims == 3 and domain in ("cxr", "nuclei"):
             continue
         members = DOMAINS[domain].splits["validation"]
         paths = sorted((data_folder() / folder).iterdir())[members.start - 1 : members.stop - 1]
@@ -108,11 +119,12 @@ def validation_images(dims: int, size: int, count: int) -> dict[str, Tensor]:
 
 def configure(dims: int, variant: str, work: Path, steps: int, **more: Any) -> Any:
     """Settings of a training of so many steps."""
-    settings: dict[str, Any] = BASE[dims] | {k: v for k, v in VARIANTS[variant].items() if k != "coarse_first"} | more
+    settings: dict[str, Any] = BASE[dims] | {k: v for k, v in VARIANTS[variant].items() if k not in NO_SETTINGS} | more
     epochs = max(1, round(steps / settings["epoch_length"]))
-    data = work / f"anatomy-{dims}d.json"
+    collections = VARIANTS[variant].get("collections", tuple(POOLS))
+    data = work / f"anatomy-{dims}d-{len(collections)}.json"
     if not data.is_file():
-        data.write_text(json.dumps(datalist(f"anatomy-{dims}d")))
+        data.write_text(json.dumps(datalist(f"anatomy-{dims}d", collections)))
     return build_config(data=str(data), max_epochs=epochs, validation_share=0.05, **settings)
 
 
