@@ -21,7 +21,9 @@ from monai_drdm.diffusion.trial import check_draws
 from monai_drdm.interrupts import ends_at_once
 from monai_drdm.networks import list_networks, network_card, registry, save_network, VelocityUNet
 from monai_drdm.networks.kinds import SAMPLERS
+from monai_drdm.registration import RegistrationNetwork, save_registration
 from monai_drdm.registration.config import RegistrationConfig
+from monai_drdm.registration.networks import Structure
 from monai_drdm.train.config import TrainConfig
 from monai_drdm.training.command import TrainingCommand
 from monai_drdm.training.task import Validation
@@ -224,6 +226,17 @@ def test_verify_of_a_known_name_checks_its_hash(capsys, filled_network, folder):
 def test_verify_of_what_is_missing(capsys):
     assert main(["weights", "verify", CARDIAC]) == 1
     assert "no file" in capsys.readouterr().err
+
+
+def test_verify_of_a_registration_network_in_a_file(capsys, tmp_path):
+    path = tmp_path / "network.safetensors"
+    save_registration(RegistrationNetwork(Structure("voxelmorph", 2, channels=3, depth=2)), path)
+    assert main(["weights", "verify", str(path)]) == 0
+    sha256 = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f"{path}  ok  registration 2D  sha256 {sha256}" in capsys.readouterr().out
+    path.write_bytes(path.read_bytes()[:-100])
+    assert main(["weights", "verify", str(path)]) == 1
+    assert "ok" not in capsys.readouterr().out
 
 
 def test_verify_of_a_damaged_file(capsys, filled_network, tmp_path):

@@ -11,7 +11,7 @@ from pathlib import Path
 from monai_drdm.commands.arguments import Commands, named_path
 from monai_drdm.documents import NO_BETTER
 from monai_drdm.networks.registry import known_file, list_networks, list_published, network_card, weights_folder
-from monai_drdm.registration.registry import list_registrations, registration_card
+from monai_drdm.registration.registry import list_registrations, registration_card, registration_file
 
 
 def add_parser(commands: Commands) -> None:
@@ -71,12 +71,13 @@ def run_verify(options: argparse.Namespace) -> int:
     from monai_drdm.diffusion.trial import check_draws
     from monai_drdm.networks.weights import read_network
     from monai_drdm.registration import load_registration
+    from monai_drdm.registration.networks import is_registration
 
     for name in options.network:
-        if name in list_registrations():
-            load_registration(name)  # pinned by its hash, so it is whole if it can be read
-            shipped = registration_card(name)
-            print(f"{name}  ok  registration {shipped.spatial_dims}D  sha256 {shipped.sha256}")
+        if name in list_registrations() or is_registration(name):
+            dims = load_registration(name).structure.spatial_dims
+            sha256 = hashlib.sha256(registration_file(name).read_bytes()).hexdigest()
+            print(f"{name}  ok  registration {dims}D  sha256 {sha256}")
             continue
         known = name in list_networks()
         path = known_file(name) if known else Path(name)

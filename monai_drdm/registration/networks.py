@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from einops import rearrange, reduce
 from monai.networks.nets import LocalNet, RegUNet, VoxelMorphUNet
+from safetensors import safe_open, SafetensorError
 from safetensors.torch import save_file
 from torch import nn, Tensor
 
@@ -262,6 +263,15 @@ def load_registration(name: str | os.PathLike[str], device: torch.device | str =
     if not all(bool(torch.isfinite(value).all()) for value in tensors.values()):
         raise ValueError(f"{path} holds weights that are NaN or infinite.")
     return network.eval().to(device)
+
+
+def is_registration(path: str | os.PathLike[str]) -> bool:
+    """Whether a safetensors file says of itself that it is a registration network; False if it cannot be read."""
+    try:
+        with safe_open(path, "pt") as file:
+            return _META in (file.metadata() or {})
+    except (SafetensorError, OSError):
+        return False
 
 
 def kinds() -> Sequence[str]:
