@@ -148,7 +148,7 @@ def seconds_a_step(configs: list[Any], turns: int = 8) -> list[float]:
             started = time.process_time()
             batch = task.batch(network, generator)
             with torch.autocast("cpu", torch.bfloat16, enabled=config.bfloat16):
-                predicted = network(batch.image, *batch.inputs)
+                predicted = network(batch.images, *batch.conditions)
             task.loss(predicted, batch.target).backward()
             times.append(time.process_time() - started)
     return [float(np.median(times[1:])) for times in found]
