@@ -61,8 +61,6 @@ NAMES = {
     "acdc": "heart MR, slices",
     "cxr": "chest X-rays",
     "nuclei": "nuclei, microscopy",
-    "limbct": "limbs, CT slices",
-    "limbmr": "limbs, MR slices",
     "ixi": "brain MR, slices",
     "ixi3d": "brain MR, volumes",
     "hippocampus3d": "hippocampus MR, volumes",

@@ -157,6 +157,8 @@ NAMES = {
     "acdc": "cardiac MR (never trained on)",
     "cxr": "chest X-rays",
     "nuclei": "nuclei (never trained on)",
+    "limbct": "limbs, CT slices (never trained on)",
+    "limbmr": "limbs, MR slices (never trained on)",
     "ixi": "brain MR, slices",
     "ixi3d": "brain MR, volumes",
     "hippocampus3d": "hippocampus MR, volumes",

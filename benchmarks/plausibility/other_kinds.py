@@ -13,7 +13,7 @@ whole neck only its grey matter; bones in CT of limbs; the tumour in MR of limbs
     python benchmarks/plausibility/other_kinds.py                                 # 10 min
     python benchmarks/plausibility/other_kinds.py --table
     python benchmarks/plausibility/other_kinds.py --sheet cord_t1 --out docs/images/sheet_cord.png
-    python benchmarks/plausibility/other_kinds.py --sheet limbct:STS_047 --out docs/images/sheet_limb.png
+    python benchmarks/plausibility/other_kinds.py --sheet limbct:STS_050 limbmr:STS_050 --out docs/images/sheet_limb.png
 
 Rows are in ``other_kinds.jsonl``; what is there is not measured again.
 """
@@ -214,10 +214,18 @@ def pictures(values: Tensor, spacing: tuple[float, ...], nearest: bool) -> list[
     return found
 
 
-def sheet(scan: Volume, out: Path) -> None:
-    """Draw a scan and its first draws."""
+def sheet(scans: list[Volume], out: Path) -> None:
+    """Draw scans and their first draws."""
     model = DRDM(load_network("anatomy-3d"))
-    shown = [(scan.name, scan.image, scan.label)]
+    rows = [row for scan in scans for row in sheet_rows(scan, model)]
+    buffer = io.BytesIO()
+    arrange(rows, labels=True).savefig(buffer)
+    Image.open(buffer).convert("RGB").quantize(COLOURS).save(out, optimize=True)
+
+
+def sheet_rows(scan: Volume, model: DRDM) -> list[list[tuple[str, Tensor, Tensor]]]:
+    """The titles, images and labels of a scan and its draws, a row for each plane."""
+    shown = [(SHOWN[scan.name.split(":")[0]], scan.image, scan.label)]
     for seed in range(SHOWN_DRAWS):
         ddf = model.sample(scan.image, SHOWN_LEVEL, [seed], scan.spacing)
         found = measure(scan, ddf)
@@ -227,23 +235,21 @@ def sheet(scan: Volume, out: Path) -> None:
         (title, pictures(image, scan.spacing, False), pictures(label, scan.spacing, True))
         for title, image, label in shown
     ]
-    rows = [[(title, image[k], label[k]) for title, image, label in cut] for k in range(len(cut[0][1]))]
-    buffer = io.BytesIO()
-    arrange(rows, labels=True).savefig(buffer)
-    Image.open(buffer).convert("RGB").quantize(COLOURS).save(out, optimize=True)
+    return [[(title, image[k], label[k]) for title, image, label in cut] for k in range(len(cut[0][1]))]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--draws", type=int, help="fields for each scan and level (default: 8 of a neck, 2 of a limb)")
     parser.add_argument("--table", action="store_true", help="only print the table")
-    parser.add_argument("--sheet", help="only draw the contact sheet of this scan")
+    parser.add_argument("--sheet", nargs="+", help="only draw the contact sheet of these scans")
     parser.add_argument("--out", type=Path, help="PNG to write")
     args = parser.parse_args()
     if args.sheet:
         if args.out is None:
             parser.error("--sheet needs --out")
-        sheet({scan.name: scan for scan in volumes()}[args.sheet], args.out)
+        known = {scan.name: scan for scan in volumes()}
+        sheet([known[name] for name in args.sheet], args.out)
         return
     if not args.table:
         torch.set_num_threads(1)
