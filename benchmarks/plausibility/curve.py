@@ -61,6 +61,8 @@ NAMES = {
     "acdc": "heart MR, slices",
     "cxr": "chest X-rays",
     "nuclei": "nuclei, microscopy",
+    "limbct": "limbs, CT slices",
+    "limbmr": "limbs, MR slices",
     "ixi": "brain MR, slices",
     "ixi3d": "brain MR, volumes",
     "hippocampus3d": "hippocampus MR, volumes",
@@ -282,6 +284,8 @@ def figure(rows: list[dict[str, Any]]) -> Figure:
         room = 0.1 * (high - low)
         axis.set(title=NAMES[domain], xlabel="change of shape, points", xlim=(0, limit), ylim=(low - room, high + room))
         axis.spines[["top", "right"]].set_visible(False)
+    for axis in drawn.axes[len(domains) :]:
+        axis.set_axis_off()
     for axis in drawn.axes[::_COLUMNS]:
         axis.set_ylabel("Dice lost by a segmenter, points")
     drawn.axes[0].legend(frameon=False, fontsize=8)
