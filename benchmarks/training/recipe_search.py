@@ -45,6 +45,7 @@ BASE: dict[int, dict[str, Any]] = {
         "permute": 0.5,
         "synthetic_share": 0.4,
         "channels": [16, 32, 64, 96],
+        "working_size": 161,
         "epoch_length": 200,
     },
     3: {
@@ -52,6 +53,7 @@ BASE: dict[int, dict[str, Any]] = {
         "permute": 0.5,
         "synthetic_share": 0.5,
         "channels": [16, 32, 48, 64],
+        "working_size": 81,
         "batch_size": 2,
         "learning_rate": 1e-3,
         "epoch_length": 100,
