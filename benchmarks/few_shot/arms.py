@@ -123,8 +123,12 @@ ARMS = {
     "random-only": Arm("random", setting_of="random", posed=False),
 }
 CORE = ("affine", "elastic", "random", "drdm", "drdm-tuned")
-PAPER = ("none", "affine", "bigaug", "elastic-only", "random-only", "drdm-only")
-"""Arms of the paper's Table 2 (none, BigAug, DRDM alone), and the controls that it lacks."""
+PAPER = {
+    "drdm-only": ("none", "bigaug", "elastic-only", "random-only", "affine"),
+    "drdm": ("affine", "elastic", "random"),
+}
+"""DRDM alone as in the paper's Table 2, and with poses; each with the arms that it is compared with. The paper has none
+and BigAug, not the others."""
 
 
 def candidates(

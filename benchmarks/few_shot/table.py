@@ -12,6 +12,7 @@ from protocols import PROTOCOLS, recipe
 from scipy.stats import wilcoxon
 
 Row = dict[str, Any]
+PAPER_ARMS = tuple(dict.fromkeys(arm for ours, others in PAPER.items() for arm in (*others, ours)))
 COUNTS, PAPER_COUNTS = (1, 5), (5, 20, 60)
 """Numbers of labelled subjects of the benchmark itself, and of the comparison after the paper's Table 2."""
 
@@ -25,7 +26,7 @@ def tables(search: list[Row], final: list[Row]) -> str:
         if found:
             parts += [f"## {name}: search on validation subjects", search_table(found)]
         if runs:
-            paper = [row for row in runs if row["arm"] in PAPER and row["subjects"] in PAPER_COUNTS]
+            paper, _ = split([row for row in runs if row["arm"] in PAPER_ARMS and row["subjects"] in PAPER_COUNTS])
             chosen, earlier = split([row for row in runs if row["arm"] in CORE and row["subjects"] in COUNTS])
             by_protocol[name] = chosen
             parts += [f"## {name}: test subjects", final_table(chosen), comparison_table(chosen)]
@@ -55,7 +56,7 @@ def paper_table(rows: list[Row]) -> str:
     groups = _groups(rows)
     counts = sorted({count for count, _ in groups})
     lines = [f"| arm | {' | '.join(f'{count} labelled' for count in counts)} |", "|" + "---|" * (1 + len(counts))]
-    for arm in PAPER:
+    for arm in PAPER_ARMS:
         runs = [groups.get((count, arm), []) for count in counts]
         cells = [spread([100 * by_structure(row, "dice").mean() for row in one]) if one else "–" for one in runs]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
@@ -63,16 +64,15 @@ def paper_table(rows: list[Row]) -> str:
 
 
 def paper_differences(rows: list[Row]) -> str:
-    """DRDM alone against the other arms of the paper's table, over the seeds that both have."""
-    lines = ["| labelled | drdm-only minus | Dice points | by seed | p, patients |", "|" + "---|" * 5]
+    """DRDM against the other arms of the paper's table, over the seeds that both have."""
+    lines = ["| labelled | arm | minus | Dice points | by seed | p, patients |", "|" + "---|" * 6]
     groups = _groups(rows)
     for count in sorted({count for count, _ in groups}):
-        ours = groups.get((count, "drdm-only"), [])
-        for other in (arm for arm in PAPER if arm != "drdm-only"):
-            theirs = groups.get((count, other), [])
+        for arm, other in ((arm, other) for arm, others in PAPER.items() for other in others):
+            ours, theirs = groups.get((count, arm), []), groups.get((count, other), [])
             if seeds := {row["seed"] for row in ours} & {row["seed"] for row in theirs}:
                 points, by_seed, _, p = difference(ours, theirs, seeds)
-                lines.append(f"| {count} | {other} | {points} | {by_seed} | {p} |")
+                lines.append(f"| {count} | {arm} | {other} | {points} | {by_seed} | {p} |")
     return "\n".join(lines)
 
 
