@@ -9,7 +9,8 @@ Initiative, in a clone of github.com/theibsi/data_sets.
 
 Writes ``ct`` and ``mr`` with ``images`` and ``labels`` each, on the grids of the source (about 1 x 1 x 3.3 mm). CT is
 cut to -200 to 400 HU, as networks are commonly given it. Labels: 1 bone (of CT only, by threshold, marrow filled in), 2
-tumour, as outlined by the source. Scans whose files are larger than 4 MB are left out.
+tumour, as outlined by the source. Bone within two voxels of the border of a slice is not labelled. Scans whose
+files are larger than 4 MB are left out.
 """
 
 from __future__ import annotations

@@ -1,10 +1,13 @@
-"""List the scans that the shipped and the cardiac networks are trained on: the pools of the open data sets.
+"""List the scans that networks are trained on: the pools of the open data sets.
 
-    python tools/training_data.py anatomy-2d --out anatomy-2d.json    # brains, hippocampi, chests, limbs, nuclei
-    python tools/training_data.py anatomy-3d --out anatomy-3d.json    # brains, hippocampi, limbs
+    python tools/training_data.py anatomy-2d --out anatomy-2d.json    # IXI, hippocampus, chest X-rays
+    python tools/training_data.py anatomy-3d --out anatomy-3d.json    # IXI, hippocampus
+    python tools/training_data.py wide-2d --out wide-2d.json          # these, limbs and nuclei
+    python tools/training_data.py wide-3d --out wide-3d.json          # these, and limbs
     python tools/training_data.py acdc --out acdc-slices              # ACDC patients 1-60, images only
 
-The first two write MONAI datalists whose weights give every collection its share; the third a folder of slices.
+The first four write MONAI datalists whose weights give every collection its share; the networks in the package were
+trained on the first two. The last writes a folder of slices.
 """
 
 from __future__ import annotations
@@ -12,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Collection
 from pathlib import Path
 
 import numpy as np
@@ -29,19 +31,21 @@ POOLS = {
     "nuclei": ("nuclei/images/*.png", slice(0, 500)),
 }
 SHARES = {
-    "anatomy-2d": {"ixi": 0.3, "hippocampus": 0.12, "cxr": 0.18, "limb-ct": 0.15, "limb-mr": 0.15, "nuclei": 0.1},
-    "anatomy-3d": {"ixi": 0.4, "hippocampus": 0.3, "limb-ct": 0.15, "limb-mr": 0.15},
+    "anatomy-2d": {"ixi": 0.5, "hippocampus": 0.2, "cxr": 0.3},
+    "anatomy-3d": {"ixi": 0.6, "hippocampus": 0.4},
+    "wide-2d": {"ixi": 0.3, "hippocampus": 0.12, "cxr": 0.18, "limb-ct": 0.15, "limb-mr": 0.15, "nuclei": 0.1},
+    "wide-3d": {"ixi": 0.4, "hippocampus": 0.3, "limb-ct": 0.15, "limb-mr": 0.15},
 }
 ACDC_POOL = range(1, 61)
 
 
-def datalist(name: str, collections: Collection[str] = tuple(POOLS)) -> dict[str, list[dict[str, object]]]:
-    """The scans of a network, of all collections or only of some."""
+def datalist(name: str) -> dict[str, list[dict[str, object]]]:
     entries: list[dict[str, object]] = []
-    for collection in (one for one in SHARES[name] if one in collections):
-        share = SHARES[name][collection]
+    for collection, share in SHARES[name].items():
         pattern, pool = POOLS[collection]
         paths = sorted(data_folder().glob(pattern))[pool]
+        if len(paths) != pool.stop - pool.start:
+            raise SystemExit(f"{data_folder() / pattern}: {pool.stop} scans are needed; see benchmarks/README.md.")
         entries += [{"image": str(path.resolve()), "weight": share / len(paths)} for path in paths]
     return {"training": entries}
 

@@ -16,7 +16,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from common.rows import read_rows
-from table import by_structure, split
+from table import by_structure, COUNTS, split
 
 HERE = Path(__file__).parent
 Row = dict[str, Any]
@@ -38,7 +38,7 @@ def draw(path: Path) -> None:
     names = [name for name in TITLES if any(row["protocol"] == name for row in tested)]
     figure, axes = plt.subplots(1, len(names), figsize=(1 + 5.2 * len(names), 3.8), squeeze=False, layout="constrained")
     for name, panel in zip(names, axes[0]):
-        alone, _ = split(read_rows(HERE / f"{name}.jsonl"))
+        alone, _ = split([row for row in read_rows(HERE / f"{name}.jsonl") if row["subjects"] in COUNTS])
         found = {True: [row for row in tested if row["protocol"] == name], False: alone}
         counts = sorted({row["subjects"] for row in found[True]} | {row["subjects"] for row in alone})
         ways = [way for way in WAYS if any(row["arm"] == way[0] for row in found[way[1]])]

@@ -220,7 +220,13 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines.append("|" + "---|" * 7)
     for (domain, method), points in summary(rows).items():
         for strength, shape, shape_error, lost, lost_error, folds, count in points:
-            cells = [NAMES[domain], method, f"{strength:g}", f"{count:.0f}", f"{shape:.1f} ± {shape_error:.1f}"]
+            cells = [
+                NAMES[domain],
+                STYLE[method][2],
+                f"{strength:g}",
+                f"{count:.0f}",
+                f"{shape:.1f} ± {shape_error:.1f}",
+            ]
             lines.append(f"| {' | '.join(cells)} | {lost:.1f} ± {lost_error:.1f} | {folds:.3f} |")
     for domain in NAMES:
         values = [row["shape_points"] for row in _people(rows) if row["domain"] == domain]
@@ -248,7 +254,14 @@ def comparisons(rows: list[dict[str, Any]]) -> str:
         ours, theirs = (by_person(rows, domain, *one) for one in (("drdm, recovery 0.5", 0.6), (method, strength)))
         differences = np.array([ours[name] - theirs[name] for name in ours if name in theirs])
         shape, lost = differences.mean(axis=0)
-        cells = [NAMES[domain], method, f"{strength:g}", str(len(differences)), f"{shape:+.1f}", f"{lost:+.1f}"]
+        cells = [
+            NAMES[domain],
+            STYLE[method][2],
+            f"{strength:g}",
+            str(len(differences)),
+            f"{shape:+.1f}",
+            f"{lost:+.1f}",
+        ]
         lines.append(f"| {' | '.join(cells)} | {wilcoxon(differences[:, 1]).pvalue:.2g} |")
     return "\n".join(lines)
 

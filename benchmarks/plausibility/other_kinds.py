@@ -1,4 +1,4 @@
-"""What do the fields of the package's 3D network do to kinds of scans that no segmenter judges?
+"""What do the fields of the package's 3D network do to volumes of kinds for which there is no 3D segmenter?
 
 Necks of ``tools/other_scans.py`` and limbs of test patients of ``tools/limb_data.py``, each under several fields of
 the network at its defaults, and under the random fields that these start from, scaled to move points as far beyond an
@@ -101,8 +101,11 @@ def volumes() -> list[Volume]:
         raise SystemExit(f"{folder} is missing: python tools/other_scans.py, see its first lines.")
     found = [volume(path) for path in sorted(folder.iterdir())]
     for kind in STRUCTURE:
-        paths = sorted((data_folder() / "limbs" / kind.removeprefix("limb") / "images").iterdir())
-        found += [volume(paths[number - 1], kind) for number in DOMAINS[kind].splits["test"]]
+        limbs = data_folder() / "limbs" / kind.removeprefix("limb") / "images"
+        paths, test = sorted(limbs.glob("*")), DOMAINS[kind].splits["test"]
+        if len(paths) < test.stop - 1:
+            raise SystemExit(f"{limbs} is missing or not complete: python tools/limb_data.py, see its first lines.")
+        found += [volume(paths[number - 1], kind) for number in test]
     return found
 
 

@@ -2,8 +2,8 @@
 
 Every variant trains for as many steps as cost what ``--minutes`` of the base recipe cost on one core. What a step costs
 is measured beside the base recipe, in turn, so that other work on the machine does not decide. Judged on images
-that no variant was trained on and that no test uses: random anatomy and validation images of every kind, as in
-``first_minutes.py``. Every training is a row; those with a row are skipped.
+that no variant was trained on and that no test uses: random anatomy and validation images of every kind, with the
+measures of ``first_minutes.py``. Every training is a row; those with a row are skipped.
 
     python benchmarks/training/recipe_search.py run --dims 2 --work FOLDER --variants base wide
     python benchmarks/training/recipe_search.py table
@@ -35,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchma
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 from common.rows import append_rows, machine, read_rows
 from common.scans import data_folder, DOMAINS, scans
-from training_data import datalist, POOLS
+from training_data import datalist
 
 ROWS = Path(__file__).parent / "recipe_search.jsonl"
 LEVELS = (0.3, 0.6, 0.8)
@@ -59,7 +59,7 @@ BASE: dict[int, dict[str, Any]] = {
         "epoch_length": 100,
     },
 }
-"""Recipes of the networks that come with the package."""
+"""Recipes like those of the networks that come with the package, on more kinds of scans."""
 HALF_SIZE = {2: 81, 3: 41}
 """Half the working size, as odd as it must be."""
 STEPS_A_MINUTE = {2: 150, 3: 50}
@@ -85,11 +85,11 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "float32": {"bfloat16": False},
     "decay-0.9995": {"ema_decay": 0.9995},
     "coarse-first": {"coarse_first": 0.4},
-    "fewer-kinds": {"collections": ("ixi", "hippocampus", "cxr")},
+    "fewer-kinds": {"scans": "anatomy"},
 }
-"""What each changes of the base recipe; ``coarse_first`` is the share of steps at half the working size, and
-``collections`` the scans it is trained on, of ``training_data.py``."""
-NO_SETTINGS = ("coarse_first", "collections")
+"""What each changes of the base recipe; ``coarse_first`` is the share of steps at half the working size, and ``scans``
+the list of ``training_data.py`` instead of ``wide``: that of the networks in the package."""
+NO_SETTINGS = ("coarse_first", "scans")
 FOLDERS = {
     "ixi": "ixi/images",
     "hippocampus3d": "hippocampus/images",
@@ -123,10 +123,10 @@ def configure(dims: int, variant: str, work: Path, steps: int, **more: Any) -> A
     """Settings of a training of so many steps."""
     settings: dict[str, Any] = BASE[dims] | {k: v for k, v in VARIANTS[variant].items() if k not in NO_SETTINGS} | more
     epochs = max(1, round(steps / settings["epoch_length"]))
-    collections = VARIANTS[variant].get("collections", tuple(POOLS))
-    data = work / f"anatomy-{dims}d-{len(collections)}.json"
+    name = f"{VARIANTS[variant].get('scans', 'wide')}-{dims}d"
+    data = work / f"{name}.json"
     if not data.is_file():
-        data.write_text(json.dumps(datalist(f"anatomy-{dims}d", collections)))
+        data.write_text(json.dumps(datalist(name)))
     return build_config(data=str(data), max_epochs=epochs, validation_share=0.05, **settings)
 
 

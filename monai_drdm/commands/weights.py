@@ -74,7 +74,7 @@ def run_verify(options: argparse.Namespace) -> int:
     from monai_drdm.registration.networks import is_registration
 
     for name in options.network:
-        if name in list_registrations() or is_registration(name):
+        if name in list_registrations() or (name not in list_networks() and is_registration(name)):
             dims = load_registration(name).structure.spatial_dims
             sha256 = hashlib.sha256(registration_file(name).read_bytes()).hexdigest()
             print(f"{name}  ok  registration {dims}D  sha256 {sha256}")
