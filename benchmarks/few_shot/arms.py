@@ -104,6 +104,8 @@ class Arm:
     posed: bool = True
     recovers: bool = True
     """Whether its network supports a factor on recovery steps."""
+    fixed: tuple[float, float, float] | None = None
+    """Lowest and highest strength and probability, instead of those that a search chose."""
     stacked: bool = False
     """Whether a stack of MONAI transforms, each with probability 0.5, replaces ``INTENSITY``."""
 
@@ -121,14 +123,15 @@ ARMS = {
     "drdm-only": Arm("drdm", setting_of="drdm", posed=False),
     "elastic-only": Arm("elastic", setting_of="elastic", posed=False),
     "random-only": Arm("random", setting_of="random", posed=False),
+    "random-equal": Arm("random", posed=False, fixed=(0.06, 0.32, 0.9)),
 }
 CORE = ("affine", "elastic", "random", "drdm", "drdm-tuned")
 PAPER = {
-    "drdm-only": ("none", "bigaug", "elastic-only", "random-only", "affine"),
+    "drdm-only": ("none", "bigaug", "elastic-only", "random-only", "random-equal", "affine"),
     "drdm": ("affine", "elastic", "random"),
 }
 """DRDM alone as in the paper's Table 2, and with poses; each with the arms that it is compared with. The paper has none
-and BigAug, not the others."""
+and BigAug, not the others. `random-equal` moves points as far and as often as DRDM alone does."""
 
 
 def candidates(
@@ -141,7 +144,7 @@ def candidates(
     """The settings that the search of an arm tries; all arms but ``affine`` use the pose that ``affine`` chose."""
     if arm == "affine":
         return list(AFFINE)
-    if not ARMS[arm].fields or ARMS[arm].setting_of:
+    if not ARMS[arm].fields or ARMS[arm].setting_of or ARMS[arm].fixed:
         return []
     kept = {key: getattr(pose, key) for key in POSE}
     return [

@@ -164,6 +164,8 @@ def chosen_setting(protocol: Protocol, arm: str, count: int, fields: Fields) -> 
     """
     if arm == "none":
         return Setting()
+    if fixed := ARMS[arm].fixed:
+        return Setting(low=fixed[0], high=fixed[1], prob=fixed[2])
     protocol = PROTOCOLS["hippocampus"] if protocol.name == "ixi" else protocol
     searched = ARMS[arm].setting_of or arm
     key = {"recipe": recipe(protocol), "arm": searched, "network": fields.name_for(searched, protocol)}
