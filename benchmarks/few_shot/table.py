@@ -56,7 +56,7 @@ def paper_table(rows: list[Row]) -> str:
     groups = _groups(rows)
     counts = sorted({count for count, _ in groups})
     lines = [f"| arm | {' | '.join(f'{count} labelled' for count in counts)} |", "|" + "---|" * (1 + len(counts))]
-    for arm in PAPER_ARMS:
+    for arm in (arm for arm in PAPER_ARMS if any((count, arm) in groups for count in counts)):
         runs = [groups.get((count, arm), []) for count in counts]
         cells = [spread([100 * by_structure(row, "dice").mean() for row in one]) if one else "–" for one in runs]
         lines.append(f"| {arm} | {' | '.join(cells)} |")
