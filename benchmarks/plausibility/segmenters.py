@@ -193,8 +193,9 @@ def measure(domain: str, split: str, segmenter: Segmenter) -> dict[str, object]:
     classes = DOMAINS[domain].classes
     every = [dice(segmenter(scan.image), scan.label, classes) for scan in scans(domain, split)]
     means = [float(np.mean([d for d in row if d is not None])) for row in every if any(d is not None for d in row)]
-    by_class = np.nanmean(np.array(every, dtype=float), axis=0)
-    return {"images": len(means), "dice": means, "dice_by_class": by_class.round(4).tolist()}
+    known = [[value for value in column if value is not None] for column in zip(*every)]
+    by_class = [round(float(np.mean(column)), 4) if column else None for column in known]
+    return {"images": len(means), "dice": means, "dice_by_class": by_class}
 
 
 def table(rows: list[dict[str, object]]) -> str:
@@ -202,7 +203,7 @@ def table(rows: list[dict[str, object]]) -> str:
     lines = ["| domain | split | n | Dice % | by class |", "|---|---|---|---|---|"]
     for row in rows:
         values = 100 * np.array(row["dice"])
-        by_class = " / ".join(f"{100 * value:.1f}" for value in row["dice_by_class"])
+        by_class = " / ".join("–" if one is None else f"{100 * one:.1f}" for one in row["dice_by_class"])
         lines.append(
             f"| {row['domain']} | {row['split']} | {row['images']} | {values.mean():.1f} ± {values.std():.1f} "
             f"| {by_class} |"
