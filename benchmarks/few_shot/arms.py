@@ -131,7 +131,8 @@ PAPER = {
     "drdm": ("affine", "elastic", "random"),
 }
 """DRDM alone as in the paper's Table 2, and with poses; each with the arms that it is compared with. The paper has none
-and BigAug, not the others. `random-equal` moves points as far and as often as DRDM alone does."""
+and BigAug, not the others. `random-equal` moves the middle of images about as far as DRDM alone does, and as often: by
+rank the range of ``consistency.py``."""
 
 
 def candidates(

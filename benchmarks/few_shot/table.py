@@ -28,8 +28,9 @@ def tables(search: list[Row], final: list[Row]) -> str:
         if runs:
             paper, _ = split([row for row in runs if row["arm"] in PAPER_ARMS and row["subjects"] in PAPER_COUNTS])
             chosen, earlier = split([row for row in runs if row["arm"] in CORE and row["subjects"] in COUNTS])
-            by_protocol[name] = chosen
-            parts += [f"## {name}: test subjects", final_table(chosen), comparison_table(chosen)]
+            if chosen:
+                by_protocol[name] = chosen
+                parts += [f"## {name}: test subjects", final_table(chosen), comparison_table(chosen)]
             if earlier:
                 parts += [f"### {name}: test subjects, settings or networks given up", final_table(earlier)]
             if len({row["subjects"] for row in paper}) > 1:
