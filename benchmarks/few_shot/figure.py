@@ -13,6 +13,7 @@ from typing import Any
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib.axes import Axes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from common.rows import read_rows
@@ -30,37 +31,57 @@ WAYS = {
 }
 """Arm, and whether it has unlabelled scans: its name and colour."""
 TITLES = {"acdc": "heart (ACDC)", "hippocampus": "hippocampus", "ixi": "brain (IXI)"}
+POOLS = {"acdc": 60, "hippocampus": 140, "ixi": 26}
+"""Subjects to learn from, of which all may be labelled."""
 
 
 def draw(path: Path) -> None:
-    """Write the figure: a panel a data set, a group a number of labelled subjects, a dot a draw, a bar their mean."""
+    """Write the figure: a panel a data set, a group a number of labelled subjects, a dot a draw, a line their mean."""
     tested = [row for row in read_rows(HERE / "consistency.jsonl") if row["what"] == "test"]
     names = [name for name in TITLES if any(row["protocol"] == name for row in tested)]
-    figure, axes = plt.subplots(1, len(names), figsize=(1 + 5.2 * len(names), 3.8), squeeze=False, layout="constrained")
+    size = (1 + 5.2 * len(names), 4.2)
+    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, sharey=True, layout="constrained")
     for name, panel in zip(names, axes[0]):
-        alone, _ = split([row for row in read_rows(HERE / f"{name}.jsonl") if row["subjects"] in COUNTS])
-        found = {True: [row for row in tested if row["protocol"] == name], False: alone}
-        counts = sorted({row["subjects"] for row in found[True]} | {row["subjects"] for row in alone})
-        ways = [way for way in WAYS if any(row["arm"] == way[0] for row in found[way[1]])]
-        for group, count in enumerate(counts):
-            measured = {
-                way: [row for row in found[way[1]] if (row["arm"], row["subjects"]) == (way[0], count)] for way in ways
-            }
-            there = [way for way in ways if measured[way]]
-            for place, way in enumerate(there):
-                values = [100 * by_structure(row, "dice").mean() for row in measured[way]]
-                at = group + (place - (len(there) - 1) / 2) * 0.8 / len(ways)
-                label, colour = WAYS[way]
-                panel.bar(at, np.mean(values), 0.72 / len(ways), color=colour, label=label)
-                panel.plot([at] * len(values), values, "o", color="black", markersize=3)
-        panel.set_xticks(range(len(counts)), [f"{count} labelled" for count in counts])
-        panel.set(title=TITLES[name], ylabel="Dice of test subjects, %")
-        low = min(100 * by_structure(row, "dice").mean() for rows in found.values() for row in rows)
-        panel.set_ylim(max(0, 5 * ((low - 5) // 5)), None)
-        panel.spines[["top", "right"]].set_visible(False)
-    shown = {name: bar for panel in axes[0] for bar, name in zip(*panel.get_legend_handles_labels())}
+        draw_panel(panel, name, [row for row in tested if row["protocol"] == name])
+    axes[0, 0].set_ylabel("Dice of test subjects, %")
+    shown = {name: mark for panel in axes[0] for mark, name in zip(*panel.get_legend_handles_labels())}
     figure.legend(shown.values(), shown.keys(), frameon=False, fontsize=9, loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=130)
+
+
+def draw_panel(panel: Axes, name: str, tested: list[Row]) -> None:
+    """Draw what the rows of one data set say."""
+    rows = read_rows(HERE / f"{name}.jsonl")
+    alone, _ = split([row for row in rows if row["subjects"] in COUNTS])
+    found = {True: tested, False: alone}
+    counts = sorted({row["subjects"] for row in tested + alone})
+    ways = [way for way in WAYS if any(row["arm"] == way[0] for row in found[way[1]])]
+    for group, count in enumerate(counts):
+        measured = {
+            way: [dice_of(row) for row in found[way[1]] if (row["arm"], row["subjects"]) == (way[0], count)]
+            for way in ways
+        }
+        there = [way for way in ways if measured[way]]
+        for place, way in enumerate(there):
+            at = group + (place - (len(there) - 1) / 2) * 0.8 / len(ways)
+            label, colour = WAYS[way]
+            panel.hlines(np.mean(measured[way]), at - 0.32 / len(ways), at + 0.32 / len(ways), colour, linewidth=4)
+            dots = [at] * len(measured[way])
+            panel.plot(dots, measured[way], "o", color=colour, markersize=5, alpha=0.6, label=label)
+    everyone = [dice_of(row) for row in rows if row["arm"] == "affine" and row["subjects"] == POOLS[name]]
+    if everyone:
+        panel.axhline(np.mean(everyone), color="#9aa5b1", linestyle="--", label="all scans labelled")
+    panel.set_xticks(range(len(counts)), [f"{count} labelled" for count in counts])
+    panel.set_xlim(-0.5, len(counts) - 0.5)
+    panel.set_title(TITLES[name])
+    panel.grid(axis="y", color="#e3e6ea")
+    panel.set_axisbelow(True)
+    panel.spines[["top", "right"]].set_visible(False)
+
+
+def dice_of(row: Row) -> float:
+    """Dice of a training, in percent, over structures and test subjects."""
+    return float(100 * by_structure(row, "dice").mean())
 
 
 if __name__ == "__main__":
