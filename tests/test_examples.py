@@ -337,7 +337,7 @@ def test_volumes_notebook_runs_and_was_run(tmp_path, monkeypatch, volumes, small
 
 def test_few_labels_notebook_runs_and_was_run(monkeypatch, few_labels, small_network):
     settings = "DATA, LABELLED, UNLABELLED, JUDGED, SIZE = None, 2, 4, 3, (32, 24)\n"
-    settings += f"ITERATIONS, FIELDS, LEVEL, NETWORK = 3, 1, (0.2, 0.5), {small_network(2)!r}"
+    settings += f"ITERATIONS, DEFORM, FIELDS, LEVEL, NETWORK = 3, 0.5, 1, (0.2, 0.5), {small_network(2)!r}"
     names = run_notebook("few_labels", monkeypatch, settings, pictures=3)
     assert not any("label" in one for one in names["unlabelled"])
     assert (len(names["found"]), names["story"][-1]["step"]) == (3, 3)
