@@ -38,34 +38,34 @@ POOLS = {"acdc": 60, "hippocampus": 140, "ixi": 26}
 def draw(path: Path) -> None:
     """Write the figure: a panel a data set, a group a number of labelled subjects, a dot a draw, a line their mean."""
     tested = [row for row in read_rows(HERE / "consistency.jsonl") if row["what"] == "test"]
-    names = [name for name in TITLES if any(row["protocol"] == name for row in tested)]
-    size = (1 + 5.2 * len(names), 4.2)
-    figure, axes = plt.subplots(1, len(names), figsize=size, squeeze=False, sharey=True, layout="constrained")
-    for name, panel in zip(names, axes[0]):
-        draw_panel(panel, name, [row for row in tested if row["protocol"] == name])
+    groups = {name: sorted({row["subjects"] for row in tested if row["protocol"] == name}) for name in TITLES}
+    groups = {name: counts for name, counts in groups.items() if counts}
+    widths = [len(counts) for counts in groups.values()]
+    figure = plt.figure(figsize=(1.2 + 2.1 * sum(widths), 4.2), layout="constrained")
+    axes = figure.subplots(1, len(groups), width_ratios=widths, squeeze=False, sharey=True)
+    for (name, counts), panel in zip(groups.items(), axes[0]):
+        draw_panel(panel, name, counts, [row for row in tested if row["protocol"] == name])
     axes[0, 0].set_ylabel("Dice of test subjects, %")
     shown = {name: mark for panel in axes[0] for mark, name in zip(*panel.get_legend_handles_labels())}
-    figure.legend(shown.values(), shown.keys(), frameon=False, fontsize=9, loc="outside lower center", ncols=2)
+    figure.legend(shown.values(), shown.keys(), frameon=False, fontsize=9, loc="outside lower center", ncols=3)
     figure.savefig(path, dpi=130)
 
 
-def draw_panel(panel: Axes, name: str, tested: list[Row]) -> None:
+def draw_panel(panel: Axes, name: str, counts: list[int], tested: list[Row]) -> None:
     """Draw what the rows of one data set say."""
     rows = read_rows(HERE / f"{name}.jsonl")
     alone, _ = split([row for row in rows if row["subjects"] in COUNTS])
     found = {True: tested, False: alone}
-    counts = sorted({row["subjects"] for row in tested + alone})
-    ways = [way for way in WAYS if any(row["arm"] == way[0] for row in found[way[1]])]
     for group, count in enumerate(counts):
         measured = {
             way: [dice_of(row) for row in found[way[1]] if (row["arm"], row["subjects"]) == (way[0], count)]
-            for way in ways
+            for way in WAYS
         }
-        there = [way for way in ways if measured[way]]
+        there = [way for way in WAYS if measured[way]]
         for place, way in enumerate(there):
-            at = group + (place - (len(there) - 1) / 2) * 0.8 / len(ways)
+            at = group + (place - (len(there) - 1) / 2) * 0.8 / len(WAYS)
             label, colour = WAYS[way]
-            panel.hlines(np.mean(measured[way]), at - 0.32 / len(ways), at + 0.32 / len(ways), colour, linewidth=4)
+            panel.hlines(np.mean(measured[way]), at - 0.32 / len(WAYS), at + 0.32 / len(WAYS), colour, linewidth=4)
             dots = [at] * len(measured[way])
             panel.plot(dots, measured[way], "o", color=colour, markersize=5, alpha=0.6, label=label)
     everyone = [dice_of(row) for row in rows if row["arm"] == "affine" and row["subjects"] == POOLS[name]]
