@@ -17,6 +17,8 @@ from matplotlib.axes import Axes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from common.rows import read_rows
+from common.scans import DOMAINS
+from protocols import PROTOCOLS
 from table import by_structure, COUNTS, split
 
 HERE = Path(__file__).parent
@@ -31,8 +33,6 @@ WAYS = {
 }
 """Arm, and whether it has unlabelled scans: its name and colour."""
 TITLES = {"acdc": "heart (ACDC)", "hippocampus": "hippocampus", "ixi": "brain (IXI)"}
-POOLS = {"acdc": 60, "hippocampus": 140, "ixi": 26}
-"""Subjects to learn from, of which all may be labelled."""
 
 
 def draw(path: Path) -> None:
@@ -68,7 +68,8 @@ def draw_panel(panel: Axes, name: str, counts: list[int], tested: list[Row]) -> 
             panel.hlines(np.mean(measured[way]), at - 0.32 / len(WAYS), at + 0.32 / len(WAYS), colour, linewidth=4)
             dots = [at] * len(measured[way])
             panel.plot(dots, measured[way], "o", color=colour, markersize=5, alpha=0.6, label=label)
-    everyone = [dice_of(row) for row in rows if row["arm"] == "affine" and row["subjects"] == POOLS[name]]
+    pool = len(DOMAINS[PROTOCOLS[name].domain].splits["pool"])
+    everyone = [dice_of(row) for row in rows if row["arm"] == "affine" and row["subjects"] == pool]
     if everyone:
         panel.axhline(np.mean(everyone), color="#9aa5b1", linestyle="--", label="all scans labelled")
     panel.set_xticks(range(len(counts)), [f"{count} labelled" for count in counts])
