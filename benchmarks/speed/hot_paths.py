@@ -4,6 +4,7 @@ Both are timed in turns on one thread, so that the machine is the same for both.
 this file; it follows from the number of passes over memory.
 
     python benchmarks/speed/hot_paths.py --turns 9
+    python benchmarks/speed/hot_paths.py --only "training step in bfloat16"
     python benchmarks/speed/hot_paths.py --table
 """
 
@@ -31,7 +32,10 @@ from tqdm import tqdm
 from monai_drdm.fields import exp_svf, identity_grid, resize_ddf, warp
 from monai_drdm.fields.grid import sampling_grid, to_grid_sample
 from monai_drdm.fields.sampling import gather_voxels, sample_on_grid
-from monai_drdm.networks import load_network
+from monai_drdm.networks import load_network, VelocityUNet
+from monai_drdm.networks.normalization import GroupNorm
+from monai_drdm.train.augmentation import smooth_noise
+from monai_drdm.train.synthetic import _organs
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
 from common.rows import append_rows, machine, read_rows
@@ -161,6 +165,40 @@ def bfloat16(dims: int) -> Ways:
     return lambda: network(x, level), half
 
 
+def training(dims: int) -> Ways:
+    """A training step of 16 images, with PyTorch's own order of features in the group norms and with ours."""
+    image, level = torch.rand(16, 1, 161, 161), torch.rand(16)
+    ours = VelocityUNet(dims, channels=(16, 32, 64, 96))
+    plain = copy.deepcopy(ours)
+    for module in plain.modules():
+        if isinstance(module, GroupNorm):
+            module.__class__ = torch.nn.GroupNorm
+
+    def step(network: VelocityUNet) -> None:
+        with torch.enable_grad():
+            with torch.autocast("cpu", torch.bfloat16):
+                predicted = network(image, level)
+            predicted.square().mean().backward()
+
+    return partial(step, plain), partial(step, ours)
+
+
+def organs(dims: int) -> Ways:
+    """The organs of random anatomy: all of their fields at once, sorted, or one field after the other."""
+    batch, size = {2: (16, (161, 161)), 3: (2, (81, 81, 81))}[dims]
+
+    def at_once() -> Tensor:
+        generator = torch.Generator().manual_seed(0)
+        count, nodes = (int(torch.randint(*one, (1,), generator=generator)) for one in ((6, 16), (3, 8)))
+        fields = smooth_noise(generator, batch, count, size, nodes) + 0.4 * smooth_noise(
+            generator, batch, count, size, 9
+        )
+        symmetric = (torch.rand(batch, generator=generator) < 0.5).view(-1, *(1,) * (dims + 1))
+        return torch.where(symmetric, fields + fields.flip(2), fields).topk(2, dim=1)[1][:, :1] + 1
+
+    return at_once, lambda: _organs(torch.Generator().manual_seed(0), batch, size)[0]
+
+
 def squarings(dims: int) -> Ways:
     """Integrate a velocity of at most 1 voxel: always with six squarings, or with as many as it needs."""
     svf = resize_ddf(_inputs(dims)[0], tuple((n + 1) // 2 for n in COARSE[dims]))
@@ -200,15 +238,17 @@ CHANGES = (
     ),
     Change("network compiled", 1.3, False, "an option: `compiled`", compiled, (2,)),
     Change("network in bfloat16", 1.0, False, "an option: `precision`; needs hardware for it", bfloat16),
+    Change("training step in bfloat16", 1.3, True, "group norm in the usual order of features", training, (2,)),
+    Change("organs of random anatomy", 1.5, True, "one field at a time stays in the cache, nothing is sorted", organs),
 )
 
 
 @torch.no_grad()
-def run(turns: int) -> None:
-    """Time all optimisations and write one row for each."""
+def run(turns: int, only: list[str]) -> None:
+    """Time these optimisations and write one row for each."""
     torch.set_num_threads(1)
     where = machine() | {"run": datetime.now(timezone.utc).isoformat(timespec="seconds")}
-    for change, dims in tqdm([(one, dims) for one in CHANGES for dims in one.dims], unit="change"):
+    for change, dims in tqdm([(one, dims) for one in CHANGES if one.name in only for dims in one.dims], unit="change"):
         before, after = change.ways(dims)
         seconds: tuple[list[float], list[float]] = ([], [])
         for turn in range(-1, turns):  # turn -1 warms up
@@ -223,9 +263,10 @@ def run(turns: int) -> None:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown table of the latest run, with the ratio within a turn."""
+    """Markdown table of the latest run of each change, with the ratio within a turn."""
     lines = ["| change | grid | ms before | ms after | predicted | measured | kept | |", "|" + "---|" * 8]
-    for row in (r for r in rows if r["run"] == max(one["run"] for one in rows)):
+    latest = {(row["change"], row["dims"]): row for row in rows}
+    for row in latest.values():
         ratio = np.array(row["before"]) / np.array(row["after"])
         before, after = (1e3 * np.median(row[key]) for key in ("before", "after"))
         lines.append(
@@ -238,11 +279,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = list(dict.fromkeys(one.name for one in CHANGES))
     parser.add_argument("--turns", type=int, default=9)
+    parser.add_argument("--only", nargs="+", choices=names, default=names, metavar="CHANGE", help="changes to time")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args()
     if not args.table:
-        run(args.turns)
+        run(args.turns, args.only)
     print(table(read_rows(PATH)))
 
 

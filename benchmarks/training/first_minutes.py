@@ -34,7 +34,7 @@ from monai_drdm.train.synthetic import synthetic_images
 from monai_drdm.train.velocity import recovery_loss, Target
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
-from common.rows import append_rows, machine
+from common.rows import append_rows, machine, read_rows
 from common.scans import acdc_slices, data_folder
 
 BATCH = 8
@@ -116,7 +116,8 @@ def main() -> None:
         command = [sys.executable, "-m", "monai_drdm.train", "--data", "synthetic", "--out", str(args.out), *settings]
         subprocess.run([*command, "--max-minutes", str(args.max_minutes)], check=True)  # noqa: S603 # our own
     rows = evaluate(weights, args.images)
-    trained = {"max_minutes": args.max_minutes, "settings": args.set, **machine()}
+    steps = max(row["step"] for row in read_rows(args.out / "metrics.jsonl"))
+    trained = {"max_minutes": args.max_minutes, "settings": args.set, "steps": steps, **machine()}
     append_rows(args.results, *({**row, **trained} for row in rows))
     print(table(rows))
 

@@ -20,6 +20,7 @@ from monai_drdm.networks.base import RecoveryNetwork
 from monai_drdm.networks.card import NetworkCard
 from monai_drdm.networks.convolution import CONVOLUTION
 from monai_drdm.networks.kinds import WORKING_SIZE
+from monai_drdm.networks.normalization import GroupNorm
 
 _LINEAR = {2: "bilinear", 3: "trilinear"}
 _FREQUENCIES = 8
@@ -34,7 +35,7 @@ class ResidualBlock(nn.Module):
         super().__init__()
         conv = CONVOLUTION[spatial_dims]
         self.conv1 = conv(in_channels, out_channels, 3, padding=1)
-        self.norm = nn.GroupNorm(_groups(out_channels), out_channels)
+        self.norm = GroupNorm(_groups(out_channels), out_channels)
         self.level = nn.Linear(_EMBEDDING, 2 * out_channels)
         self.conv2 = conv(out_channels, out_channels, 3, padding=dilation, dilation=dilation)
         self.skip = nn.Identity() if in_channels == out_channels else conv(in_channels, out_channels, 1)

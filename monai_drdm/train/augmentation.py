@@ -133,15 +133,26 @@ def smooth_noise(
     generator: torch.Generator, batch: int, channels: int, shape: tuple[int, ...] | torch.Size, nodes: int
 ) -> Tensor:
     """Smooth random fields ``(B, C, *S)``: noise of unit variance at about ``nodes`` per side, cubic in between."""
+    return interpolate_nodes(noise_at_nodes(generator, batch, channels, shape, nodes), shape)
+
+
+def noise_at_nodes(
+    generator: torch.Generator, batch: int, channels: int, shape: tuple[int, ...] | torch.Size, nodes: int
+) -> Tensor:
+    """The values of ``smooth_noise`` at its nodes, ``(B, C, *N)``."""
     longest = max(shape)
     lattice = [max(2, round(nodes * n / longest)) if n > 1 else 1 for n in shape]
-    noise = _normal(generator, (batch, channels, *lattice))
-    with torch.autocast(noise.device.type, enabled=False):
+    return _normal(generator, (batch, channels, *lattice))
+
+
+def interpolate_nodes(values: Tensor, shape: tuple[int, ...] | torch.Size) -> Tensor:
+    """Cubic interpolation of values at nodes ``(B, C, *N)`` to ``(B, C, *S)``, over the same extent."""
+    with torch.autocast(values.device.type, enabled=False):
         for axis in reversed(range(len(shape))):  # one axis at a time needs small matrices only
-            weights = _cubic_weights(lattice[axis], shape[axis], noise.device)
-            done = noise.shape[axis + 3 :]
-            noise = (weights @ noise.reshape(*noise.shape[: axis + 3], -1)).reshape(*noise.shape[: axis + 2], -1, *done)
-    return noise
+            weights = _cubic_weights(values.shape[axis + 2], shape[axis], values.device)
+            before, done = values.shape[: axis + 2], values.shape[axis + 3 :]
+            values = (weights @ values.reshape(*before, values.shape[axis + 2], -1)).reshape(*before, -1, *done)
+    return values
 
 
 def _cubic_weights(nodes: int, size: int, device: torch.device) -> Tensor:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from monai_drdm.fields import gaussian_smooth
-from monai_drdm.train.augmentation import smooth_noise, uniform
+from monai_drdm.train.augmentation import interpolate_nodes, noise_at_nodes, smooth_noise, uniform
 
 _ORGANS = (6, 16)
 _ELLIPSES = 6
@@ -60,35 +60,47 @@ def synthetic_labels(generator: torch.Generator, batch: int, shape: Sequence[int
     Returns:
         ``(B, 1, *S)`` int64.
     """
-    size, device = tuple(int(n) for n in shape), generator.device
-    organs = int(torch.randint(*_ORGANS, (1,), generator=generator, device=device))
-    nodes = int(torch.randint(3, 8, (1,), generator=generator, device=device))
-    regions = smooth_noise(generator, batch, organs, size, nodes) + 0.4 * smooth_noise(
-        generator, batch, organs, size, 9
-    )
-    symmetric = (torch.rand(batch, generator=generator, device=device) < _SYMMETRIC).view(-1, *(1,) * (len(size) + 1))
-    regions = torch.where(symmetric, regions + regions.flip(2), regions)
-    best, index = regions.topk(2, dim=1)
-    labels = index[:, :1] + 1
-    edge = best[:, :1] - best[:, 1:]
-    labels, used = _shells(generator, labels, edge, organs + 1)
+    size = tuple(int(n) for n in shape)
+    labels, edge, used = _organs(generator, batch, size)
+    labels, used = _shells(generator, labels, edge, used)
     labels, used = _ellipsoids(generator, labels, used)
     labels, used = _tubes(generator, labels, used)
-    return torch.where(_body(generator, batch, size), labels, torch.zeros_like(labels))
+    return labels.masked_fill_(~_body(generator, batch, size), 0).long()
+
+
+def _organs(generator: torch.Generator, batch: int, size: tuple[int, ...]) -> tuple[Tensor, Tensor, int]:
+    """Which of several smooth fields is the largest, ``(B, 1, *S)`` uint8 from 1; by how much; and the next label.
+
+    The fields are made one at a time: all of them would not fit into the cache.
+    """
+    device = generator.device
+    count = int(torch.randint(*_ORGANS, (1,), generator=generator, device=device))
+    nodes = int(torch.randint(3, 8, (1,), generator=generator, device=device))
+    coarse, fine = (noise_at_nodes(generator, batch, count, size, n) for n in (nodes, 9))
+    symmetric = (torch.rand(batch, generator=generator, device=device) < _SYMMETRIC).view(-1, *(1,) * (len(size) + 1))
+    best = torch.full((batch, 1, *size), -torch.inf, device=device)
+    second = best.clone()
+    labels = torch.zeros_like(best, dtype=torch.uint8)
+    for k in range(count):
+        field = interpolate_nodes(coarse[:, k : k + 1], size) + 0.4 * interpolate_nodes(fine[:, k : k + 1], size)
+        field = torch.where(symmetric, field + field.flip(2), field)
+        torch.maximum(second, torch.minimum(best, field), out=second)
+        labels.masked_fill_(field > best, k + 1)
+        torch.maximum(best, field, out=best)
+    return labels, best - second, count + 1
 
 
 def _shells(generator: torch.Generator, labels: Tensor, edge: Tensor, used: int) -> tuple[Tensor, int]:
-    """A wall with a label of its own inside the border of every second organ.
+    """A wall with a label of its own, drawn into ``labels`` inside the border of every second organ.
 
     ``edge`` is 0 at the borders and grows inwards.
     """
     width = uniform(generator, (labels.shape[0],), 0.05, 0.4).view(-1, *(1,) * (labels.ndim - 1))
-    walled = (labels % 2 == 0) & (edge < width)
-    return torch.where(walled, torch.full_like(labels, used), labels), used + 1
+    return labels.masked_fill_((labels % 2 == 0) & (edge < width), used), used + 1
 
 
 def _ellipsoids(generator: torch.Generator, labels: Tensor, used: int) -> tuple[Tensor, int]:
-    """Bumpy ellipsoids, each with a wall: like chambers, cut vessels, bones or eyes."""
+    """Bumpy ellipsoids, each with a wall, drawn into ``labels``: like chambers, cut vessels, bones or eyes."""
     batch, size, dims = labels.shape[0], labels.shape[2:], labels.ndim - 2
     scale = torch.tensor([(n - 1) / 2 for n in size], device=labels.device)
     for _ in range(_ELLIPSES):
@@ -97,19 +109,18 @@ def _ellipsoids(generator: torch.Generator, labels: Tensor, used: int) -> tuple[
         bumps = 0.15 * smooth_noise(generator, batch, 1, size, 6)
         distance = _elliptic_distance(size, centre, radius) + bumps
         wall = 1 - uniform(generator, (batch,), 0.0, 0.5).view(-1, *(1,) * (dims + 1))
-        labels = torch.where(distance < 1, torch.full_like(labels, used), labels)
-        labels = torch.where(distance < wall, torch.full_like(labels, used + 1), labels)
+        labels.masked_fill_(distance < 1, used).masked_fill_(distance < wall, used + 1)
         used += 2
     return labels, used
 
 
 def _tubes(generator: torch.Generator, labels: Tensor, used: int) -> tuple[Tensor, int]:
-    """Winding bands in 2D, where one smooth field is near zero; vessels in 3D, where two are."""
+    """Winding bands in 2D, where one smooth field is near zero; vessels in 3D, where two are; drawn into ``labels``."""
     batch, size, dims = labels.shape[0], labels.shape[2:], labels.ndim - 2
     width = uniform(generator, (batch,), 0.02, 0.12).view(-1, *(1,) * (dims + 1)) * (dims - 1)
     fields = smooth_noise(generator, batch, dims - 1, size, 4)
     inside = (fields.abs() < width).all(dim=1, keepdim=True)
-    return torch.where(inside, torch.full_like(labels, used), labels), used + 1
+    return labels.masked_fill_(inside, used), used + 1
 
 
 def _body(generator: torch.Generator, batch: int, size: tuple[int, ...]) -> Tensor:

@@ -2,7 +2,8 @@ import numpy as np
 import pytest
 import torch
 
-from monai_drdm.train.synthetic import synthetic_images, synthetic_labels
+from monai_drdm.train.augmentation import smooth_noise
+from monai_drdm.train.synthetic import _organs, synthetic_images, synthetic_labels
 
 SIZES = [(17, 17), (65, 49), (48, 80), (17, 17, 17), (24, 33, 19)]
 THIN = [(33, 1, 25), (17, 17, 1), (1, 33), (5, 3), (2, 2)]
@@ -63,6 +64,23 @@ def test_some_anatomies_are_symmetric_about_one_axis_only(size):
     mirrored, turned = agreement(labels, labels.flip(2)), agreement(labels, labels.flip(3))
     assert mirrored.mean() > turned.mean() + 0.1
     assert 0.25 < (mirrored > turned.max()).float().mean() < 0.75
+
+
+@pytest.mark.parametrize("size", [(33, 25), (17, 9, 13)])
+def test_organs_are_where_their_field_is_the_largest(size):
+    """Against a sort of all fields, drawn again with the random numbers in the order of the code."""
+    for seed in range(4):
+        labels, edge, used = _organs(seeded_generator(seed), 5, size)
+        generator = seeded_generator(seed)
+        count, nodes = (int(torch.randint(*one, (1,), generator=generator)) for one in ((6, 16), (3, 8)))
+        fields = smooth_noise(generator, 5, count, size, nodes) + 0.4 * smooth_noise(generator, 5, count, size, 9)
+        for number in torch.nonzero(torch.rand(5, generator=generator) < 0.5)[:, 0].tolist():
+            fields[number] += fields[number].flip(1)
+        order = np.argsort(fields.numpy(), axis=1)
+        largest = np.sort(fields.numpy(), axis=1)
+        np.testing.assert_array_equal(labels.numpy(), order[:, -1:] + 1)
+        np.testing.assert_allclose(edge.numpy(), largest[:, -1:] - largest[:, -2:-1], atol=1e-5)
+        assert used == count + 1
 
 
 # images
