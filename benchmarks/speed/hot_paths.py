@@ -167,20 +167,25 @@ def bfloat16(dims: int) -> Ways:
 
 def training(dims: int) -> Ways:
     """A training step of 16 images, with PyTorch's own order of features in the group norms and with ours."""
-    image, level = torch.rand(16, 1, 161, 161), torch.rand(16)
     ours = VelocityUNet(dims, channels=(16, 32, 64, 96))
     plain = copy.deepcopy(ours)
     for module in plain.modules():
         if isinstance(module, GroupNorm):
             module.__class__ = torch.nn.GroupNorm
+    return partial(_training_step, plain), partial(_training_step, ours)
 
-    def step(network: VelocityUNet) -> None:
-        with torch.enable_grad():
-            with torch.autocast("cpu", torch.bfloat16):
-                predicted = network(image, level)
-            predicted.square().mean().backward()
 
-    return partial(step, plain), partial(step, ours)
+def compiled_training(dims: int) -> Ways:
+    """The same training step, and compiled."""
+    network = VelocityUNet(dims, channels=(16, 32, 64, 96))
+    return partial(_training_step, network), partial(_training_step, torch.compile(network, dynamic=False))
+
+
+def _training_step(network: Callable[[Tensor, Tensor], Tensor]) -> None:
+    with torch.enable_grad():
+        with torch.autocast("cpu", torch.bfloat16):
+            predicted = network(torch.rand(16, 1, 161, 161), torch.rand(16))
+        predicted.square().mean().backward()
 
 
 def organs(dims: int) -> Ways:
@@ -239,6 +244,7 @@ CHANGES = (
     Change("network compiled", 1.3, False, "an option: `compiled`", compiled, (2,)),
     Change("network in bfloat16", 1.0, False, "an option: `precision`; needs hardware for it", bfloat16),
     Change("training step in bfloat16", 1.3, True, "group norm in the usual order of features", training, (2,)),
+    Change("training step compiled", 1.5, False, "compiling takes minutes", compiled_training, (2,)),
     Change("organs of random anatomy", 1.5, True, "one field at a time stays in the cache, nothing is sorted", organs),
 )
 
