@@ -123,6 +123,7 @@ def configure(dims: int, variant: str, work: Path, steps: int, **more: Any) -> A
     """Settings of a training of so many steps."""
     settings: dict[str, Any] = BASE[dims] | {k: v for k, v in VARIANTS[variant].items() if k not in NO_SETTINGS} | more
     epochs = max(1, round(steps / settings["epoch_length"]))
+    settings["epoch_length"] = round(steps / epochs)  # as many steps as asked for
     name = f"{VARIANTS[variant].get('scans', 'wide')}-{dims}d"
     data = work / f"{name}.json"
     if not data.is_file():
