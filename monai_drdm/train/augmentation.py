@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -149,16 +150,18 @@ def interpolate_nodes(values: Tensor, shape: tuple[int, ...] | torch.Size) -> Te
     """Cubic interpolation of values at nodes ``(B, C, *N)`` to ``(B, C, *S)``, over the same extent."""
     with torch.autocast(values.device.type, enabled=False):
         for axis in reversed(range(len(shape))):  # one axis at a time needs small matrices only
-            weights = _cubic_weights(values.shape[axis + 2], shape[axis], values.device)
+            weights = _cubic_weights(values.shape[axis + 2], shape[axis], values.device, values.dtype)
             before, done = values.shape[: axis + 2], values.shape[axis + 3 :]
             values = (weights @ values.reshape(*before, values.shape[axis + 2], -1)).reshape(*before, -1, *done)
     return values
 
 
-def _cubic_weights(nodes: int, size: int, device: torch.device) -> Tensor:
+@lru_cache(maxsize=64)
+def _cubic_weights(nodes: int, size: int, device: torch.device, dtype: torch.dtype) -> Tensor:
     """``(size, nodes)``: cubic interpolation from nodes to voxels over the same extent."""
-    unit = torch.eye(nodes, device=device)[None, None]
-    return F.interpolate(unit, (nodes, size), mode="bicubic", align_corners=True)[0, 0].T
+    with torch.inference_mode(False):  # kept for calls outside it too
+        unit = torch.eye(nodes, device=device, dtype=dtype)[None, None]
+        return F.interpolate(unit, (nodes, size), mode="bicubic", align_corners=True)[0, 0].T
 
 
 def uniform(generator: torch.Generator, shape: tuple[int, ...], low: float, high: float) -> Tensor:
