@@ -70,6 +70,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "deep-slim": {"channels": [16, 24, 48, 64, 96]},
     "wide": {"channels": [24, 48, 80, 96]},
     "slim": {"channels": [12, 24, 64, 128]},
+    "thin-top": {"channels": [8, 32, 64, 96]},
+    "thin-top-wide": {"channels": [8, 32, 96, 128]},
     "batch-8": {"batch_size": 8},
     "batch-32": {"batch_size": 32},
     "rate-1e-3": {"learning_rate": 1e-3},
