@@ -43,7 +43,8 @@ class VelocityTask(RecoveryTask):
 
     def new_network(self) -> RecoveryNetwork:
         """An untrained network."""
-        return VelocityUNet(self.config.spatial_dims, 1, self.config.channels)
+        config = self.config
+        return VelocityUNet(config.spatial_dims, 1, config.channels, config.quarter_grid)
 
     def batch(self, network: Predict, generator: torch.Generator, *, validate: bool = False) -> Batch:
         """Deformed images with their levels.
