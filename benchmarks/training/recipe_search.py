@@ -196,10 +196,11 @@ def run(dims: int, variant: str, minutes: float, seed: int, work: Path, count: i
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: what is left of displacement and image error, means over kinds of images and levels."""
     names = " | ".join(MEASURES.values())
-    lines = [f"| dims | minutes | variant | steps | cost of a step | weights | {names} |", "|---" * 9 + "|"]
-    for row in sorted(rows, key=lambda row: (row["dims"], row["minutes"], row["variant"])):
+    lines = [f"| dims | minutes | variant | seed | steps | cost of a step | weights | {names} |", "|---" * 10 + "|"]
+    for row in sorted(rows, key=lambda row: (row["dims"], row["minutes"], row["variant"], row["seed"])):
         means = [np.mean([v[name] for v in row.values() if isinstance(v, dict)]) for name in MEASURES]
-        cells = [row["dims"], row["minutes"], row["variant"], row["steps"], f"{row['cost']:.2f}", row["weights"]]
+        cells = [*(row[name] for name in ("dims", "minutes", "variant", "seed", "steps")), f"{row['cost']:.2f}"]
+        cells.append(row["weights"])
         lines.append("| " + " | ".join(str(cell) for cell in [*cells, *(f"{mean:.3f}" for mean in means)]) + " |")
     return "\n".join(lines)
 
