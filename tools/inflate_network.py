@@ -19,7 +19,7 @@ from monai_drdm.networks import load_network, save_network, VelocityUNet
 
 
 def inflate(flat: VelocityUNet) -> VelocityUNet:
-    solid = VelocityUNet(3, flat.in_channels, flat.card.channels, flat.card.quarter_grid)
+    solid = VelocityUNet(3, flat.in_channels, flat.card.channels)
     values = solid.state_dict()
     for name, old in flat.state_dict().items():
         new = torch.zeros_like(values[name])

@@ -149,14 +149,6 @@ def one_volume(shape: tuple[int, ...], dims: int) -> Ways:
     return lambda: plain(x, level), lambda: network(x, level)
 
 
-def quarter_grid(dims: int) -> Ways:
-    """A prediction with features from the half grid down, and the same without the half grid."""
-    _, x, level = _prediction(dims)
-    channels = {2: (16, 32, 64, 96), 3: (16, 32, 48, 64)}[dims]
-    half, quarter = VelocityUNet(dims, 1, channels), VelocityUNet(dims, 1, channels[1:], quarter_grid=True)
-    return lambda: half(x, level), lambda: quarter(x, level)
-
-
 def compiled(dims: int) -> Ways:
     network, x, level = _prediction(dims)
     fast = torch.compile(network, dynamic=False)
@@ -249,7 +241,6 @@ CHANGES = (
     Change(
         "network of one volume, 57×81×57", 3.0, True, "oneDNN's convolutions", partial(one_volume, (57, 81, 57)), (3,)
     ),
-    Change("network on the quarter grid", 2.0, False, "an option of training: `quarter_grid`", quarter_grid),
     Change("network compiled", 1.3, False, "an option: `compiled`", compiled, (2,)),
     Change("network in bfloat16", 1.0, False, "an option: `precision`; needs hardware for it", bfloat16),
     Change("training step in bfloat16", 1.3, True, "group norm in the usual order of features", training, (2,)),

@@ -31,8 +31,6 @@ class NetworkCard:
     in_channels: int = 1
     channels: tuple[int, ...] = ()
     """Number of features on each grid, for architectures where it can be chosen."""
-    quarter_grid: bool = False
-    """Whether the finest of these grids is the quarter grid of a ``velocity_unet`` instead of the half grid."""
     input_range: tuple[float, float] = (0.0, 1.0)
     """Intensity range the network expects."""
     sampler: str = "fast"
@@ -100,8 +98,6 @@ class NetworkCard:
             or not all(type(value) is int and 1 <= value <= 512 for value in channels)
         ):
             raise ValueError(f"NetworkCard: channels must be at most 8 integers from 1 to 512, got {channels!r}.")
-        if type(self.quarter_grid) is not bool:
-            raise ValueError(f"NetworkCard: quarter_grid must be true or false, got {self.quarter_grid!r}.")
         if self.spatial_dims == 1:
             raise ValueError("NetworkCard: spatial_dims must be 2 or 3, got 1.")
         for name, (low, high) in (("input_range", self.input_range), ("level", self.level)):

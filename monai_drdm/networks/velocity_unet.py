@@ -1,9 +1,8 @@
 """VelocityUNet: predicts from a deformed image and its deformation level the stationary velocity that undoes it.
 
-Convolutions run at half the resolution of the image and below, or, if so chosen, at a quarter and below, which is
-faster. The network predicts a velocity, so every recovery step is a small diffeomorphism, up to discretisation. Each
-coarser grid consists of every second voxel of the finer one: a size of 2n + 1 becomes n + 1, and both ends stay in
-place, as in ``fields.resize_ddf``.
+Convolutions run at half the resolution of the image and below. The network predicts a velocity, so every recovery step
+is a small diffeomorphism, up to discretisation. Each coarser grid consists of every second voxel of the finer one: a
+size of 2n + 1 becomes n + 1, and both ends stay in place, as in ``fields.resize_ddf``.
 """
 
 from __future__ import annotations
@@ -56,20 +55,12 @@ class VelocityUNet(RecoveryNetwork):
         spatial_dims: 2 or 3.
         in_channels: channels of the image.
         channels: number of features on each grid, from the half grid to the coarsest.
-        quarter_grid: whether the finest of these grids is the quarter grid. The velocity is then predicted there, and
-            interpolated linearly to the half grid.
 
     Raises:
         ValueError: other numbers of dimensions or channels.
     """
 
-    def __init__(
-        self,
-        spatial_dims: int,
-        in_channels: int = 1,
-        channels: Sequence[int] = (16, 32, 48, 64),
-        quarter_grid: bool = False,
-    ) -> None:
+    def __init__(self, spatial_dims: int, in_channels: int = 1, channels: Sequence[int] = (16, 32, 48, 64)) -> None:
         channels = tuple(int(c) for c in channels)
         if spatial_dims not in (2, 3) or in_channels < 1 or len(channels) < 2 or min(channels) < 2:
             raise ValueError(
@@ -86,7 +77,6 @@ class VelocityUNet(RecoveryNetwork):
                 sampler="velocity",
                 steps=12,
                 channels=channels,
-                quarter_grid=quarter_grid,
             )
         )
         conv = CONVOLUTION[spatial_dims]
@@ -94,9 +84,7 @@ class VelocityUNet(RecoveryNetwork):
         self.embed = nn.Sequential(
             nn.Linear(2 * _FREQUENCIES, _EMBEDDING), nn.SiLU(), nn.Linear(_EMBEDDING, _EMBEDDING)
         )
-        first = channels[0] // 2 if quarter_grid else channels[0]
-        self.stem = conv(in_channels, first, 5, stride=2, padding=2)
-        self.to_quarter = conv(first, channels[0], 3, stride=2, padding=1) if quarter_grid else None
+        self.stem = conv(in_channels, channels[0], 5, stride=2, padding=2)
         self.down_blocks = nn.ModuleList(ResidualBlock(spatial_dims, c, c, 2) for c in channels)
         self.downs = nn.ModuleList(conv(a, b, 3, stride=2, padding=1) for a, b in pairs)
         self.ups = nn.ModuleList(conv(b, a, 1) for a, b in reversed(pairs))
@@ -121,15 +109,13 @@ class VelocityUNet(RecoveryNetwork):
         """
         self._check(x, level)
         half = half_shape(x.shape[2:])
-        multiple = 2 ** (len(self.downs) + (self.to_quarter is not None))
+        multiple = 2 ** len(self.downs)
         padded = [2 * (-(-(h - 1) // multiple) * multiple) + 1 for h in half]
         x = F.pad(x, [p for n, m in zip(x.shape[:1:-1], padded[::-1]) for p in (0, m - n)])
         embedding = self.embed(_level_features(level)).expand(x.shape[0], -1)
         features = self.stem(x)
         if self.spatial_dims == 2:  # faster on CPUs; the following layers keep this memory format
             features = features.contiguous(memory_format=torch.channels_last)
-        if self.to_quarter is not None:
-            features = self.to_quarter(F.silu(features))
         kept = []
         for block, down in zip(self.down_blocks, [*self.downs, None]):
             features = block(features, embedding)
@@ -140,10 +126,7 @@ class VelocityUNet(RecoveryNetwork):
             skip = kept.pop()
             features = F.interpolate(up(features), skip.shape[2:], mode=_LINEAR[self.spatial_dims], align_corners=True)
             features = block(torch.cat((skip, features), dim=1), embedding)
-        velocity = self.out(F.silu(features)).float()
-        if self.to_quarter is not None:
-            velocity = F.interpolate(velocity, half_shape(padded), mode=_LINEAR[self.spatial_dims], align_corners=True)
-        return crop(velocity, half)
+        return crop(self.out(F.silu(features)).float(), half)
 
     def _check(self, x: Tensor, level: Tensor) -> None:
         shape = tuple(x.shape)

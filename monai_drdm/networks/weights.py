@@ -29,7 +29,7 @@ _MAX_BYTES = 1 << 30
 _PICKLE_PROTOCOL = 5
 _KINDS: dict[str, Callable[[NetworkCard], RecoveryNetwork]] = {
     "recresacnet": lambda card: RecResACNet(card.spatial_dims, card.in_channels),
-    "velocity_unet": lambda card: VelocityUNet(card.spatial_dims, card.in_channels, card.channels, card.quarter_grid),
+    "velocity_unet": lambda card: VelocityUNet(card.spatial_dims, card.in_channels, card.channels),
 }
 
 

@@ -42,9 +42,6 @@ class TrainConfig(RunConfig):
     channels: tuple[int, ...] = setting(
         (16, 32, 48, 64), "features on each grid, of a new velocity_unet", low=2, high=512
     )
-    quarter_grid: bool = setting(
-        False, "a new velocity_unet works on a quarter of the image's grid instead of half of it, and is faster"
-    )
     working_size: int = setting(
         0,
         "voxels along the longest side, odd for velocity_unet; 0: that of init, or the network's own",

@@ -78,9 +78,5 @@ def _matched(config: TrainConfig, card: NetworkCard) -> TrainConfig:
         raise ValueError(
             f"channels are those of init {card.name!r}, {features}, got {config.channels}. Leave them out."
         )
-    if config.quarter_grid and not card.quarter_grid:
-        raise ValueError(f"quarter_grid is that of init {card.name!r}, false, got true. Leave it out.")
     size = config.working_size or card.working_size
-    return dataclasses.replace(
-        config, network=card.kind, working_size=size, channels=features, quarter_grid=card.quarter_grid
-    )
+    return dataclasses.replace(config, network=card.kind, working_size=size, channels=features)

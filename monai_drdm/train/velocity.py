@@ -43,8 +43,7 @@ class VelocityTask(RecoveryTask):
 
     def new_network(self) -> RecoveryNetwork:
         """An untrained network."""
-        config = self.config
-        return VelocityUNet(config.spatial_dims, 1, config.channels, config.quarter_grid)
+        return VelocityUNet(self.config.spatial_dims, 1, self.config.channels)
 
     def batch(self, network: Predict, generator: torch.Generator, *, validate: bool = False) -> Batch:
         """Deformed images with their levels.

@@ -203,8 +203,7 @@ def _check_usable(folder: Path, config: RunConfig, resume: bool) -> None:
     if not saved.is_file():
         raise FileNotFoundError(f"{folder} holds no run to resume. Leave out --resume to start one.")
     before, after = _SETTINGS.read_json(saved), _SETTINGS.parse_json(config.to_json(), "the new settings")
-    # a setting that the version of then did not have, and that is off now, changes nothing
-    changed = sorted(key for key in after if (key in before or after[key]) and before.get(key) != after[key])
+    changed = sorted(key for key in after if before.get(key) != after[key])
     if changed:
         listed = ", ".join(f"{key}: {before.get(key)!r} before, {after[key]!r} now" for key in changed)
         raise ValueError(f"{folder} was made with other settings ({listed}). Resume with the same ones.")

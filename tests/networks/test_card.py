@@ -108,17 +108,6 @@ def test_channels_round_trip():
     assert json.loads(CHOSEN.to_json())["channels"] == [16, 32, 48]
 
 
-@pytest.mark.parametrize("value", [1, "true", None, [True]])
-def test_damaged_quarter_grid(value):
-    with pytest.raises(ValueError, match="quarter_grid must be true or false"):
-        NetworkCard.from_json(json.dumps({**json.loads(CHOSEN.to_json()), "quarter_grid": value}))
-
-
-def test_the_quarter_grid_is_named_only_where_it_is_used():
-    assert "quarter_grid" not in json.loads(CHOSEN.to_json())
-    assert NetworkCard.from_json(replace(CHOSEN, quarter_grid=True).to_json()).quarter_grid
-
-
 def test_cards_without_channels_read_and_write_as_before():
     assert "channels" not in json.loads(CARD.to_json())
     assert NetworkCard.from_json(CARD.to_json()).channels == ()

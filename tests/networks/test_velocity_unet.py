@@ -47,10 +47,9 @@ def test_any_odd_shape(shape):
 
 @pytest.mark.parametrize("channels", [(8, 16), (4, 4), (5, 7, 9)])
 @pytest.mark.parametrize("shape", [(1, 1), (1, 9), (21, 33)])
-@pytest.mark.parametrize("quarter_grid", [False, True])
 @torch.no_grad()
-def test_any_features_on_any_shape(channels, shape, quarter_grid):
-    velocity = nudged(2, channels=channels, quarter_grid=quarter_grid)(noise(1, 1, *shape), LEVEL)
+def test_any_features_on_any_shape(channels, shape):
+    velocity = nudged(2, channels=channels)(noise(1, 1, *shape), LEVEL)
     assert velocity.shape == (1, 2, *half_shape(shape))
     assert bool(torch.isfinite(velocity).all())
 
@@ -90,46 +89,9 @@ def test_padding_is_that_of_zeros_around_the_image(shape, exact):
     torch.testing.assert_close(network(framed[(..., *inside)], LEVEL), expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("shape", [(35, 51), (1, 17), (19, 9, 1), (17, 17, 17)])
-@torch.no_grad()
-def test_on_the_quarter_grid_velocities_are_linear_in_between(shape):
-    """Every second one, along each axis, is the mean of its neighbours."""
-    dims = len(shape)
-    network = nudged(dims, quarter_grid=True)
-    velocity = network(noise(2, 1, *shape), LEVEL)
-    assert velocity.shape == (2, dims, *half_shape(shape))
-    assert float(velocity.abs().max()) > 0
-    for axis in range(2, 2 + dims):
-        along = velocity.movedim(axis, -1)
-        means = (along[..., :-2:2] + along[..., 2::2]) / 2
-        torch.testing.assert_close(along[..., 1:-1:2], means, rtol=0, atol=1e-5)
-
-
-@torch.no_grad()
-def test_padding_of_the_quarter_grid_is_that_of_zeros_around_the_image():
-    """Three lower grids below the quarter grid: full sizes of 32 k + 1 need no padding."""
-    network = nudged(2, quarter_grid=True)
-    framed = torch.zeros(1, 1, 65, 97)
-    framed[..., :41, :67] = noise(41, 67)
-    expected = network(framed, LEVEL)[..., :21, :34]
-    torch.testing.assert_close(network(framed[..., :41, :67], LEVEL), expected, rtol=0, atol=1e-6)
-
-
-@pytest.mark.parametrize("dims", [2, 3])
-def test_a_network_on_the_quarter_grid_is_written_and_read(dims, tmp_path):
-    network = nudged(dims, quarter_grid=True, channels=(8, 12))
-    save_network(network, tmp_path / "quarter.safetensors")
-    back = load_network(tmp_path / "quarter.safetensors")
-    assert back.card.quarter_grid
-    image = noise(1, 1, *(33,) * dims)
-    with torch.no_grad():
-        assert torch.equal(back(image, LEVEL), network(image, LEVEL))
-
-
-@pytest.mark.parametrize("quarter_grid", [False, True])
 @pytest.mark.parametrize("shape", [(33, 19), (17, 9, 11), (1, 17)])
-def test_finite_gradients_of_every_parameter(shape, quarter_grid):
-    network = nudged(len(shape), quarter_grid=quarter_grid).train()
+def test_finite_gradients_of_every_parameter(shape):
+    network = nudged(len(shape)).train()
     network(noise(2, 1, *shape), torch.tensor([0.2, 0.9])).square().mean().backward()
     for name, parameter in network.named_parameters():
         assert parameter.grad is not None, name

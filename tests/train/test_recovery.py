@@ -175,15 +175,6 @@ def test_the_folding_penalty_is_added_in_its_weight():
     assert penalty.item() == pytest.approx(3 * 1.1, rel=1e-3)
 
 
-def test_the_quarter_grid_is_that_of_init(tmp_path):
-    network = choose_task(build_config(quarter_grid=True, channels=(8, 16))).new_network()
-    save_network(network, tmp_path / "quarter.safetensors")
-    assert choose_task(build_config(init=str(tmp_path / "quarter.safetensors"))).config.quarter_grid
-    assert not choose_task(build_config(init="anatomy-2d")).config.quarter_grid
-    with pytest.raises(ValueError, match="quarter_grid is that of init 'anatomy-2d', false, got true"):
-        choose_task(build_config(init="anatomy-2d", quarter_grid=True))
-
-
 def test_features_are_those_of_init():
     assert choose_task(build_config(init="anatomy-2d")).config.channels == (16, 32, 64, 96)
     assert choose_task(build_config(init="anatomy-2d", channels=(16, 32, 64, 96))).config.network == "velocity_unet"

@@ -232,17 +232,6 @@ def test_start_from_another_network(tmp_path):
         fit(small("spatial_dims=3", init=str(first)), tmp_path / "third")
 
 
-def test_runs_of_a_version_without_a_setting_go_on_if_it_is_off(tmp_path):
-    fit(small(), tmp_path / "run", should_stop=stop_after(2))
-    path = tmp_path / "run" / "config.json"
-    saved = json.loads(path.read_text())
-    assert saved.pop("quarter_grid") is False
-    path.write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match="quarter_grid: None before, True now"):
-        fit(small("quarter_grid=true"), tmp_path / "run", resume=True)
-    assert fit(small(), tmp_path / "run", resume=True).exists()
-
-
 def test_folders_are_respected(tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "mine.txt").write_text("precious")
