@@ -9,7 +9,7 @@ from torch import nn, Tensor
 class GroupNorm(nn.GroupNorm):
     """``torch.nn.GroupNorm`` that trains faster in bfloat16 on a CPU, where features are in channels-last order.
 
-    PyTorch's gradient for that order takes four to eight times as long as for the usual one, in which the features are
+    PyTorch's gradient for that order takes several times as long as for the usual one, in which the features are
     normalised here. They return to the order in which they came.
     """
 
