@@ -66,7 +66,8 @@ def test_every_pair_of_a_batch_gets_its_own_map_and_images_that_fit_keep_theirs(
     moving = torch.cat([anatomy((30, 34), seed) for seed in (0, 1)])
     fixed = torch.cat([moving[:1], moving[1:].roll(3, dims=-1)])
     found = find_affine(moving, fixed)
-    torch.testing.assert_close(found, torch.cat([find_affine(a[None], b[None]) for a, b in zip(moving, fixed)]))
+    alone = torch.cat([find_affine(a[None], b[None]) for a, b in zip(moving, fixed)])
+    torch.testing.assert_close(found, alone, atol=1e-4, rtol=1e-4)  # voxels; processors add in other orders
     points = identity_grid((30, 34))[None].expand(2, -1, -1, -1)
     moved = apply_affine(found, points) - points
     assert float(moved[0].abs().max()) < 0.1
