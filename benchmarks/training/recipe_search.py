@@ -1,9 +1,10 @@
 """What a unit of computing buys: short trainings of equal cost that differ in one thing, judged on validation images.
 
 Every variant trains for as many steps as cost what ``--minutes`` of the base recipe cost on one core. What a step costs
-is measured beside the base recipe, in turn, so that other work on the machine does not decide. Judged on images
-that no variant was trained on and that no test uses: random anatomy and validation images of every kind, with the
-measures of ``first_minutes.py``. Every training is a row; those with a row are skipped.
+is measured beside the base recipe, in turn, so that other work on the machine does not decide; rows say what a
+training really took, reading the scans and validations included. Judged on images that no variant was trained on and that no test uses: random
+anatomy and validation images of every kind, with the measures of ``first_minutes.py``. Every training is a row; those
+with a row are skipped.
 
     python benchmarks/training/recipe_search.py run --dims 2 --work FOLDER --variants base wide
     python benchmarks/training/recipe_search.py table
@@ -170,6 +171,7 @@ def run(dims: int, variant: str, minutes: float, seed: int, work: Path, count: i
         base, mine = seconds_a_step([configure(dims, one, work, base_steps) for one in ("base", variant)])
         cost = mine / base
     share = VARIANTS[variant].get("coarse_first", 0.0)
+    started = time.process_time()
     with tempfile.TemporaryDirectory(dir=work) as folder:
         more: dict[str, Any] = {"seed": seed}
         if share:
@@ -177,7 +179,6 @@ def run(dims: int, variant: str, minutes: float, seed: int, work: Path, count: i
             coarse = configure(dims, variant, work, steps, working_size=half, **more)
             more["init"] = str(fit(coarse, Path(folder) / "coarse", progress=True))
         config = configure(dims, variant, work, round(base_steps * (1 - share) / cost), **more)
-        started = time.process_time()
         network = load_network(str(fit(config, Path(folder) / "run", progress=True)))
         seconds = time.process_time() - started
     assert isinstance(network, VelocityUNet)
@@ -193,11 +194,14 @@ def run(dims: int, variant: str, minutes: float, seed: int, work: Path, count: i
 def table(rows: list[dict[str, Any]]) -> str:
     """Markdown: what is left of displacement and image error, means over kinds of images and levels."""
     names = " | ".join(MEASURES.values())
-    lines = [f"| dims | minutes | variant | seed | steps | cost of a step | weights | {names} |", "|---" * 10 + "|"]
+    lines = [
+        f"| dims | minutes | variant | seed | steps | cost of a step | CPU s | weights | {names} |",
+        "|---" * 11 + "|",
+    ]
     for row in sorted(rows, key=lambda row: (row["dims"], row["minutes"], row["variant"], row["seed"])):
         means = [np.mean([v[name] for v in row.values() if isinstance(v, dict)]) for name in MEASURES]
         cells = [*(row[name] for name in ("dims", "minutes", "variant", "seed", "steps")), f"{row['cost']:.2f}"]
-        cells.append(row["weights"])
+        cells += [round(row["cpu_seconds"]), row["weights"]]
         lines.append("| " + " | ".join(str(cell) for cell in [*cells, *(f"{mean:.3f}" for mean in means)]) + " |")
     return "\n".join(lines)
 
