@@ -2,9 +2,9 @@
 
 Every variant trains for as many steps as cost what ``--minutes`` of the base recipe cost on one core. What a step costs
 is measured beside the base recipe, in turn, so that other work on the machine does not decide; rows say what a
-training really took, reading the scans and validations included. Judged on images that no variant was trained on and that no test uses: random
-anatomy and validation images of every kind, with the measures of ``first_minutes.py``. Every training is a row; those
-with a row are skipped.
+training really took, reading the scans and validations included. Judged on images that no variant was trained on and
+that no test uses: random anatomy and validation images of every kind, with the measures of ``first_minutes.py``. Every
+training is a row; those with a row are skipped.
 
     python benchmarks/training/recipe_search.py run --dims 2 --work FOLDER --variants base wide
     python benchmarks/training/recipe_search.py table
