@@ -91,3 +91,5 @@ class RegistrationConfig(RunConfig):
             raise ValueError("similarity_scales must name a grid or more, got none; (1,) is that of the images.")
         if self.learning_rate is None:
             object.__setattr__(self, "learning_rate", 1e-3)
+        if self.optimizer is None:
+            object.__setattr__(self, "optimizer", "adamw")

@@ -13,6 +13,7 @@ from monai_drdm.training.settings import read_config, RunConfig, setting
 
 _KINDS = ("velocity_unet", "recresacnet")
 _LEARNING_RATE = {"velocity_unet": 2e-3, "recresacnet": 1e-4}
+_OPTIMIZER = {"velocity_unet": "muon", "recresacnet": "adamw"}
 _SMALLEST = 17
 
 
@@ -100,6 +101,8 @@ class TrainConfig(RunConfig):
             known["network"] = kind
             if self.learning_rate is None:
                 known["learning_rate"] = _LEARNING_RATE[kind]
+            if self.optimizer is None:
+                known["optimizer"] = _OPTIMIZER[kind]
             if not self.working_size and not self.init:
                 known["working_size"] = WORKING_SIZE[kind][self.spatial_dims]
         for name, value in known.items():

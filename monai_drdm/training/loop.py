@@ -21,6 +21,7 @@ from torch import nn, Tensor
 from torch.optim.swa_utils import AveragedModel
 
 from monai_drdm.training.distributed import ProcessGroup
+from monai_drdm.training.muon import Muon
 from monai_drdm.training.precision import Bfloat16Inferer, has_native_bfloat16
 from monai_drdm.training.reports import Reports
 from monai_drdm.training.run_folder import (
@@ -44,6 +45,7 @@ _NO_BETTER = (
     "This network is no better than doing nothing on its validation data. Train for longer, with another "
     "learning_rate, on other data, or from a trained network (init); look at the figures in sheets before you use it."
 )
+_OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {"adamw": torch.optim.AdamW, "muon": Muon}
 _WARMUP_SHARE = 0.1
 """With ``max_minutes``, the largest share of it for the warm-up."""
 
@@ -185,10 +187,11 @@ class _Loop:
         return Bfloat16Inferer(self.config.bfloat16 and native)
 
     def _build_trainer(self) -> SupervisedTrainer:
-        """MONAI's trainer; its step is ``_prepare_batch``, the network, ``_loss``, gradients, ``_clip``, AdamW."""
+        """MONAI's trainer; its step is ``_prepare_batch``, network, ``_loss``, gradients, ``_clip``, optimizer."""
         config = self.config
         assert config.learning_rate is not None  # tasks complete their settings
-        self.optimizer = torch.optim.AdamW(
+        assert config.optimizer is not None
+        self.optimizer = _OPTIMIZERS[config.optimizer](
             self.network.parameters(), config.learning_rate, weight_decay=config.weight_decay
         )
         return SupervisedTrainer(

@@ -202,7 +202,8 @@ def _check_usable(folder: Path, config: RunConfig, resume: bool) -> None:
         return
     if not saved.is_file():
         raise FileNotFoundError(f"{folder} holds no run to resume. Leave out --resume to start one.")
-    before, after = _SETTINGS.read_json(saved), _SETTINGS.parse_json(config.to_json(), "the new settings")
+    before = {"optimizer": "adamw"} | _SETTINGS.read_json(saved)  # runs of versions without this setting
+    after = _SETTINGS.parse_json(config.to_json(), "the new settings")
     changed = sorted(key for key in after if before.get(key) != after[key])
     if changed:
         listed = ", ".join(f"{key}: {before.get(key)!r} before, {after[key]!r} now" for key in changed)

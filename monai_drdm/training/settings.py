@@ -47,10 +47,13 @@ class RunConfig:
         low=0,
         high=1,
     )
+    optimizer: str | None = setting(
+        None, "muon or adamw; none: the one that suits the kind of network", choices=(None, "muon", "adamw")
+    )
     warmup_steps: int = setting(
         100, "steps during which the learning rate rises; with max_minutes at most a tenth of the time", low=0
     )
-    weight_decay: float = setting(1e-4, "weight decay of AdamW", low=0, high=1)
+    weight_decay: float = setting(1e-4, "weight decay, times the learning rate", low=0, high=1)
     clip_norm: float = setting(1.0, "largest norm of the gradient; 0: no limit", low=0)
     ema_decay: float = setting(
         0.999, "decay of the exponential average of the weights, which is what is saved", low=0, high=1

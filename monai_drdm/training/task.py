@@ -87,7 +87,7 @@ class Task(Protocol):
 
     @property
     def config(self) -> RunConfig:
-        """The settings, complete: ``learning_rate`` is a number."""
+        """The settings, complete: ``learning_rate`` and ``optimizer`` are not None."""
 
     def prepare(self, progress: bool) -> DataSummary:
         """Read the data.

@@ -79,18 +79,20 @@ def test_none_numpy_and_paths():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ([], ("velocity_unet", 161, 2e-3)),
-        (["spatial_dims=3"], ("velocity_unet", 81, 2e-3)),
-        (["network=recresacnet"], ("recresacnet", 256, 1e-4)),
-        (["network=recresacnet", "spatial_dims=3"], ("recresacnet", 128, 1e-4)),
-        (["network=recresacnet", "working_size=160", "learning_rate=1e-3"], ("recresacnet", 160, 1e-3)),
-        (["init=some.safetensors"], ("", 0, None)),
-        (["init=some.safetensors", "network=recresacnet"], ("recresacnet", 0, 1e-4)),
+        ([], ("velocity_unet", 161, 2e-3, "muon")),
+        (["spatial_dims=3"], ("velocity_unet", 81, 2e-3, "muon")),
+        (["network=recresacnet"], ("recresacnet", 256, 1e-4, "adamw")),
+        (["network=recresacnet", "spatial_dims=3"], ("recresacnet", 128, 1e-4, "adamw")),
+        (["network=recresacnet", "working_size=160", "learning_rate=1e-3"], ("recresacnet", 160, 1e-3, "adamw")),
+        (["init=some.safetensors"], ("", 0, None, None)),
+        (["init=some.safetensors", "network=recresacnet"], ("recresacnet", 0, 1e-4, "adamw")),
+        (["optimizer=adamw"], ("velocity_unet", 161, 2e-3, "adamw")),
+        (["optimizer=muon", "network=recresacnet"], ("recresacnet", 256, 1e-4, "muon")),
     ],
 )
 def test_what_depends_on_the_network_is_filled_in(settings, expected):
     config = build_config(settings=settings)
-    assert (config.network, config.working_size, config.learning_rate) == expected
+    assert (config.network, config.working_size, config.learning_rate, config.optimizer) == expected
 
 
 def test_wrong_files_are_refused(tmp_path):

@@ -246,6 +246,20 @@ def test_folders_are_respected(tmp_path, capsys):
         fit(small(), tmp_path / "a", resume=True)
 
 
+def test_a_run_of_a_version_without_the_choice_of_optimizer_goes_on(tmp_path):
+    """Such versions had AdamW only."""
+    config, folder = small("optimizer=adamw"), tmp_path / "run"
+    whole = fit(config, tmp_path / "whole")
+    fit(config, folder, should_stop=stop_after(4))
+    saved = json.loads((folder / "config.json").read_text())
+    del saved["optimizer"]
+    (folder / "config.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="optimizer: 'adamw' before, 'muon' now"):
+        fit(small(), folder, resume=True)
+    fit(config, folder, resume=True)
+    assert same_weights(whole.parent, folder)
+
+
 THRICE = """
 import faulthandler, os, runpy, sys
 from pathlib import Path

@@ -22,6 +22,7 @@ class ShiftConfig(RunConfig):
     """The settings of all runs, and one more."""
 
     shift: float = setting(3.0, "what is added to the images")
+    optimizer: str | None = setting("adamw", "of a network of one weight")
 
 
 class ShiftTask:
