@@ -48,6 +48,7 @@ BASE: dict[int, dict[str, Any]] = {
         "channels": [16, 32, 64, 96],
         "working_size": 161,
         "epoch_length": 200,
+        "optimizer": "adamw",
     },
     3: {
         "spatial_dims": 3,
@@ -58,6 +59,7 @@ BASE: dict[int, dict[str, Any]] = {
         "batch_size": 2,
         "learning_rate": 1e-3,
         "epoch_length": 100,
+        "optimizer": "adamw",
     },
 }
 """Recipes like those of the networks that come with the package, on more kinds of scans."""
@@ -75,6 +77,9 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "thin-top-wide": {"channels": [8, 32, 96, 128]},
     "batch-8": {"batch_size": 8},
     "batch-32": {"batch_size": 32},
+    "muon": {"optimizer": "muon"},
+    "muon-5e-3": {"optimizer": "muon", "learning_rate": 5e-3},
+    "muon-1e-2": {"optimizer": "muon", "learning_rate": 1e-2},
     "rate-1e-3": {"learning_rate": 1e-3},
     "rate-4e-3": {"learning_rate": 4e-3},
     "roll-out-0.25": {"roll_out": 0.25},

@@ -1,7 +1,7 @@
 """Measure the samples per second of our training step and of the published recipe.
 
 Ours is a whole step of ``VelocityUNet`` with default settings: images from memory, posed, deformed, half of the steps
-rolled out, restyled; convolutions in bfloat16, loss, gradients, AdamW, average of weights. The published one is that of
+rolled out, restyled; convolutions in bfloat16, loss, gradients, Muon, average of weights. The published one is that of
 ``RecResACNet`` as released: fields by up to 200 compositions one after the other, float32, two recursions, the three
 terms of the loss, Adam; images are neither posed nor restyled. Its time grows with the time step; every repeat takes
 the same five, spread evenly over 1 to 79, one for a whole batch, and ours takes as many batches of random levels. The
@@ -37,6 +37,7 @@ from monai_drdm.train.data import ScanBank
 from monai_drdm.train.published import published_loss, PublishedTarget
 from monai_drdm.train.synthetic import synthetic_images
 from monai_drdm.train.trainer import choose_task
+from monai_drdm.training.muon import Muon
 from monai_drdm.training.precision import Bfloat16Inferer
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the parts that all benchmarks share
@@ -64,7 +65,7 @@ def our_step(dims: int, batch: int, device: str) -> Step:
     task = choose_task(build_config(settings=settings))
     config, task.bank = task.config, bank(shape)
     network = task.build_network().to(device)
-    optimizer = torch.optim.AdamW(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
+    optimizer = Muon(network.parameters(), config.learning_rate, weight_decay=config.weight_decay)
     averaged = AveragedModel(network, avg_fn=lambda mean, new, _: mean + (1 - config.ema_decay) * (new - mean))
     predict = Bfloat16Inferer(config.bfloat16).predictor(network)
 

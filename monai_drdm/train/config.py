@@ -12,8 +12,13 @@ from monai_drdm.train.variation import Appearance, Pose
 from monai_drdm.training.settings import read_config, RunConfig, setting
 
 _KINDS = ("velocity_unet", "recresacnet")
-_LEARNING_RATE = {"velocity_unet": 2e-3, "recresacnet": 1e-4}
 _OPTIMIZER = {"velocity_unet": "muon", "recresacnet": "adamw"}
+_LEARNING_RATE = {
+    ("velocity_unet", "muon"): 5e-3,
+    ("velocity_unet", "adamw"): 2e-3,
+    ("recresacnet", "muon"): 1e-4,
+    ("recresacnet", "adamw"): 1e-4,
+}
 _SMALLEST = 17
 
 
@@ -99,10 +104,9 @@ class TrainConfig(RunConfig):
         kind = self.network or ("" if self.init else "velocity_unet")
         if kind:
             known["network"] = kind
+            known["optimizer"] = self.optimizer or _OPTIMIZER[kind]
             if self.learning_rate is None:
-                known["learning_rate"] = _LEARNING_RATE[kind]
-            if self.optimizer is None:
-                known["optimizer"] = _OPTIMIZER[kind]
+                known["learning_rate"] = _LEARNING_RATE[kind, known["optimizer"]]
             if not self.working_size and not self.init:
                 known["working_size"] = WORKING_SIZE[kind][self.spatial_dims]
         for name, value in known.items():

@@ -68,7 +68,7 @@ def test_wrong_settings_are_refused(settings, error, message):
 
 def test_none_numpy_and_paths():
     config = build_config(settings=["slice_axis=None", "learning_rate=none", "image_channel=null"])
-    assert (config.slice_axis, config.learning_rate, config.image_channel) == (None, 2e-3, None)
+    assert (config.slice_axis, config.learning_rate, config.image_channel) == (None, 5e-3, None)
     given = TrainConfig(batch_size=np.int64(4), scale=np.float32(0.5), channels=(np.int32(4), 8), data=Path("some"))
     assert (given.batch_size, given.scale, given.channels, given.data) == (4, 0.5, (4, 8), "some")
     assert json.loads(given.to_json())["batch_size"] == 4
@@ -79,8 +79,8 @@ def test_none_numpy_and_paths():
 @pytest.mark.parametrize(
     ("settings", "expected"),
     [
-        ([], ("velocity_unet", 161, 2e-3, "muon")),
-        (["spatial_dims=3"], ("velocity_unet", 81, 2e-3, "muon")),
+        ([], ("velocity_unet", 161, 5e-3, "muon")),
+        (["spatial_dims=3"], ("velocity_unet", 81, 5e-3, "muon")),
         (["network=recresacnet"], ("recresacnet", 256, 1e-4, "adamw")),
         (["network=recresacnet", "spatial_dims=3"], ("recresacnet", 128, 1e-4, "adamw")),
         (["network=recresacnet", "working_size=160", "learning_rate=1e-3"], ("recresacnet", 160, 1e-3, "adamw")),
