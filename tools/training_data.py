@@ -52,10 +52,11 @@ def datalist(name: str) -> dict[str, list[dict[str, object]]]:
 
 def write_acdc(folder: Path) -> int:
     archive = np.load(data_folder() / "acdc" / "acdc2d_160.npz")
+    patients, images = archive["patient"], archive["image"]  # each is unpacked anew whenever it is asked for
     folder.mkdir(parents=True)
-    chosen = np.flatnonzero(np.isin(archive["patient"], list(ACDC_POOL)))
+    chosen = np.flatnonzero(np.isin(patients, list(ACDC_POOL)))
     for index in chosen:
-        np.save(folder / f"patient{archive['patient'][index]:03d}_{index:04d}.npy", archive["image"][index])
+        np.save(folder / f"patient{patients[index]:03d}_{index:04d}.npy", images[index])
     return len(chosen)
 
 

@@ -132,7 +132,7 @@ class Case(NamedTuple):
 def subjects(protocol: Protocol, split: str) -> dict[int, list[Case]]:
     """The cases of every subject of a split; a cardiac patient has one for each of the two phases."""
     if protocol.domain == "acdc":
-        archive = np.load(data_folder() / "acdc" / "acdc2d_160.npz")
+        archive = dict(np.load(data_folder() / "acdc" / "acdc2d_160.npz"))  # unpacked once
         found: dict[int, list[Case]] = {}
         for patient in DOMAINS["acdc"].splits[split]:
             for phase in (0, 1):

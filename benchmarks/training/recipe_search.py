@@ -68,6 +68,7 @@ HALF_SIZE = {2: 81, 3: 41}
 STEPS_A_MINUTE = {2: 150, 3: 50}
 """Of the base recipe on one core beside other work, for choosing the number of steps."""
 VARIANTS: dict[str, dict[str, Any]] = {
+    "untrained": {"untrained": True},
     "base": {},
     "deep": {"channels": [16, 32, 64, 96, 128]},
     "deep-slim": {"channels": [16, 24, 48, 64, 96]},
@@ -95,9 +96,10 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "coarse-first": {"coarse_first": 0.4},
     "fewer-kinds": {"scans": "anatomy"},
 }
-"""What each changes of the base recipe; ``coarse_first`` is the share of steps at half the working size, and ``scans``
-the list of ``training_data.py`` instead of ``wide``: that of the networks in the package."""
-NO_SETTINGS = ("coarse_first", "scans")
+"""What each changes of the base recipe; ``coarse_first`` is the share of steps at half the working size, ``scans`` the
+list of ``training_data.py`` instead of ``wide``: that of the networks in the package, and ``untrained`` a network that
+predicts nothing, with which the sampler only smooths the field in flat regions."""
+NO_SETTINGS = ("coarse_first", "scans", "untrained")
 FOLDERS = {
     "ixi": "ixi/images",
     "hippocampus3d": "hippocampus/images",
@@ -170,6 +172,10 @@ def run(dims: int, variant: str, minutes: float, seed: int, work: Path, count: i
     key = {"dims": dims, "variant": variant, "minutes": minutes, "seed": seed}
     if any(all(row.get(name) == value for name, value in key.items()) for row in read_rows(ROWS)):
         return
+    if VARIANTS[variant].get("untrained"):
+        network = VelocityUNet(dims, channels=BASE[dims]["channels"]).eval()
+        judge(network, key | {"cost": 0.0, "steps": 0, "cpu_seconds": 0.0}, BASE[dims]["working_size"], count)
+        return
     base_steps = round(minutes * STEPS_A_MINUTE[dims])
     cost = 1.0
     if variant != "base":
@@ -187,9 +193,14 @@ def run(dims: int, variant: str, minutes: float, seed: int, work: Path, count: i
         network = load_network(str(fit(config, Path(folder) / "run", progress=True)))
         seconds = time.process_time() - started
     assert isinstance(network, VelocityUNet)
-    row = key | {"cost": cost, "steps": config.max_epochs * config.epoch_length, "cpu_seconds": seconds}
+    steps = config.max_epochs * config.epoch_length
+    judge(network, key | {"cost": cost, "steps": steps, "cpu_seconds": seconds}, network.card.working_size, count)
+
+
+def judge(network: VelocityUNet, row: dict[str, Any], size: int, count: int) -> None:
+    """Complete a row by what the network recovers on every kind of image, and append it to the file."""
     row["weights"] = sum(one.numel() for one in network.parameters())
-    for kind, images in validation_images(dims, network.card.working_size, count).items():
+    for kind, images in validation_images(network.spatial_dims, size, count).items():
         for level in LEVELS:
             parts = [measure(network, part, level, number) for number, part in enumerate(images.split(8))]
             row[f"{kind} {level}"] = {name: float(np.mean([part[name] for part in parts])) for name in MEASURES}
