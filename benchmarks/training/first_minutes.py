@@ -7,9 +7,11 @@ anatomy, on cardiac MR slices (ACDC, patients 61-70) and on brain MR slices (IXI
 - displacement left: mean squared displacement after eight steps of recovery, relative to the random field's;
 - image error left: mean squared error against the undeformed image, relative to that under the random field.
 
-The random field counts as it is after its folds are mended, as they are after recovery: doing nothing is 1 throughout.
+The random field counts as it is after its folds are mended, as they are after recovery. Recovery also smooths the field
+where the image is flat, so a network that predicts nothing leaves less than 1; ``--max-minutes 0`` measures how much.
 
     python benchmarks/training/first_minutes.py --out RUN --max-minutes 5
+    python benchmarks/training/first_minutes.py --out NOTHING --max-minutes 0
 """
 
 from __future__ import annotations
