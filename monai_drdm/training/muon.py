@@ -54,7 +54,9 @@ class Muon(torch.optim.Optimizer):
         for weight in group["params"]:
             if weight.grad is None:
                 continue
-            average = self.state[weight].setdefault("momentum", torch.zeros_like(weight))
+            if "momentum" not in self.state[weight]:
+                self.state[weight]["momentum"] = torch.zeros_like(weight)
+            average = self.state[weight]["momentum"]
             average.lerp_(weight.grad, 1 - group["momentum"])
             update = orthogonalised(weight.grad.lerp(average, group["momentum"]).flatten(1))
             size = 0.2 * math.sqrt(max(update.shape))  # the root mean square of updates of AdamW is about 0.2
