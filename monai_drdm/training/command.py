@@ -73,9 +73,9 @@ class TrainingCommand(Generic[Config]):
     def _config(self, options: argparse.Namespace) -> Config:
         """The settings: of the file, or of the run that is resumed, then of the flags."""
         saved = config_file(options.out)
-        file = saved if options.resume and options.config is None and saved.is_file() else options.config
+        of_run = options.resume and options.config is None and saved.is_file()
         flags = {name: getattr(options, name) for name in (*self.flags, "max_minutes")}
-        return read_config(self.config_class, file, options.set, **flags)
+        return read_config(self.config_class, saved if of_run else options.config, options.set, of_run, **flags)
 
     def _options(self, arguments: Sequence[str] | None, program: str) -> argparse.Namespace:
         parser = self._parser(program)

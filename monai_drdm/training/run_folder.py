@@ -17,7 +17,7 @@ from torch import Tensor
 
 from monai_drdm.documents import Document
 from monai_drdm.io.files import atomically, is_taken, locked
-from monai_drdm.training.settings import config_file, RunConfig
+from monai_drdm.training.settings import config_file, EARLIER, RunConfig
 
 _CHECKPOINTS = "checkpoints"
 _DATA = "data.sha256"
@@ -202,7 +202,7 @@ def _check_usable(folder: Path, config: RunConfig, resume: bool) -> None:
         return
     if not saved.is_file():
         raise FileNotFoundError(f"{folder} holds no run to resume. Leave out --resume to start one.")
-    before = {"optimizer": "adamw"} | _SETTINGS.read_json(saved)  # runs of versions without this setting
+    before = EARLIER | _SETTINGS.read_json(saved)
     after = _SETTINGS.parse_json(config.to_json(), "the new settings")
     changed = sorted(key for key in after if before.get(key) != after[key])
     if changed:

@@ -16,6 +16,8 @@ from typing import Any, get_args, get_type_hints, TypeVar
 from monai_drdm.documents import Document
 
 _SETTINGS = Document("settings", "Write NAME: VALUE in every line, as YAML, or a JSON object.")
+EARLIER = {"optimizer": "adamw"}
+"""What the runs of version 1.0 had, which did not write these settings."""
 
 
 def setting(
@@ -79,7 +81,11 @@ Config = TypeVar("Config", bound=RunConfig)
 
 
 def read_config(
-    config_class: type[Config], file: str | Path | None = None, settings: Sequence[str] = (), **overrides: Any
+    config_class: type[Config],
+    file: str | Path | None = None,
+    settings: Sequence[str] = (),
+    of_run: bool = False,
+    **overrides: Any,
 ) -> Config:
     """Settings from a YAML or JSON file, then from ``key=value`` strings, then from keywords; later ones win.
 
@@ -87,6 +93,7 @@ def read_config(
         config_class: the dataclass of the settings.
         file: a mapping of settings; None: the defaults.
         settings: strings such as ``"batch_size=8"``, whose values are read as YAML.
+        of_run: the file was written by a run, perhaps of an earlier version.
         overrides: values by name; None leaves a setting as it is.
 
     Raises:
@@ -95,6 +102,8 @@ def read_config(
         ValueError: a setting is unknown, a value is out of range, or the file does not hold a mapping.
     """
     values = {} if file is None else _SETTINGS.read_yaml(Path(file))
+    if of_run:
+        values = EARLIER | values
     for text in settings:
         key, separator, value = text.partition("=")
         if not separator:
