@@ -50,7 +50,7 @@ class RunConfig:
         high=1,
     )
     optimizer: str | None = setting(
-        None, "muon or adamw; none: the one that suits the kind of network", choices=(None, "muon", "adamw")
+        None, "muon or adamw; none: the one that suits the kind of network", choices=("muon", "adamw")
     )
     warmup_steps: int = setting(
         100, "steps during which the learning rate rises; with max_minutes at most a tenth of the time", low=0
@@ -172,7 +172,7 @@ def _number(value: Any) -> float | None:
 
 
 def _check_range(value: Any, name: str, low: float, high: float, choices: tuple[Any, ...]) -> None:
-    if choices and value not in choices:
+    if choices and value is not None and value not in choices:
         raise ValueError(f"{name} must be one of {choices}, got {value!r}.")
     numbers = value if isinstance(value, tuple) else (value,) if type(value) in (int, float) else ()
     if not all(low <= number <= high for number in numbers):

@@ -58,6 +58,8 @@ def test_settings_reach_pose_and_appearance():
         (["network=unet"], ValueError, "network must be one of"),
         (["level_low=0.9", "level_high=0.5"], ValueError, "level_low"),
         (["spatial_dims=3", "slice_axis=0"], ValueError, "slice_axis"),
+        (["optimizer=sgd"], ValueError, r"optimizer must be one of \('muon', 'adamw'\), got 'sgd'"),
+        (["network=none"], ValueError, "network must be one of"),
         (["seed=[1"], ValueError, "cannot be read"),
     ],
 )
