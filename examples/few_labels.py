@@ -113,6 +113,9 @@ def run_training(args: argparse.Namespace) -> dict[str, float]:
         raise SystemExit(f"--size must be multiples of 8, which the network halves three times; got {args.size}.")
     if args.flips and not set(args.flips) <= set(range(len(args.size))):
         raise SystemExit(f"--flips must be axes from 0 to {len(args.size) - 1}, got {args.flips}.")
+    flat = len(args.size) == 2
+    args.iterations = (4000 if flat else 2000) if args.iterations is None else args.iterations
+    args.batch = args.batch or ([8, 12] if flat else [2, 3])
     args.out.mkdir(parents=True, exist_ok=True)
     labelled, unlabelled, validation = collect(args)
     settings = {
@@ -141,18 +144,30 @@ def run_training(args: argparse.Namespace) -> dict[str, float]:
 def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
-    one = commands.add_parser("train", formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    one = commands.add_parser("train")
     one.add_argument("--out", type=Path, required=True, help="new folder")
     one.add_argument("--labelled", type=Path, help="datalist; without one, hearts are drawn")
     one.add_argument("--unlabelled", type=Path, help="folder of images")
-    one.add_argument("--size", type=int, nargs="+", default=[96, 96], help="two: slices, three: volumes")
-    one.add_argument("--iterations", type=int, default=4000)
-    one.add_argument("--batch", type=int, nargs=2, default=[8, 12], help="labelled and unlabelled images an iteration")
-    one.add_argument("--weight", type=float, default=1.0, help="of the unlabelled loss")
-    one.add_argument("--confidence", type=float, default=CONFIDENCE, help="with which a predicted label counts")
-    one.add_argument("--deform", type=float, default=0.0, help="chance that a strong view is deformed by DRDM")
-    one.add_argument("--level", type=float, nargs=2, default=[0.2, 0.5], help="deformation level, lowest and highest")
-    one.add_argument("--flips", type=int, nargs="*", help="axes along which views are flipped; none given: not at all")
+    one.add_argument(
+        "--size", type=int, nargs="+", default=[96, 96], help="two: slices, three: volumes; default: 96 96"
+    )
+    one.add_argument("--iterations", type=int, help="default: 4000 for slices, 2000 for volumes")
+    one.add_argument("--batch", type=int, nargs=2, help="labelled and unlabelled images; default: 8 12, in 3D 2 3")
+    one.add_argument("--weight", type=float, default=1.0, help="of the unlabelled loss, default: %(default)s")
+    one.add_argument(
+        "--confidence", type=float, default=CONFIDENCE, help="with which a predicted label counts, default: %(default)s"
+    )
+    one.add_argument(
+        "--deform", type=float, default=0.0, help="chance that DRDM deforms a strong view, default: %(default)s"
+    )
+    one.add_argument(
+        "--level",
+        type=float,
+        nargs=2,
+        default=[0.2, 0.5],
+        help="deformation level, lowest and highest; default: 0.2 0.5",
+    )
+    one.add_argument("--flips", type=int, nargs="*", help="axes of flips, or nothing; default: all in 2D, none in 3D")
     one.add_argument("--rotate", type=float, help="largest rotation in degrees; default: 180 in 2D, 29 in 3D")
     one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     one.add_argument("--seed", type=int, default=0)

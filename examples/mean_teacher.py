@@ -61,12 +61,12 @@ def poses(
         keys: what is moved together.
         modes: how each of them is interpolated.
         size: of the images.
-        flips: axes along which images may be flipped; None: all.
+        flips: axes along which images may be flipped; None: all in 2D, none in 3D, where left and right are organs.
         rotate: largest angle in radians; None: any angle in 2D, 0.5 in 3D.
         scale: largest change of scale.
         shift: largest shift, as a share of the size.
     """
-    flips = range(len(size)) if flips is None else flips
+    flips = range(2 if len(size) == 2 else 0) if flips is None else flips
     rotate = (np.pi if len(size) == 2 else 0.5) if rotate is None else rotate
     ranges = {"rotate_range": rotate, "scale_range": scale, "translate_range": [shift * n for n in size]}
     return [

@@ -182,6 +182,17 @@ def test_few_labels_keeps_to_the_poses_that_it_is_told(tmp_path, few_labels):
         few_labels.main(["train", "--out", str(tmp_path / "none"), *data, "--size", "16", "16", "--flips", "2"])
 
 
+@pytest.mark.parametrize("size", [(16, 16), (16, 16, 16)])
+def test_slices_are_flipped_unless_told_otherwise_and_volumes_are_not(few_labels, size):
+    image = torch.arange(16.0).view(1, 16, *(1,) * (len(size) - 1)).expand(1, *size) / 15
+    sample = {"image": image, "label": (image > 0.4).byte()}
+    for asked, expected in {None: len(size) == 2, (0,): True, (): False}.items():
+        view = few_labels.light_view(size, flips=asked, rotate=0.0, scale=0.0, shift=0.0).set_random_state(0)
+        falling = [view(dict(sample))["label"][0].flatten()[0].item() == 1 for _ in range(20)]
+        assert any(falling) == expected, asked
+        assert not all(falling), asked
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
