@@ -125,6 +125,7 @@ def run_training(args: argparse.Namespace) -> dict[str, float]:
     bank = None
     if args.deform > 0:
         options = {"fields_per_image": 4, "deformation_level": tuple(args.level), "device": args.device}
+        options["network"] = args.network
         bank = DeformationBank.build(unlabelled, id_key="name", **options)
     names = ("iterations", "batch", "confidence", "deform", "weight", "device", "seed")
     options = {name: getattr(args, name) for name in names}
@@ -167,6 +168,7 @@ def main(arguments: Sequence[str] | None = None) -> dict[str, float]:
         default=[0.2, 0.5],
         help="deformation level, lowest and highest; default: 0.2 0.5",
     )
+    one.add_argument("--network", default="auto", help="name or .safetensors file of the network that deforms")
     one.add_argument("--flips", type=int, nargs="*", help="axes of flips, or nothing; default: all in 2D, none in 3D")
     one.add_argument("--rotate", type=float, help="largest rotation in degrees; default: 180 in 2D, 29 in 3D")
     one.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

@@ -97,6 +97,9 @@ def test_few_labels_trains_and_labels_a_folder(tmp_path, few_labels, size, defor
     data, affine = hearts(tmp_path, 4, 3, size=(40, 36, 3 if len(size) == 2 else 9))
     run = tmp_path / "run"
     short = ["--iterations", "8", "--batch", "2", "2", "--deform", deform]
+    if deform == "1":
+        save_network(VelocityUNet(2, channels=(4, 4, 4)), tmp_path / "own.safetensors")
+        short += ["--network", str(tmp_path / "own.safetensors")]
     last = few_labels.main(["train", "--out", str(run), *data, "--size", *size, *short])
     assert last["step"] == 8
     assert 0 <= last["dice"] <= 1

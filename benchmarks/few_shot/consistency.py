@@ -346,7 +346,7 @@ class Trainings:
 def displacement(protocol: Protocol, arm: str, fields: Fields) -> Iterator[tuple[float, float, float]]:
     """Every strength of an arm, and how far its fields move the middle half of images, RMS in voxels."""
     cases = [pair[0] for pair in list(subjects(protocol, "pool").values())[::6]]
-    for low, high in STRENGTHS[protocol.name][arm]:
+    for low, high in STRENGTHS[protocol.name][arm.removesuffix("-tuned")]:
         setting = Setting(low=low, high=high)
         banks = [fields.bank(arm, setting, replace(protocol, bank=2), one) for one in cases]
         ddf = torch.cat([_there(bank).flatten(0, 1).float() for bank in banks])
@@ -435,7 +435,8 @@ def comparison(rows: list[Row], supervised: list[Row]) -> str:
         if base:
             others["labelled scans only, poses"] = alone.get((count, "affine"))
             others["the same training, labelled scans only"] = groups.get((count, "alone"))
-        others |= {other: groups.get((count, other)) for other in ("none", "poses", "elastic", "random") if not base}
+        peers = () if base else ("none", "poses", "elastic", "random", "drdm")
+        others |= {other: groups.get((count, other)) for other in peers[: 5 if arm == "drdm-tuned" else 4]}
         for name, theirs in others.items():
             seeds = {row["seed"] for row in ours} & {row["seed"] for row in theirs or []}
             if not seeds or name == arm or theirs is None:

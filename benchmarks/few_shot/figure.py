@@ -30,6 +30,7 @@ WAYS = {
     ("elastic", True): ("with unlabelled scans, elastic", "#9467bd"),
     ("random", True): ("with unlabelled scans, random fields", "#8c564b"),
     ("drdm", True): ("with unlabelled scans, DRDM", "#d1495b"),
+    ("drdm-tuned", True): ("the same, DRDM fine-tuned", "#e9a03b"),
 }
 """Arm, and whether it has unlabelled scans: its name and colour."""
 TITLES = {"acdc": "heart (ACDC)", "hippocampus": "hippocampus", "ixi": "brain (IXI)"}
