@@ -113,6 +113,8 @@ def run_training(args: argparse.Namespace) -> dict[str, float]:
         raise SystemExit(f"--size must be multiples of 8, which the network halves three times; got {args.size}.")
     if args.flips and not set(args.flips) <= set(range(len(args.size))):
         raise SystemExit(f"--flips must be axes from 0 to {len(args.size) - 1}, got {args.flips}.")
+    if args.network != "auto" and args.deform == 0:
+        raise SystemExit("--network says which network deforms, so it needs --deform above 0.")
     flat = len(args.size) == 2
     args.iterations = (4000 if flat else 2000) if args.iterations is None else args.iterations
     args.batch = args.batch or ([8, 12] if flat else [2, 3])

@@ -183,6 +183,11 @@ def test_few_labels_keeps_to_the_poses_that_it_is_told(tmp_path, few_labels):
     assert not all(torch.equal(value, weights["plain"][key]) for key, value in network.state_dict().items())
     with pytest.raises(SystemExit, match="--flips must be axes from 0 to 1, got \\[2\\]"):
         few_labels.main(["train", "--out", str(tmp_path / "none"), *data, "--size", "16", "16", "--flips", "2"])
+    with pytest.raises(SystemExit, match="--network says which network deforms, so it needs --deform"):
+        few_labels.main(
+            ["train", "--out", str(tmp_path / "none"), *data, "--size", "16", "16", "--network", "anatomy-2d"]
+        )
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("size", [(16, 16), (16, 16, 16)])

@@ -435,8 +435,9 @@ def comparison(rows: list[Row], supervised: list[Row]) -> str:
         if base:
             others["labelled scans only, poses"] = alone.get((count, "affine"))
             others["the same training, labelled scans only"] = groups.get((count, "alone"))
-        peers = () if base else ("none", "poses", "elastic", "random", "drdm")
-        others |= {other: groups.get((count, other)) for other in peers[: 5 if arm == "drdm-tuned" else 4]}
+        peers = () if base else ("none", "poses", "elastic", "random")
+        peers += ("drdm",) if arm == "drdm-tuned" else ()
+        others |= {other: groups.get((count, other)) for other in peers}
         for name, theirs in others.items():
             seeds = {row["seed"] for row in ours} & {row["seed"] for row in theirs or []}
             if not seeds or name == arm or theirs is None:
